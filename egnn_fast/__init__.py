@@ -1,0 +1,3 @@
+"""E(n)-equivariant graph networks with fused kernels."""
+
+__version__ = "0.1.0"

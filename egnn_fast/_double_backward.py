@@ -1,0 +1,118 @@
+"""Second derivatives of the edge pass, by differentiating the reference a chunk at a time.
+
+The edge pass is a sum over edges, so the derivative of its derivative is one too: chunks of
+edges, added up, keep the memory bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from egnn_fast import reference
+from egnn_fast.graph import Graph
+from egnn_fast.options import EdgeWeights, Options
+
+# elements of a [chunk, H] tensor; a chunk keeps some forty of them alive
+CHUNK_ELEMENTS = 1 << 20
+_EDGE_INPUTS = (2, 3)  # edge_attr and edge_mask have a row an edge
+_N_DIFF = 13
+
+
+def double_backward(
+    cotangents: Sequence[Tensor | None],
+    g_m: Tensor | None,
+    g_x: Tensor | None,
+    *args: Any,
+) -> list[Tensor]:
+    """The derivative of ``messages_backward``; see :mod:`egnn_fast.ops` for the arguments.
+
+    ``cotangents`` belong to the outputs of ``messages_backward``, those that ``needed`` marks;
+    the result holds a gradient for each of ``g_m, g_x`` and the 13 inputs that ``needed2`` marks.
+    """
+    inputs = list(args[:_N_DIFF])
+    graph = Graph(*args[_N_DIFF : _N_DIFF + 4])
+    activation, slope, norm, tanh, clamp, _backend, needed, needed2 = args[_N_DIFF + 4 :]
+    options = Options(
+        activation=activation,
+        negative_slope=slope,
+        coord_norm=None if norm == 0 else "unit" if norm < 0 else norm,
+        coord_tanh=tanh,
+        coord_clamp=clamp or None,
+    )
+    spread = iter(cotangents)
+    towards = [next(spread) if n else None for n in needed]
+
+    totals = [
+        torch.zeros_like(t) if need else None
+        for t, need in zip([g_m, g_x, *inputs], needed2, strict=True)
+    ]
+    receiver, sender = graph.receivers, graph.sorted_senders()
+    order = receiver.new_tensor([]) if graph.perm is None else graph.perm.long()
+    chunk = max(1, CHUNK_ELEMENTS // inputs[0].shape[1])
+    for begin in range(0, graph.num_edges, chunk):
+        end = min(begin + chunk, graph.num_edges)
+        rows = slice(begin, end) if graph.perm is None else order[begin:end]
+        local = [
+            t[rows] if t is not None and k in _EDGE_INPUTS else t for k, t in enumerate(inputs)
+        ]
+        local_towards = [
+            t[rows] if t is not None and k in _EDGE_INPUTS else t for k, t in enumerate(towards)
+        ]
+        grads = _chunk(
+            local, local_towards, g_m, g_x, receiver[begin:end], sender[begin:end], options, needed2
+        )
+        for k, (total, grad) in enumerate(zip(totals, grads, strict=True)):
+            if total is None or grad is None:
+                continue
+            if k - 2 in _EDGE_INPUTS:
+                total[rows] = grad
+            else:
+                total += grad
+    return [t for t in totals if t is not None]
+
+
+def _chunk(
+    inputs: list[Tensor | None],
+    towards: list[Tensor | None],
+    g_m: Tensor | None,
+    g_x: Tensor | None,
+    receiver: Tensor,
+    sender: Tensor,
+    options: Options,
+    needed2: Sequence[bool],
+) -> list[Tensor | None]:
+    """The second derivative's share of one chunk of edges."""
+    with torch.enable_grad():
+        leaves = [None if t is None else t.detach().requires_grad_() for t in [g_m, g_x, *inputs]]
+        leaf_m, leaf_x, pq, x, edge_attr, edge_mask, *weights = leaves
+        assert pq is not None and x is not None
+        p, q = pq.chunk(2, dim=1)
+        m, shift = reference.messages(
+            p, q, x, receiver, sender, EdgeWeights(*weights), options,  # type: ignore[arg-type]
+            edge_attr=edge_attr, edge_mask=edge_mask,
+        )  # fmt: skip
+        value = m.new_zeros(())
+        if leaf_m is not None:
+            value = value + (leaf_m * m).sum()
+        if leaf_x is not None and shift is not None:
+            value = value + (leaf_x * shift).sum()
+        pairs = [(leaf, v) for leaf, v in zip(leaves[2:], towards, strict=True) if v is not None]
+        first = torch.autograd.grad(
+            value, [leaf for leaf, _ in pairs], create_graph=True, allow_unused=True
+        )
+        total = m.new_zeros(())
+        for grad, (_, v) in zip(first, pairs, strict=True):
+            if grad is not None:
+                total = total + (grad * v).sum()
+        wanted = [k for k, need in enumerate(needed2) if need]
+        out: list[Tensor | None] = [None] * len(leaves)
+        if not total.requires_grad:
+            return out
+        found = torch.autograd.grad(total, [leaves[k] for k in wanted], allow_unused=True)  # type: ignore[misc]
+        for k, grad in zip(wanted, found, strict=True):
+            out[k] = grad
+        return out

@@ -1,0 +1,20 @@
+"""Loads the C++ extension once and keeps the error where it cannot be loaded."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+# the extension's module; its interface is stated in csrc/bindings.cpp
+Core = Any
+
+core: Core | None = None
+load_error: str | None = None
+
+try:
+    core = import_module("egnn_fast._core")
+except ImportError as error:
+    load_error = (
+        f"the C++ extension egnn_fast._core could not be imported ({error}); "
+        "build it with `pip install .` from a checkout (needs a C++17 compiler)"
+    )

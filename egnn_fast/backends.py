@@ -1,0 +1,181 @@
+"""Which kernel runs for a call, and why another one does not."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from egnn_fast import _native
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+ENV_BACKEND = "EGNN_FAST_BACKEND"
+
+_override: ContextVar[str | None] = ContextVar("egnn_fast_backend", default=None)
+_warned: set[str] = set()
+
+
+class Call(NamedTuple):
+    """What a backend needs to know of a call to say whether it can run it."""
+
+    device: str
+    dtype: torch.dtype
+    hidden: int
+    coord_dim: int
+    activation: str | None  # None: a module that no kernel knows
+
+
+class BackendInfo(NamedTuple):
+    """A line of :func:`info`."""
+
+    name: str
+    available: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What would run a call: see :func:`explain_call`."""
+
+    backend: str
+    instruction_set: str
+    reason: str
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+class BackendError(RuntimeError):
+    """A backend was named that cannot run the call."""
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every layer inside the block on the named backend.
+
+    It goes before ``EGNN_FAST_BACKEND``; a ``backend=`` argument other than None goes before it.
+    """
+    token = _override.set(check_name(name, "name"))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def check_name(name: str, argument: str) -> str:
+    """The name itself if it names a backend or is "auto"; ValueError otherwise."""
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{argument}: expected 'auto' or one of {BACKENDS}, got {name!r}")
+    return name
+
+
+def requested(argument: str | None) -> str:
+    """What the user asked for: the argument, the context, the environment, else "auto"."""
+    if argument is not None:
+        return check_name(argument, "backend")
+    override = _override.get()
+    if override is not None:
+        return override
+    return check_name(os.environ.get(ENV_BACKEND, "auto"), ENV_BACKEND)
+
+
+def unavailable(backend: str) -> str | None:
+    """Why a backend cannot run anything here; None if it can."""
+    if backend == "cpu":
+        return _native.load_error
+    if backend in ("triton", "cuda"):
+        return "this version of egnn_fast has no GPU kernels"
+    return None
+
+
+def refusal(backend: str, call: Call) -> str | None:
+    """Why a backend cannot run this call; None if it can."""
+    if backend == "reference":
+        return None
+    missing = unavailable(backend)
+    if missing is not None:
+        return missing
+    if call.activation is None:
+        return "only SiLU, ReLU and LeakyReLU run fused"
+    if backend == "cpu":
+        if call.device != "cpu":
+            return f"the tensors lie on {call.device}, not on the CPU"
+        if call.dtype not in (torch.float32, torch.float64):
+            return f"the CPU kernel takes float32 and float64, not {call.dtype}"
+    return None
+
+
+def select(argument: str | None, call: Call) -> str:
+    """The backend that runs a call.
+
+    Raises
+    ------
+    BackendError
+        A backend was named, by argument, context or environment, that cannot run the call.
+    """
+    name = requested(argument)
+    if name != "auto":
+        # an activation that no kernel knows runs on the reference, as promised, with a warning
+        if call.activation is None and name != "reference":
+            _warn_once("activation: only SiLU, ReLU and LeakyReLU run fused; using the reference")
+            return "reference"
+        reason = refusal(name, call)
+        if reason is not None:
+            raise BackendError(f"backend {name!r} cannot run this call: {reason}")
+        return name
+    fused = _candidates(call.device)
+    for candidate in fused:
+        if refusal(candidate, call) is None:
+            return candidate
+    _warn_once(f"no fused kernel for this call, using the reference: {refusal(fused[0], call)}")
+    return "reference"
+
+
+def explain_call(argument: str | None, call: Call) -> Explanation:
+    """What :func:`select` would choose, and why not the others."""
+    refused = {}
+    for backend in BACKENDS:
+        reason = refusal(backend, call)
+        if reason is not None:
+            refused[backend] = reason
+    name = requested(argument)
+    if name != "auto" and name in refused and call.activation is not None:
+        raise BackendError(f"backend {name!r} cannot run this call: {refused[name]}")
+    if name != "auto" and name not in refused:
+        chosen, reason = name, "named by the caller"
+    else:
+        usable = [b for b in _candidates(call.device) if b not in refused]
+        chosen = usable[0] if usable else "reference"
+        reason = "the fastest that supports the call" if usable else "no fused kernel supports it"
+    return Explanation(chosen, instruction_set(chosen), reason, refused)
+
+
+def instruction_set(backend: str) -> str:
+    """The instruction set that a backend's kernel runs with here."""
+    if backend == "cpu" and _native.core is not None:
+        return str(_native.core.instruction_set())
+    return "PyTorch's own"
+
+
+def info() -> list[BackendInfo]:
+    """Each backend with its state and the reason for it."""
+    lines = []
+    for backend in BACKENDS:
+        reason = unavailable(backend)
+        state = f"ready ({instruction_set(backend)})" if reason is None else reason
+        lines.append(BackendInfo(backend, reason is None, state))
+    return lines
+
+
+def _candidates(device: str) -> tuple[str, ...]:
+    return ("cpu",) if device == "cpu" else ("cuda", "triton")
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=4)

@@ -1,0 +1,254 @@
+"""The layer as functions: the edge pass alone, and a whole layer around it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from egnn_fast import arguments, backends, ops, reference
+from egnn_fast.graph import EdgeIndexLike, Graph
+from egnn_fast.options import Activation, EdgeWeights, LayerWeights, Options
+
+__all__ = ["egcl", "egcl_messages", "explain"]
+
+
+def egcl_messages(
+    P: Tensor,  # noqa: N803 - the paper's and DESIGN's name
+    Q: Tensor,  # noqa: N803
+    x: Tensor,
+    graph: Graph | EdgeIndexLike,
+    weights: EdgeWeights,
+    options: Options,
+    *,
+    edge_attr: Tensor | None = None,
+    edge_mask: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The edge pass of a layer: distances, edge MLP, gate, coordinate head and both sums.
+
+    With ``d = x_i - x_j`` and ``r = |d|^2``, for each edge from sender j to receiver i::
+
+        n = act(w2 act(P_i + Q_j + w_r r + w_a a + b?) + b2)     m = mask * gate(n) * n
+        s = w_x . act(w3 m + b3)                                 t = mask * clamp(s d / rho)
+
+    (the first linear's bias belongs into P).
+
+    Parameters
+    ----------
+    P, Q : Tensor [N, H]
+        The receiver's and the sender's part of the edge MLP's first linear.
+    x : Tensor [N, D]
+        Coordinates.
+    graph : Graph or edge_index
+        N nodes, E edges.
+    weights : EdgeWeights
+        The rest of the edge MLP, the gate and the coordinate head.
+    options : Options
+        ``coord_agg`` other than None means that the coordinate sum is wanted; mean and
+        ``coord_scale`` are left to the caller.
+    edge_attr : Tensor [E, A], optional
+        Edge attributes in the user's edge order.
+    edge_mask : Tensor [E] or [E, 1], optional
+        A factor on m and t; bool or floating point. Differentiable.
+    backend : str, optional
+        See :func:`egnn_fast.use_backend`.
+
+    Returns
+    -------
+    M : Tensor [N, H]
+        Sum of the messages m over each receiver's senders.
+    X : Tensor [N, D] or None
+        Sum of the coordinate updates t; None without a coordinate head.
+
+    Raises
+    ------
+    TypeError, ValueError, IndexError
+        An argument is wrong; the message names it.
+    BackendError
+        A backend was named that cannot run the call.
+    """
+    arguments.check_nodes(P, x, "P")
+    arguments.check_float("Q", Q, 2)
+    arguments.check_shape("Q", Q, tuple(P.shape))
+    arguments.check_like("Q", Q, P, "P")
+    graph = arguments.resolve_graph(graph, P)
+    arguments.check_edge_weights(weights, options, P.shape[1], x)
+    width = 0 if weights.w_a is None else weights.w_a.shape[1]
+    arguments.check_edge_attr(edge_attr, width, graph, x)
+    mask = _edge_mask(edge_mask, graph, x)
+    chosen = backends.select(backend, _call(x, P.shape[1], options.activation))
+    if chosen == "reference":
+        receiver, sender = graph.edge_index
+        return reference.messages(
+            P, Q, x, receiver, sender, weights, options, edge_attr=edge_attr, edge_mask=mask
+        )
+    m, shift = ops.messages(
+        torch.cat((P, Q), dim=1), x, graph, weights, options, edge_attr, mask, chosen
+    )
+    return m, shift if options.updates_coords else None
+
+
+def egcl(
+    h: Tensor,
+    x: Tensor,
+    graph: Graph | EdgeIndexLike,
+    weights: LayerWeights,
+    options: Options,
+    *,
+    edge_attr: Tensor | None = None,
+    node_attr: Tensor | None = None,
+    edge_mask: Tensor | None = None,
+    node_mask: Tensor | None = None,
+    v: Tensor | None = None,
+    residual: bool = True,
+    activation: Activation | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One E(n)-equivariant graph convolution (Satorras et al. 2021, eqs. 3 to 8).
+
+    Parameters
+    ----------
+    h : Tensor [N, F]
+        Node features.
+    x : Tensor [N, D]
+        Coordinates, in the units of the data.
+    graph : Graph or edge_index
+        Receivers and senders.
+    weights : LayerWeights
+        All weights; F, H, O and the attribute widths follow from their shapes.
+    options : Options
+        What is not a tensor.
+    edge_attr : Tensor [E, A], optional
+        Edge attributes in the user's edge order.
+    node_attr : Tensor [N, B], optional
+        Attributes that enter the node MLP only.
+    edge_mask : Tensor [E] or [E, 1], optional
+        Factor on each edge's message and coordinate update; bool or floating point.
+    node_mask : Tensor [N] or [N, 1], optional
+        Edges at a node are weighted with its mask, its features come out multiplied by it, its
+        velocity does not move it: a node of mask 0 is padding.
+    v : Tensor [N, D], optional
+        Velocities (eq. 7); the weights must have the velocity MLP then.
+    residual : bool
+        Add h to the node MLP's output; F = O then.
+    activation : callable, optional
+        Replaces the activation that ``options`` names; the layer then runs on the reference.
+    backend : str, optional
+        See :func:`egnn_fast.use_backend`.
+
+    Returns
+    -------
+    (h, x, v)
+        ``h [N, O]``; ``x [N, D]``; ``v [N, D]``, the whole step that x made (the velocity to
+        carry on), None without velocity.
+
+    Raises
+    ------
+    TypeError, ValueError, IndexError
+        An argument is wrong; the message names it.
+    BackendError
+        A backend was named that cannot run the call.
+    """
+    arguments.check_nodes(h, x)
+    graph = arguments.resolve_graph(graph, h)
+    node_attrs = _check_node_attr(node_attr, h)
+    attrs = arguments.check_layer_weights(weights, options, h.shape[1], node_attrs, x)
+    arguments.check_edge_attr(edge_attr, attrs, graph, x)
+    if residual and weights.node_w2.shape[0] != h.shape[1]:
+        raise ValueError(
+            f"residual: needs as many output as input features, "
+            f"got {weights.node_w2.shape[0]} and {h.shape[1]}"
+        )
+    if (v is None) != (weights.vel_w1 is None):
+        raise ValueError("v: needed exactly where the weights have a velocity MLP")
+    if v is not None:
+        arguments.check_float("v", v, 2)
+        arguments.check_shape("v", v, tuple(x.shape))
+        arguments.check_like("v", v, x, "x")
+    nodes = arguments.as_mask("node_mask", node_mask, h.shape[0], x)
+    mask = _edge_mask(edge_mask, graph, x)
+    if nodes is not None:
+        receiver, sender = graph.edge_index
+        between = nodes[receiver] * nodes[sender]
+        mask = between if mask is None else mask * between
+
+    name = None if activation is not None else options.activation
+    chosen = backends.select(backend, _call(x, weights.edge_w1.shape[0], name))
+    act = activation or options.activation_fn()
+    if chosen == "reference":
+        update, _, shift = reference.egcl(
+            h, x, graph, weights, options,
+            edge_attr=edge_attr, node_attr=node_attr, edge_mask=mask, activation=activation,
+        )  # fmt: skip
+    else:
+        w_pq, b_pq, edge = weights.split(h.shape[1])
+        pq = F.linear(h, w_pq, b_pq)
+        m, total = ops.messages(pq, x, graph, edge, options, edge_attr, mask, chosen)
+        update = reference.node_model(h, m, node_attr, weights, act)
+        shift = None
+        if options.updates_coords:
+            shift = total * reference.coord_factor(graph, options, mask, x.dtype)
+
+    new_h = h + update if residual else update
+    if nodes is not None:
+        new_h = new_h * nodes.unsqueeze(1).to(new_h.dtype)
+    if v is None:
+        return new_h, x if shift is None else x + shift, None
+    step = reference.velocity_gate(h, weights, act).to(v.dtype) * v
+    if nodes is not None:
+        step = step * nodes.unsqueeze(1)
+    if shift is not None:
+        step = step + shift
+    return new_h, x + step, step
+
+
+def explain(
+    h: Tensor,
+    x: Tensor,
+    *,
+    hidden: int,
+    options: Options | None = None,
+    activation: Activation | None = None,
+    backend: str | None = None,
+) -> backends.Explanation:
+    """Which backend and instruction set would run a layer on these tensors, and why.
+
+    Parameters
+    ----------
+    h, x : Tensor
+        Node features ``[N, F]`` and coordinates ``[N, D]``.
+    hidden : int
+        The layer's hidden width H.
+    options, activation, backend
+        As for :func:`egcl`.
+
+    Raises
+    ------
+    BackendError
+        A backend was named that cannot run the call.
+    """
+    arguments.check_nodes(h, x)
+    name = None if activation is not None else (options or Options()).activation
+    return backends.explain_call(backend, _call(x, hidden, name))
+
+
+def _call(x: Tensor, hidden: int, activation: str | None) -> backends.Call:
+    return backends.Call(x.device.type, x.dtype, hidden, x.shape[1], activation)
+
+
+def _edge_mask(edge_mask: Tensor | None, graph: Graph, x: Tensor) -> Tensor | None:
+    mask = arguments.as_mask("edge_mask", edge_mask, None, x)
+    if mask is not None:
+        arguments.check_edge_rows("edge_mask", mask, graph)
+    return mask
+
+
+def _check_node_attr(node_attr: Tensor | None, h: Tensor) -> int:
+    if node_attr is None:
+        return 0
+    arguments.check_float("node_attr", node_attr, 2)
+    if node_attr.shape[0] != h.shape[0]:
+        raise ValueError(f"node_attr: expected {h.shape[0]} rows, got {node_attr.shape[0]}")
+    arguments.check_like("node_attr", node_attr, h, "h")
+    return node_attr.shape[1]
