@@ -6,7 +6,8 @@ edges, added up, keep the memory bounded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,8 +76,20 @@ def double_backward(
     return [t for t in totals if t is not None]
 
 
+@contextmanager
+def _autograd(device: str) -> Iterator[None]:
+    """Differentiation in full precision inside of an operator, where autograd is switched off."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    with (
+        torch._C._SetExcludeDispatchKeyGuard(key, False),
+        torch.autocast(device, enabled=False),
+        torch.enable_grad(),
+    ):
+        yield
+
+
 def _chunk(
-    inputs: list[Tensor | None],
+    inputs: list[Any],
     towards: list[Tensor | None],
     g_m: Tensor | None,
     g_x: Tensor | None,
@@ -86,7 +99,7 @@ def _chunk(
     needed2: Sequence[bool],
 ) -> list[Tensor | None]:
     """The second derivative's share of one chunk of edges."""
-    with torch.enable_grad():
+    with _autograd(inputs[0].device.type):
         leaves = [None if t is None else t.detach().requires_grad_() for t in [g_m, g_x, *inputs]]
         leaf_m, leaf_x, pq, x, edge_attr, edge_mask, *weights = leaves
         assert pq is not None and x is not None
