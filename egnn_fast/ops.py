@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from egnn_fast import _cpu, _double_backward, _sorting
 from egnn_fast.graph import Graph, check_index_range
@@ -34,6 +35,10 @@ _INPUTS = (
 MAX_ORDER_MESSAGE = (
     "egnn_fast: the fused operators support derivatives up to the second order; "
     "for higher orders use backend='reference'"
+)
+FORWARD_MODE_MESSAGE = (
+    "egnn_fast: the fused operators have no forward-mode derivative (jvp, jacfwd, hessian); "
+    "use reverse mode (vjp, jacrev) or backend='reference'"
 )
 
 _lib = torch.library.Library("egnn_fast", "DEF")
@@ -67,8 +72,8 @@ def messages(
     Returns ``M [N, H]`` and ``X [N, D]`` (``[0, D]`` without a coordinate head). Arguments are
     not checked here: that is functional's part.
     """
-    return _messages(
-        pq, x, edge_attr, edge_mask, *weights,
+    return _transformable(
+        _Messages, _messages, pq, x, edge_attr, edge_mask, *weights,
         graph.rowptr, graph.senders, graph.perm, graph.first,
         options.activation, options.negative_slope, norm_code(options), options.coord_tanh,
         options.coord_clamp or 0.0, backend,
@@ -88,7 +93,39 @@ def graph_in_trace(edge_index: Tensor, num_nodes: int) -> Graph:
     return Graph(rowptr, senders, perm)
 
 
-class _Messages(torch.autograd.Function):
+def _transformable(function: type[torch.autograd.Function], operator: Any, *args: Any) -> Any:
+    """Run an operator, by way of its Function where a torch.func transform is active.
+
+    The transforms take a Function apart level by level, but only if they meet it before the
+    dispatcher does.
+    """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return operator(*args)
+
+
+class _Operator(torch.autograd.Function):
+    """What the Functions of all three operators share: vmap by a loop, no forward mode."""
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        runs = [
+            cls.apply(*(_select(a, dim, k) for a, dim in zip(args, in_dims, strict=True)))
+            for k in range(info.batch_size)
+        ]
+        outputs = tuple(torch.stack(parts) for parts in zip(*runs, strict=True))
+        return outputs, (0,) * len(outputs)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(FORWARD_MODE_MESSAGE)
+
+
+def _select(argument: Any, dim: int | None, k: int) -> Any:
+    return argument.select(dim, k) if isinstance(dim, int) else argument
+
+
+class _Messages(_Operator):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
@@ -106,11 +143,14 @@ class _Messages(torch.autograd.Function):
         none = (None,) * (N_TENSORS - N_DIFF + len(ctx.scalars))
         if g_m is None and g_x is None:
             return (None,) * N_DIFF + none
-        found = _messages_backward(g_m, g_x, *ctx.saved_tensors, *ctx.scalars, needed)
+        found = _transformable(
+            _MessagesBackward, _messages_backward,
+            g_m, g_x, *ctx.saved_tensors, *ctx.scalars, needed,
+        )  # fmt: skip
         return (*_spread(found, needed), *none)
 
 
-class _MessagesBackward(torch.autograd.Function):
+class _MessagesBackward(_Operator):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
@@ -128,21 +168,20 @@ class _MessagesBackward(torch.autograd.Function):
         none = (None,) * (N_TENSORS - N_DIFF + len(ctx.scalars))
         if all(c is None for c in cotangents):
             return (None,) * (2 + N_DIFF) + none
-        found = _messages_double_backward(
-            list(cotangents), *ctx.saved_tensors, *ctx.scalars, needed2
-        )
+        found = _transformable(
+            _MessagesDoubleBackward, _messages_double_backward_flat,
+            len(cotangents), *cotangents, *ctx.saved_tensors, *ctx.scalars, needed2,
+        )  # fmt: skip
         return (*_spread(found, needed2), *none)
 
 
-class _MessagesDoubleBackward(torch.autograd.Function):
+class _MessagesDoubleBackward(_Operator):
     """Exists to raise: a raw result here would silently be a constant to a third derivative."""
 
     @staticmethod
-    def forward(n_cotangents: int, *args: Any) -> tuple[Tensor, ...]:
+    def forward(*args: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
-            return tuple(
-                _messages_double_backward(list(args[:n_cotangents]), *args[n_cotangents:])
-            )
+            return tuple(_messages_double_backward_flat(*args))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -153,6 +192,11 @@ class _MessagesDoubleBackward(torch.autograd.Function):
         raise NotImplementedError(MAX_ORDER_MESSAGE)
 
 
+def _messages_double_backward_flat(n_cotangents: int, *args: Any) -> list[Tensor]:
+    """The operator for a Function, which sees tensors only where they are no list."""
+    return _messages_double_backward(list(args[:n_cotangents]), *args[n_cotangents:])
+
+
 def _spread(found: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
     """Put the gradients that were asked for in their places."""
     rest = iter(found)
@@ -160,8 +204,9 @@ def _spread(found: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | No
 
 
 def _wants_grad(*args: Any) -> bool:
-    return torch.is_grad_enabled() and any(
-        isinstance(a, Tensor) and a.requires_grad for a in args
+    # a forward-mode tangent must meet its Function too, which refuses it
+    return forward_ad._current_level >= 0 or (
+        torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
     )
 
 
