@@ -100,12 +100,13 @@ def _chunk(
 ) -> list[Tensor | None]:
     """The second derivative's share of one chunk of edges."""
     with _autograd(inputs[0].device.type):
-        leaves = [None if t is None else t.detach().requires_grad_() for t in [g_m, g_x, *inputs]]
+        leaves: list[Any] = [
+            None if t is None else t.detach().requires_grad_() for t in (g_m, g_x, *inputs)
+        ]
         leaf_m, leaf_x, pq, x, edge_attr, edge_mask, *weights = leaves
-        assert pq is not None and x is not None
         p, q = pq.chunk(2, dim=1)
         m, shift = reference.messages(
-            p, q, x, receiver, sender, EdgeWeights(*weights), options,  # type: ignore[arg-type]
+            p, q, x, receiver, sender, EdgeWeights(*weights), options,
             edge_attr=edge_attr, edge_mask=edge_mask,
         )  # fmt: skip
         value = m.new_zeros(())
@@ -125,7 +126,7 @@ def _chunk(
         out: list[Tensor | None] = [None] * len(leaves)
         if not total.requires_grad:
             return out
-        found = torch.autograd.grad(total, [leaves[k] for k in wanted], allow_unused=True)  # type: ignore[misc]
+        found = torch.autograd.grad(total, [leaves[k] for k in wanted], allow_unused=True)
         for k, grad in zip(wanted, found, strict=True):
             out[k] = grad
         return out

@@ -15,6 +15,11 @@ EdgeIndexLike = Tensor | Sequence[Any]
 INT32_MAX = 2**31 - 1
 
 
+def _lasting() -> torch.inference_mode:
+    """What a graph keeps must serve training too, whatever the mode that first asked for it."""
+    return torch.inference_mode(False)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Graph:
     """An immutable directed graph, ordered by receiver.
@@ -41,6 +46,7 @@ class Graph:
     _lazy: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
+    @_lasting()
     def from_edge_index(
         cls, edge_index: EdgeIndexLike, num_nodes: int, *, validate: bool = True
     ) -> Graph:
@@ -73,6 +79,7 @@ class Graph:
         return cls(rowptr=rowptr, senders=senders, perm=None if is_sorted else perm)
 
     @classmethod
+    @_lasting()
     def complete(cls, sizes: Sequence[int] | Tensor, device: torch.device | str = "cpu") -> Graph:
         """All ordered pairs (i, j), i != j, within each component; no edge list is stored.
 
@@ -105,6 +112,7 @@ class Graph:
             _lazy={"num_edges": edges},
         )
 
+    @_lasting()
     def to(self, device: torch.device | str) -> Graph:
         """The same graph on another device; itself if it is there already."""
         if torch.device(device) == self.device:
@@ -198,7 +206,8 @@ class Graph:
         if torch.compiler.is_compiling():
             return make()
         if key not in self._lazy:
-            self._lazy[key] = make()
+            with _lasting():
+                self._lazy[key] = make()
         return self._lazy[key]
 
     def __repr__(self) -> str:

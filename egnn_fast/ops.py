@@ -43,9 +43,7 @@ FORWARD_MODE_MESSAGE = (
 
 _lib = torch.library.Library("egnn_fast", "DEF")
 _lib.define(f"messages({_INPUTS}) -> (Tensor, Tensor)")
-_lib.define(
-    f"messages_backward(Tensor? g_m, Tensor? g_x, {_INPUTS}, bool[] needed) -> Tensor[]"
-)
+_lib.define(f"messages_backward(Tensor? g_m, Tensor? g_x, {_INPUTS}, bool[] needed) -> Tensor[]")
 _lib.define(
     "messages_double_backward(Tensor?[] cotangents, Tensor? g_m, Tensor? g_x, "
     f"{_INPUTS}, bool[] needed, bool[] needed2) -> Tensor[]"
@@ -235,9 +233,7 @@ def _messages_fake(pq: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _messages_backward_fake(g_m: Any, g_x: Any, *rest: Any) -> list[Tensor]:
-    return [
-        t.new_empty(t.shape) for t, need in zip(rest[:N_DIFF], rest[-1], strict=True) if need
-    ]
+    return [t.new_empty(t.shape) for t, need in zip(rest[:N_DIFF], rest[-1], strict=True) if need]
 
 
 def _messages_double_backward_fake(cotangents: Any, *rest: Any) -> list[Tensor]:
@@ -258,9 +254,7 @@ def _sort_by_receiver_fake(edge_index: Tensor, num_nodes: int) -> tuple[Tensor, 
 
 _lib.impl("messages", _cpu.messages, "CPU")
 _lib.impl("messages_backward", _cpu.messages_backward, "CPU")
-_lib.impl(
-    "messages_double_backward", _double_backward.double_backward, "CompositeExplicitAutograd"
-)
+_lib.impl("messages_double_backward", _double_backward.double_backward, "CompositeExplicitAutograd")
 _lib.impl("sort_by_receiver", _sort_by_receiver, "CompositeExplicitAutograd")
 _lib.impl("messages", _messages_autograd, "Autograd")
 _lib.impl("messages_backward", _messages_backward_autograd, "Autograd")
