@@ -73,6 +73,16 @@ def require_compiler() -> None:
         raise PlatformError(NO_COMPILER.format(what=f"there is no Python.h in {include}"))
 
 
+def remove_foreign_build(build_dir: Path) -> None:
+    """Remove the build of another checkout, as after a copy or a move: CMake refuses to use it."""
+    cache = build_dir / "CMakeCache.txt"
+    if cache.is_file():
+        lines = cache.read_text().splitlines()
+        ours = "CMAKE_PROJECT_NAME:STATIC=egnn_fast" in lines
+        if ours and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT.as_posix()}" not in lines:
+            shutil.rmtree(build_dir)
+
+
 class CMakeExtension(Extension):
     """An extension whose sources only CMake knows."""
 
@@ -87,9 +97,13 @@ class CMakeBuild(build_ext):
         require_compiler()
         target = Path(self.get_ext_fullpath(ext.name))
         build_dir = self._build_dir()
+        remove_foreign_build(build_dir)
         build_dir.mkdir(parents=True, exist_ok=True)
-        self._run(tool("cmake"), "-S", str(ROOT), "-B", str(build_dir), *self._configuration())
-        self._run(tool("cmake"), "--build", str(build_dir), "--target", "_core", "--", "--quiet")
+        cmake = tool("cmake")
+        # what goes wrong comes on stderr
+        configure = [cmake, "-S", str(ROOT), "-B", str(build_dir), *self._configuration()]
+        self._run(configure, stdout=subprocess.DEVNULL)
+        self._run([cmake, "--build", str(build_dir), "--target", "_core", "--", "--quiet"])
 
         target.parent.mkdir(parents=True, exist_ok=True)
         # copyfile, not copy2: with its old date an unchanged module would look out of date to make
@@ -118,11 +132,10 @@ class CMakeBuild(build_ext):
         }
         defines = [f"-D{name}={value}" for name, value in settings.items()]
         extra = shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        return ["-G", "Ninja", "--log-level=WARNING", *defines, *extra]
+        return ["-G", "Ninja", *defines, *extra]
 
-    def _run(self, *command: str) -> None:
-        status = subprocess.run(command, stdout=None if self.verbose else subprocess.DEVNULL)
-        if status.returncode:
+    def _run(self, command: list[str], stdout: int | None = None) -> None:
+        if subprocess.run(command, stdout=stdout).returncode:
             raise ExecError(
                 "building egnn_fast._core failed; the compiler's message is above. "
                 "EGNN_FAST_NO_EXT=1 installs the package without its fused kernels."
