@@ -68,10 +68,14 @@ def messages(
     """The fused edge pass: ``pq [N, 2H]`` holds P and Q side by side.
 
     Returns ``M [N, H]`` and ``X [N, D]`` (``[0, D]`` without a coordinate head). Arguments are
-    not checked here: that is functional's part.
+    not checked here: that is functional's part. Under autocast everything is brought to the
+    dtype of ``x``: distances, edge MLP and sums keep its precision.
     """
+    tensors = [pq, x, edge_attr, edge_mask, *weights]
+    if torch.is_autocast_enabled(x.device.type):
+        tensors = [None if t is None else t.to(x.dtype) for t in tensors]
     return _transformable(
-        _Messages, _messages, pq, x, edge_attr, edge_mask, *weights,
+        _Messages, _messages, *tensors,
         graph.rowptr, graph.senders, graph.perm, graph.first,
         options.activation, options.negative_slope, norm_code(options), options.coord_tanh,
         options.coord_clamp or 0.0, backend,

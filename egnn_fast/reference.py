@@ -63,7 +63,8 @@ def egcl(
     z1 = F.linear(torch.cat(parts, dim=1), weights.edge_w1, weights.edge_b1)
     edge = weights.edge_weights(w_r=weights.edge_w1[:, 2 * h.shape[1]], w_a=None)
     m, t = _edge_model(z1, d, r, edge, options, edge_mask, act)
-    messages = segment_sum(m, receiver, h.shape[0])
+    # under autocast m is of low precision, its sum is not
+    messages = segment_sum(m.to(d.dtype), receiver, h.shape[0])
     update = node_model(h, messages, node_attr, weights, act)
     if t is None:
         return update, messages, None
@@ -97,7 +98,7 @@ def messages(
         z1 = z1 + edge_attr @ weights.w_a.T
     m, t = _edge_model(z1, d, r, weights, options, edge_mask, options.activation_fn())
     shift = None if t is None else segment_sum(t, receiver, p.shape[0])
-    return segment_sum(m, receiver, p.shape[0]), shift
+    return segment_sum(m.to(d.dtype), receiver, p.shape[0]), shift
 
 
 def _edge_model(
