@@ -7,8 +7,7 @@ OUT    ?= runs/demo
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 CXX_CMD := $(if $(filter default undefined,$(origin CXX)),c++,$(firstword $(CXX)))
-# Folders are listed too: they change when a file in them is removed. The stamp below carries the time
-# before the build, so that what is edited during it counts as changed.
+# Folders are listed too: they change when a file in them is removed.
 SOURCES := CMakeLists.txt setup.py $(shell find csrc)
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
 
@@ -87,6 +86,7 @@ ifeq ($(wildcard egnn_fast/_core.*),)
 $(VENV)/.built: FORCE
 endif
 
+# The stamp carries the time before the build: what is edited during it counts as changed.
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	@$(CHECK_COMPILER)
 	@echo '==> Building the extension egnn_fast._core'
@@ -115,7 +115,7 @@ sanitize: setup
 	@EGNN_FAST_SANITIZE=1 $(PIP) --no-build-isolation --no-deps --target $(SITE) .
 	cd $(SITE) && \
 	  LD_PRELOAD="$$($(CXX_CMD) -print-file-name=libasan.so) $$($(CXX_CMD) -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 EGNN_FAST_EXPECT_CORE=$(SITE) \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(abspath $(BIN))/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
 	  -p no:cacheprovider $(CURDIR)/tests -m native $(PYTEST_ARGS)
 

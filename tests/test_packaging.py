@@ -163,7 +163,7 @@ def test_core_builds_without_python(tmp_path: Path) -> None:
     options = ["-DEGNN_FAST_PYTHON=OFF", "-DEGNN_FAST_WERROR=ON"]
     options += [f"-DCMAKE_DISABLE_FIND_PACKAGE_{name}=ON" for name in ("pybind11", "Python")]
     succeed([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(tmp_path), *options])
-    plan = succeed([cmake, "--build", str(tmp_path), "--", "-n", "-v"])
+    plan = succeed([cmake, "--build", str(tmp_path), "--", "-t", "commands"])
     assert "libegnn_fast_core.a" in plan
     assert "_core.cpython" not in plan
     for source in (ROOT / "csrc" / "core").rglob("*.cpp"):
@@ -196,4 +196,5 @@ def test_instruction_sets_do_not_leak(isa: str) -> None:
     symbols = succeed(["nm", "--defined-only", "--demangle", str(compiled)]).splitlines()
     kinds = [line.split(maxsplit=2)[1:] for line in symbols]
     assert any(kind == "T" for kind, _ in kinds)
-    assert [name for kind, name in kinds if kind == "W"] == []
+    # what lies in the namespace of the instruction set is called from there alone
+    assert [name for kind, name in kinds if kind == "W" and f"egnn::{isa}::" not in name] == []
