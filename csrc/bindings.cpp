@@ -1,3 +1,110 @@
+// The extension module egnn_fast._core: the core's functions for Python. Tensors arrive as
+// addresses in an Args record; the GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-PYBIND11_MODULE(_core, m) { m.doc() = "Fused CPU kernels of egnn_fast."; }
+#include <atomic>
+
+#include "core/edge_pass.h"
+#include "core/parallel.h"
+#include "core/sorting.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// how often each kernel ran: tests assert that nothing quietly went another way
+std::atomic<int64_t> forward_calls{0};
+std::atomic<int64_t> backward_calls{0};
+
+void forward(const egnn::Args& args) {
+  egnn::forward(args);
+  ++forward_calls;
+}
+
+void backward(const egnn::Args& args) {
+  egnn::backward(args);
+  ++backward_calls;
+}
+
+bool sort_by_receiver(uintptr_t edges, int64_t num_edges, int64_t num_nodes, uintptr_t rowptr,
+                      uintptr_t senders, uintptr_t perm) {
+  return egnn::sort_by_receiver(
+      reinterpret_cast<const int64_t*>(edges), num_edges, num_nodes,
+      reinterpret_cast<int64_t*>(rowptr), reinterpret_cast<int32_t*>(senders),
+      reinterpret_cast<int32_t*>(perm));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, module) {
+  using egnn::Args;
+  module.doc() = "C++ kernels of egnn_fast; see csrc/core/args.h for the fields of Args.";
+  py::class_<Args> args(module, "Args");
+  args.def(py::init<>());
+#define EGNN_FIELD(name) args.def_readwrite(#name, &Args::name)
+  EGNN_FIELD(is_double);
+  EGNN_FIELD(threads);
+  EGNN_FIELD(num_nodes);
+  EGNN_FIELD(hidden);
+  EGNN_FIELD(coord_dim);
+  EGNN_FIELD(attr_dim);
+  EGNN_FIELD(attr_rows);
+  EGNN_FIELD(mask_rows);
+  EGNN_FIELD(w_r_stride);
+  EGNN_FIELD(w_a_stride);
+  EGNN_FIELD(pq);
+  EGNN_FIELD(x);
+  EGNN_FIELD(edge_attr);
+  EGNN_FIELD(edge_mask);
+  EGNN_FIELD(w_r);
+  EGNN_FIELD(w_a);
+  EGNN_FIELD(w2);
+  EGNN_FIELD(b2);
+  EGNN_FIELD(w_g);
+  EGNN_FIELD(b_g);
+  EGNN_FIELD(w3);
+  EGNN_FIELD(b3);
+  EGNN_FIELD(w_x);
+  EGNN_FIELD(rowptr);
+  EGNN_FIELD(senders);
+  EGNN_FIELD(perm);
+  EGNN_FIELD(first);
+  EGNN_FIELD(activation);
+  EGNN_FIELD(negative_slope);
+  EGNN_FIELD(norm);
+  EGNN_FIELD(tanh);
+  EGNN_FIELD(clamp);
+  EGNN_FIELD(m);
+  EGNN_FIELD(shift);
+  EGNN_FIELD(g_m);
+  EGNN_FIELD(g_shift);
+  EGNN_FIELD(g_pq);
+  EGNN_FIELD(g_coords);
+  EGNN_FIELD(g_edge_attr);
+  EGNN_FIELD(g_edge_mask);
+  EGNN_FIELD(g_w_r);
+  EGNN_FIELD(g_w_a);
+  EGNN_FIELD(g_w2);
+  EGNN_FIELD(g_b2);
+  EGNN_FIELD(g_w_g);
+  EGNN_FIELD(g_b_g);
+  EGNN_FIELD(g_w3);
+  EGNN_FIELD(g_b3);
+  EGNN_FIELD(g_w_x);
+#undef EGNN_FIELD
+
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  module.def("forward", &forward, py::arg("args"), release);
+  module.def("backward", &backward, py::arg("args"), release);
+  module.def("sort_by_receiver", &sort_by_receiver, py::arg("edges"), py::arg("num_edges"),
+             py::arg("num_nodes"), py::arg("rowptr"), py::arg("senders"), py::arg("perm"), release,
+             "Stable counting sort by receiver; returns whether the edges were sorted already.");
+  module.def(
+      "calls", [] { return py::make_tuple(forward_calls.load(), backward_calls.load()); },
+      "How often (forward, backward) ran in this process.");
+  module.def("instruction_set", &egnn::instruction_set);
+  module.def("supported_instruction_sets", &egnn::supported_instruction_sets);
+  module.def("set_instruction_set", &egnn::set_instruction_set, py::arg("name"));
+  module.def("thread_source", &egnn::thread_source);
+}

@@ -1,0 +1,360 @@
+// The gradients of one task's edges: the block is run again, then back through it (DESIGN section 2).
+#pragma once
+
+#include "block.h"
+
+namespace egnn {
+namespace EGNN_ISA {
+
+template <class T>
+inline WeightOffsets weight_offsets(const Problem<T>& p) {
+  const int64_t matrix = static_cast<int64_t>(p.hidden + kWeightRows) * p.ld;
+  WeightOffsets at;
+  at.w2 = 0;
+  at.w3 = at.w2 + matrix;
+  at.b2 = at.w3 + matrix;
+  at.b3 = at.b2 + p.ld;
+  at.w_x = at.b3 + p.ld;
+  at.w_g = at.w_x + p.ld;
+  at.w_r = at.w_g + p.ld;
+  at.w_a = at.w_r + p.ld;
+  at.b_g = at.w_a + static_cast<int64_t>(p.attrs) * p.ld;
+  at.size = at.b_g + kWidth<T>;
+  return at;
+}
+
+template <class T>
+inline int64_t backward_scratch(const Problem<T>& p) {
+  return 8 * static_cast<int64_t>(kBlockRows) * p.ld + kBlockRows * kWidth<T> +
+         2 * kBlockRows * p.dim + 12 * kWidth<T>;
+}
+
+// The tiles of a worker, [kBlockRows, ld] each.
+template <class T>
+struct Tiles {
+  T *a1, *d1;      // first activation and its derivative
+  T *n, *d2;       // second; d2 becomes g_z2
+  T* m;            // the message: gate * mask * n (n itself where both are 1)
+  T *a3, *g_z3;    // the head's activation; w_x * derivative, then g_z3
+  T* g_m;          // gradient of the message
+  Vec<T>* sums;    // a vector of partial sums a row
+  T *d, *g_d;      // coordinate differences and their gradients, [rows, D]
+
+  Tiles(const Problem<T>& p, T* scratch) {
+    Carver<T> carve{scratch};
+    T** const tiles[] = {&a1, &d1, &n, &d2, &m, &a3, &g_z3, &g_m};
+    for (T** tile : tiles) {
+      *tile = carve.take(static_cast<int64_t>(kBlockRows) * p.ld);
+    }
+    sums = reinterpret_cast<Vec<T>*>(carve.take(kBlockRows * kWidth<T>));
+    d = carve.take(kBlockRows * p.dim);
+    g_d = carve.take(kBlockRows * p.dim);
+  }
+};
+
+// out [ld] += sum over the block's rows of factor[b] * tile[b]; factor null: 1
+template <class T>
+inline void add_columns(const Problem<T>& p, const T* tile, const T* factor, int count, T* out) {
+  for (int v = 0; v < p.vectors; ++v) {
+    const int column = v * kWidth<T>;
+    Vec<T> acc = load(out + column);
+    for (int b = 0; b < count; ++b) {
+      const Vec<T> value = load(tile + b * p.ld + column);
+      acc += factor != nullptr ? value * factor[b] : value;
+    }
+    store(out + column, acc);
+  }
+}
+
+// Runs the block forward, keeping what the way back needs.
+template <class T, int act>
+inline void recompute(const Problem<T>& p, Block<T>& blk, Tiles<T>& t) {
+  first_layer<T, act, true>(p, blk, t.a1, t.d1);
+  const int count = blk.count, ld = p.ld;
+  const T slope = p.slope;
+  Vec<T>* sums = t.sums;
+  {
+    clear_sums<T>(sums);
+    const T *b2 = p.b2, *w_g = p.w_g;
+    T *n = t.n, *d2 = t.d2;
+    const bool attention = p.attention;
+    gemm<T>(t.a1, ld, count, p.w2_forward, p.hidden, p.vectors, [&](int b, int v, Vec<T> z) {
+      const int column = v * kWidth<T>;
+      Vec<T> value, derivative;
+      activate_both<T, act>(z + load(b2 + column), slope, value, derivative);
+      store(n + b * ld + column, value);
+      store(d2 + b * ld + column, derivative);
+      if (attention) sums[b] += value * load(w_g + column);
+    });
+  }
+  gate_block(p, blk, sums);
+  const T* message = t.n;
+  if (p.attention || p.edge_mask != nullptr) {
+    for (int b = 0; b < count; ++b) {
+      const T factor = blk.gate[b] * blk.mask[b];
+      for (int v = 0; v < p.vectors; ++v) {
+        store(t.m + b * ld + v * kWidth<T>, load(t.n + b * ld + v * kWidth<T>) * factor);
+      }
+    }
+    message = t.m;
+  }
+  if (p.g_shift == nullptr) return;
+
+  clear_sums<T>(sums);
+  const T *b3 = p.b3, *w_x = p.w_x;
+  T *a3 = t.a3, *g_z3 = t.g_z3;
+  const bool keep = p.needs_w_x;
+  gemm<T>(message, ld, count, p.w3_forward, p.hidden, p.vectors, [&](int b, int v, Vec<T> z) {
+    const int column = v * kWidth<T>;
+    const Vec<T> w = load(w_x + column);
+    Vec<T> value, derivative;
+    activate_both<T, act>(z + load(b3 + column), slope, value, derivative);
+    if (keep) store(a3 + b * ld + column, value);
+    store(g_z3 + b * ld + column, derivative * w);
+    sums[b] += value * w;
+  });
+  for (int b = 0; b < count; ++b) {
+    const T s = horizontal_sum<T>(sums[b]);
+    blk.s[b] = p.tanh ? tanh_scalar(s) : s;
+  }
+}
+
+// Back through the coordinate head's output: g_s into `g_s`, the direction's share into t.g_d, and
+// the mask's share into g_mask.
+template <class T>
+inline void back_through_shift(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t, T* g_s,
+                               T* g_mask) {
+  for (int b = 0; b < blk.count; ++b) {
+    const T* g_row = p.g_shift + static_cast<int64_t>(blk.receiver[b]) * p.dim;
+    const T* d = t.d + b * p.dim;
+    T* g_d = t.g_d + b * p.dim;
+    const T inverse = blk.inverse_rho[b], s = blk.s[b], mask = blk.mask[b];
+    T g_tanh = 0, along = 0, masked = 0;
+    for (int c = 0; c < p.dim; ++c) {
+      const T u = d[c] * inverse;
+      const T su = s * u;
+      // as torch.clamp: the bound itself passes, NaN as well
+      const bool passes = p.clamp == 0 || !(su > p.clamp || su < -p.clamp);
+      const T g_t = passes ? mask * g_row[c] : T(0);
+      masked += g_row[c] * clamp_scalar(su, p.clamp);
+      g_tanh += g_t * u;
+      const T g_u = s * g_t;
+      along += d[c] * g_u;
+      g_d[c] = g_u * inverse;
+    }
+    if (p.norm > 0 && blk.r[b] != 0) {
+      const T factor = along * inverse * inverse / sqrt_scalar(blk.r[b]);
+      for (int c = 0; c < p.dim; ++c) g_d[c] -= factor * d[c];
+    }
+    g_s[b] = p.tanh ? g_tanh * (1 - s * s) : g_tanh;
+    g_mask[b] = masked;
+  }
+}
+
+// g_z2 into t.d2, given the gradient of the message: gate, mask and second activation.
+template <class T>
+inline void back_to_second(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t, T* g_mask,
+                           T* sums) {
+  const int count = blk.count, ld = p.ld;
+  const int full = p.hidden / kWidth<T>, rest = p.hidden - full * kWidth<T>;
+  const bool gated = p.attention || p.g_edge_mask != nullptr;
+  const bool has_mask = p.edge_mask != nullptr;
+  T *d2 = t.d2, *g_m_tile = t.g_m;
+  const T *g_m = p.g_m, *mask = blk.mask;
+  const int32_t* receiver = blk.receiver;
+  const int64_t hidden = p.hidden;
+  const auto finish = [&](int b, int v, Vec<T> g) {
+    const int column = v * kWidth<T>;
+    if (g_m != nullptr) {
+      const T* from = g_m + receiver[b] * hidden + column;
+      g += v < full ? load(from) : load_part(from, rest);
+    }
+    if (gated) {
+      store(g_m_tile + b * ld + column, g);
+      return;
+    }
+    if (has_mask) g *= mask[b];
+    store(d2 + b * ld + column, g * load(d2 + b * ld + column));
+  };
+  if (p.g_shift != nullptr) {
+    gemm<T>(t.g_z3, ld, count, p.w3_backward, p.hidden, p.vectors, finish);
+  } else {
+    for (int b = 0; b < count; ++b) {
+      for (int v = 0; v < p.vectors; ++v) finish(b, v, Vec<T>{});
+    }
+  }
+  if (!gated) return;
+
+  const int64_t w_g_at = p.at.w_g;
+  for (int b = 0; b < count; ++b) {
+    Vec<T> dot{};
+    for (int v = 0; v < p.vectors; ++v) {
+      dot += load(g_m_tile + b * ld + v * kWidth<T>) * load(t.n + b * ld + v * kWidth<T>);
+    }
+    const T q = horizontal_sum<T>(dot);
+    const T gate = blk.gate[b];
+    g_mask[b] += gate * q;
+    const T factor = gate * mask[b];
+    const T g_logit = p.attention ? mask[b] * q * gate * (1 - gate) : T(0);
+    for (int v = 0; v < p.vectors; ++v) {
+      const int column = v * kWidth<T>;
+      Vec<T> g = load(g_m_tile + b * ld + column) * factor;
+      if (p.attention) {
+        g += g_logit * load(p.w_g + column);
+        if (p.needs_w_g) {
+          store(sums + w_g_at + column,
+                load(sums + w_g_at + column) + g_logit * load(t.n + b * ld + column));
+        }
+      }
+      store(d2 + b * ld + column, g * load(d2 + b * ld + column));
+    }
+    if (p.attention && p.needs_w_g) sums[p.at.b_g] += g_logit;
+  }
+}
+
+// Back through the first linear: g_z1 [count, ld] is at hand; its sums to receivers, to the
+// distance and to the attributes.
+template <class T>
+inline void back_to_inputs(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t, const T* g_z1,
+                           T* g_d_out, T* sums, RowSink<T>& sink) {
+  const int count = blk.count, ld = p.ld;
+  if (p.g_pq != nullptr) sum_to_receivers(p, blk, g_z1, p.g_pq, 2 * static_cast<int64_t>(p.hidden), sink);
+  if (p.needs_first_weights) {
+    add_columns(p, g_z1, blk.r, count, sums + p.at.w_r);
+    for (int k = 0; k < p.attrs; ++k) {
+      T column[kBlockRows];
+      for (int b = 0; b < count; ++b) column[b] = blk.attr[b][k];
+      add_columns(p, g_z1, column, count, sums + p.at.w_a + static_cast<int64_t>(k) * ld);
+    }
+  }
+  if (p.g_edge_attr != nullptr) {
+    for (int b = 0; b < count; ++b) {
+      for (int k = 0; k < p.attrs; ++k) {
+        Vec<T> dot{};
+        for (int v = 0; v < p.vectors; ++v) {
+          dot += load(g_z1 + b * ld + v * kWidth<T>) * load(p.w_a + k * ld + v * kWidth<T>);
+        }
+        p.g_edge_attr[blk.edge[b] * p.attrs + k] = horizontal_sum<T>(dot);
+      }
+    }
+  }
+  if (p.g_coords != nullptr) {
+    for (int b = 0; b < count; ++b) {
+      const T twice = 2 * horizontal_sum<T>(t.sums[b]);
+      for (int c = 0; c < p.dim; ++c) {
+        const T through_r = twice * t.d[b * p.dim + c];
+        const T direct = p.g_shift != nullptr ? t.g_d[b * p.dim + c] : T(0);
+        g_d_out[b * p.dim + c] = direct + through_r;
+      }
+    }
+    sum_coords(p, blk, g_d_out, p.g_coords, sink);
+  }
+}
+
+template <class T, int act>
+inline void backward_block(const Problem<T>& p, Block<T>& blk, Tiles<T>& t, T* g_z1, T* g_d,
+                           T* sums, RowSink<T>& sink) {
+  const int count = blk.count, ld = p.ld;
+  T g_s[kBlockRows], g_mask[kBlockRows] = {};
+  recompute<T, act>(p, blk, t);
+  const T* message = p.attention || p.edge_mask != nullptr ? t.m : t.n;
+  if (p.g_shift != nullptr) {
+    back_through_shift(p, blk, t, g_s, g_mask);
+    for (int b = 0; b < count; ++b) {
+      for (int v = 0; v < p.vectors; ++v) {
+        T* place = t.g_z3 + b * ld + v * kWidth<T>;
+        store(place, load(place) * g_s[b]);
+      }
+    }
+    if (p.needs_w3) {
+      weight_gemm(t.g_z3, message, ld, count, p.hidden, p.vectors, sums + p.at.w3);
+      add_columns(p, t.g_z3, static_cast<const T*>(nullptr), count, sums + p.at.b3);
+    }
+    if (p.needs_w_x) add_columns(p, t.a3, g_s, count, sums + p.at.w_x);
+  }
+  back_to_second(p, blk, t, g_mask, sums);
+  if (p.g_edge_mask != nullptr) {
+    for (int b = 0; b < count; ++b) p.g_edge_mask[blk.edge[b]] = g_mask[b];
+  }
+  if (p.needs_w2) {
+    weight_gemm(t.d2, t.a1, ld, count, p.hidden, p.vectors, sums + p.at.w2);
+    add_columns(p, t.d2, static_cast<const T*>(nullptr), count, sums + p.at.b2);
+  }
+  if (!p.needs_first) return;
+
+  clear_sums<T>(t.sums);
+  const T *d1 = t.d1, *w_r = p.w_r;
+  Vec<T>* dots = t.sums;
+  const bool distance = p.g_coords != nullptr;
+  gemm<T>(t.d2, ld, count, p.w2_backward, p.hidden, p.vectors, [&](int b, int v, Vec<T> g) {
+    if (b >= count) return;  // the next rows belong to the next block
+    const int column = v * kWidth<T>;
+    const Vec<T> value = g * load(d1 + b * ld + column);
+    store(g_z1 + b * ld + column, value);
+    if (distance) dots[b] += value * load(w_r + column);
+  });
+  back_to_inputs(p, blk, t, g_z1, g_d, sums, sink);
+}
+
+// Sorts the task's edges by sender, stably: bytes of the key from the lowest up.
+inline void sort_senders(const int32_t* senders, int count, int64_t nodes, uint32_t* keys,
+                         uint16_t* places, uint32_t* spare_keys, uint16_t* spare_places) {
+  for (int k = 0; k < count; ++k) {
+    keys[k] = static_cast<uint32_t>(senders[k]);
+    places[k] = static_cast<uint16_t>(k);
+  }
+  uint32_t *from = keys, *to = spare_keys;
+  uint16_t *from_place = places, *to_place = spare_places;
+  for (int shift = 0; (nodes - 1) >> shift > 0; shift += 8) {
+    uint32_t start[257] = {};
+    for (int k = 0; k < count; ++k) ++start[((from[k] >> shift) & 255) + 1];
+    for (int k = 0; k < 256; ++k) start[k + 1] += start[k];
+    for (int k = 0; k < count; ++k) {
+      const uint32_t place = start[(from[k] >> shift) & 255]++;
+      to[place] = from[k];
+      to_place[place] = from_place[k];
+    }
+    uint32_t* const swap = from;
+    from = to;
+    to = swap;
+    uint16_t* const swap_place = from_place;
+    from_place = to_place;
+    to_place = swap_place;
+  }
+  if (from == keys) return;
+  for (int k = 0; k < count; ++k) {
+    keys[k] = from[k];
+    places[k] = from_place[k];
+  }
+}
+
+template <class T, int act>
+inline void backward_task(const Problem<T>& p, int64_t task, T* scratch) {
+  Tiles<T> tiles(p, scratch);
+  Block<T> blk;
+  const int64_t slot = task - p.wave_begin;
+  const int64_t begin = task * p.task_edges;
+  const int64_t end = begin + p.task_edges < p.edges ? begin + p.task_edges : p.edges;
+  T* sums = nullptr;
+  if (p.needs_weights) {
+    sums = p.weight_sums + slot * p.at.size;
+    memset(sums, 0, p.at.size * sizeof(T));
+  }
+  if ((p.g_pq != nullptr || p.g_coords != nullptr) && p.senders != nullptr) {
+    uint32_t* keys = p.sender_keys + slot * 2 * p.task_edges;
+    uint16_t* places = p.sender_places + slot * 2 * p.task_edges;
+    sort_senders(p.senders + begin, static_cast<int>(end - begin), p.nodes, keys, places,
+                 keys + p.task_edges, places + p.task_edges);
+  }
+  RowSink<T> sink(p, slot, begin, end);
+  int64_t row = find_row(p.rowptr, p.nodes, begin);
+  for (int64_t e = begin; e < end; e += kBlockEdges) {
+    const int count = static_cast<int>(end - e < kBlockEdges ? end - e : kBlockEdges);
+    const int64_t place = slot * p.task_edges + (e - begin);
+    gather_block(p, e, count, row, blk, tiles.d);
+    backward_block<T, act>(p, blk, tiles, p.g_z1 + place * p.ld, p.g_d + place * p.dim, sums, sink);
+  }
+}
+
+}  // namespace EGNN_ISA
+}  // namespace egnn

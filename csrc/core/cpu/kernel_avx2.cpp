@@ -1,0 +1,2 @@
+#define EGNN_ISA avx2
+#include "kernels.inc"

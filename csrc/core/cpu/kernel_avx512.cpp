@@ -1,0 +1,2 @@
+#define EGNN_ISA avx512
+#include "kernels.inc"

@@ -1,0 +1,2 @@
+#define EGNN_ISA portable
+#include "kernels.inc"

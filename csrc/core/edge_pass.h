@@ -1,0 +1,22 @@
+// The fused edge pass on the CPU, forward and backward: the core's interface.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "args.h"
+
+namespace egnn {
+
+// Both check the counts that only the core can see (rows of edge_attr and edge_mask against E) and
+// throw std::invalid_argument before anything is written.
+void forward(const Args& args);
+void backward(const Args& args);
+
+// Names: "portable", "avx2", "avx512". The one in use is the best that the machine has, unless
+// EGNN_FAST_CPU_ISA or set_instruction_set says otherwise.
+std::vector<std::string> supported_instruction_sets();
+std::string instruction_set();
+void set_instruction_set(const std::string& name);
+
+}  // namespace egnn

@@ -1,0 +1,27 @@
+#include "sorting.h"
+
+#include <vector>
+
+namespace egnn {
+
+bool sort_by_receiver(const int64_t* edges, int64_t num_edges, int64_t num_nodes, int64_t* rowptr,
+                      int32_t* senders, int32_t* perm) {
+  const int64_t* receivers = edges;
+  const int64_t* from = edges + num_edges;
+  for (int64_t i = 0; i <= num_nodes; ++i) rowptr[i] = 0;
+  bool sorted = true;
+  for (int64_t e = 0; e < num_edges; ++e) {
+    ++rowptr[receivers[e] + 1];
+    sorted = sorted && (e == 0 || receivers[e - 1] <= receivers[e]);
+  }
+  for (int64_t i = 0; i < num_nodes; ++i) rowptr[i + 1] += rowptr[i];
+  std::vector<int64_t> next(rowptr, rowptr + num_nodes);
+  for (int64_t e = 0; e < num_edges; ++e) {
+    const int64_t place = next[receivers[e]]++;
+    senders[place] = static_cast<int32_t>(from[e]);
+    perm[place] = static_cast<int32_t>(e);
+  }
+  return sorted;
+}
+
+}  // namespace egnn

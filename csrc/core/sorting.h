@@ -1,0 +1,13 @@
+// Counting sort of an edge list by receiver.
+#pragma once
+
+#include <cstdint>
+
+namespace egnn {
+
+// Stable. edges [2, E]: receivers, then senders, all in [0, num_nodes). Fills rowptr [N + 1],
+// senders [E] and perm [E] (old place of each edge); returns whether perm is the identity.
+bool sort_by_receiver(const int64_t* edges, int64_t num_edges, int64_t num_nodes, int64_t* rowptr,
+                      int32_t* senders, int32_t* perm);
+
+}  // namespace egnn

@@ -1,0 +1,66 @@
+// Memory of one call: a single block, handed out in pieces, kept by the thread for the next call.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace egnn {
+
+class Workspace {
+ public:
+  static constexpr int64_t kAlignment = 64;
+  // a thread keeps up to this many bytes between calls, so that small calls touch no fresh pages
+  static constexpr int64_t kKept = int64_t{16} << 20;
+
+  // Two rounds over the same requests: the first with a null block adds the sizes up.
+  template <class T>
+  T* take(int64_t count) {
+    const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment *
+                          kAlignment;
+    char* piece = block_ == nullptr ? nullptr : block_ + used_;
+    used_ += bytes;
+    return reinterpret_cast<T*>(piece);
+  }
+
+  // Ends the first round.
+  void allocate() {
+    if (used_ <= kKept) {
+      thread_local Held kept;
+      if (kept.size < used_) {
+        kept.memory.reset(allocate_bytes(used_));
+        kept.size = used_;
+      }
+      block_ = kept.memory.get();
+    } else {
+      own_.reset(allocate_bytes(used_));
+      block_ = own_.get();
+    }
+    used_ = 0;
+  }
+
+ private:
+  struct Free {
+    void operator()(char* memory) const { std::free(memory); }
+  };
+  using Memory = std::unique_ptr<char, Free>;
+  struct Held {
+    Memory memory;
+    int64_t size = 0;
+  };
+
+  static char* allocate_bytes(int64_t bytes) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, kAlignment, static_cast<size_t>(bytes)) != 0) {
+      throw std::bad_alloc();
+    }
+    return static_cast<char*>(memory);
+  }
+
+  char* block_ = nullptr;
+  int64_t used_ = 0;
+  Memory own_;
+};
+
+}  // namespace egnn
