@@ -1,0 +1,298 @@
+"""Problems on which a backend is compared with the reference: the table of ``egnn-fast check``.
+
+The tests build their larger table upon the same :class:`Case`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from egnn_fast import functional
+from egnn_fast.graph import Graph
+from egnn_fast.options import EdgeWeights, LayerWeights, Options
+
+Outputs = dict[str, Tensor]
+
+
+# orders of the edge list in which a problem runs: as given, reversed, shuffled
+ORDERS = 3
+
+
+class Problem(NamedTuple):
+    """A differentiable call: ``run(leaves, backend, order)`` gives named outputs.
+
+    All of the ``ORDERS`` orders are the same function of the leaves, summed another way.
+    """
+
+    leaves: dict[str, Tensor]
+    run: Callable[[dict[str, Tensor], str, int], Outputs]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A graph, widths and options, from which the same numbers are drawn each time.
+
+    Parameters
+    ----------
+    name : str
+        What the case is about.
+    graph : {"uniform", "power", "hub", "isolated", "sorted", "loops", "coincident", "complete"}
+        How receivers and senders are drawn: both uniformly; the k-th node receiving in
+        proportion to 1/(k+1)^1.5; all to node 0; to a tenth of the nodes only; uniformly but
+        given in receiver order; self-loops and repeated edges; uniformly with every second node
+        on the place of its neighbour; or all pairs of the components ``sizes``.
+    nodes, edges : int
+        N and E; for complete graphs they follow from ``sizes``.
+    hidden, dim, attrs : int
+        H, D and A.
+    mask : {None, "binary", "soft"}
+        The edge mask: none, zeros and ones, or numbers in (0, 1).
+    features, node_attrs, velocity, node_mask, residual
+        What :meth:`layer` adds to the edge pass; without residual the layer has F + 1 outputs.
+    """
+
+    name: str
+    graph: str = "uniform"
+    nodes: int = 30
+    edges: int = 200
+    sizes: tuple[int, ...] = ()
+    hidden: int = 16
+    dim: int = 3
+    attrs: int = 0
+    options: Options = field(default_factory=Options)
+    mask: str | None = None
+    features: int = 5
+    node_attrs: int = 0
+    velocity: bool = False
+    node_mask: bool = False
+    residual: bool = True
+
+    @property
+    def num_nodes(self) -> int:
+        """N."""
+        return sum(self.sizes) if self.graph == "complete" else self.nodes
+
+    def build_graph(self, relabel: Tensor | None = None) -> Graph:
+        """The case's graph; node i becomes node ``relabel[i]``."""
+        if self.graph == "complete" and relabel is None:
+            return Graph.complete(self.sizes)
+        edges = self.edge_index()
+        return Graph.from_edge_index(edges if relabel is None else relabel[edges], self.num_nodes)
+
+    def edge_index(self) -> Tensor:
+        """The case's edge list ``[2, E]``."""
+        if self.graph == "complete":
+            return Graph.complete(self.sizes).edge_index
+        draw = torch.Generator().manual_seed(1)
+        n, e = self.nodes, self.edges
+        if n == 0:
+            return torch.empty(2, 0, dtype=torch.int64)
+        edges = torch.randint(n, (2, e), generator=draw)
+        if self.graph == "power":
+            weight = torch.arange(1, n + 1).double() ** -1.5
+            edges[0] = torch.multinomial(weight, e, replacement=True, generator=draw)
+        elif self.graph == "hub":
+            edges[0] = 0
+        elif self.graph == "isolated":
+            edges[0] = edges[0] % max(1, n // 10) + n // 2
+        elif self.graph == "sorted":
+            edges[0] = edges[0].sort().values
+        elif self.graph == "loops":
+            edges[1, ::3] = edges[0, ::3]
+            edges[:, 1::3] = edges[:, :1]
+        elif self.graph not in ("uniform", "coincident"):
+            raise ValueError(f"graph: no kind of graph is called {self.graph!r}")
+        if self.graph != "loops" and n > 1:
+            edges[1] = (edges[0] + 1 + edges[1] % (n - 1)) % n
+        return edges
+
+    def edge_pass(self, dtype: torch.dtype) -> Problem:
+        """The fused operator alone: every input and weight of ``functional.egcl_messages``."""
+        graphs, draw, h = _Ordered(self.build_graph()), _Draw(dtype), self.hidden
+        leaves = {
+            "P": draw.normal(self.num_nodes, h),
+            "Q": draw.normal(self.num_nodes, h),
+            **self._edge_inputs(graphs.graph, draw),
+            "w_r": draw.uniform(h, fan_in=4),
+            "w2": draw.uniform(h, h, fan_in=h),
+            "b2": draw.uniform(h, fan_in=h),
+        }
+        if self.attrs:
+            leaves["w_a"] = draw.uniform(h, self.attrs, fan_in=self.attrs + 1)
+        if self.options.attention:
+            leaves |= {"w_g": draw.uniform(h, fan_in=h), "b_g": draw.uniform(1, fan_in=4)}
+        if self.options.updates_coords:
+            leaves |= {
+                "w3": draw.uniform(h, h, fan_in=h),
+                "b3": draw.uniform(h, fan_in=h),
+                "w_x": draw.uniform(h, fan_in=h),
+            }
+
+        def run(leaves: dict[str, Tensor], backend: str, order: int) -> Outputs:
+            graph, edge_attr, edge_mask = graphs.ordered(leaves, order)
+            weights = EdgeWeights(
+                leaves["w_r"], leaves.get("w_a"), leaves["w2"], leaves["b2"],
+                *(leaves.get(name) for name in ("w_g", "b_g", "w3", "b3", "w_x")),
+            )  # fmt: skip
+            m, x = functional.egcl_messages(
+                leaves["P"], leaves["Q"], leaves["x"], graph, weights, self.options,
+                edge_attr=edge_attr, edge_mask=edge_mask,
+                backend=backend,
+            )  # fmt: skip
+            return {"M": m} if x is None else {"M": m, "X": x}
+
+        return Problem(leaves, run)
+
+    def layer(self, dtype: torch.dtype, relabel: Tensor | None = None) -> Problem:
+        """A whole layer: every input and weight of ``functional.egcl``."""
+        graphs, draw = _Ordered(self.build_graph(relabel)), _Draw(dtype)
+        h, f = self.hidden, self.features
+        out = f if self.residual else f + 1
+        shapes: dict[str, tuple[int, ...]] = {
+            "edge_w1": (h, 2 * f + 1 + self.attrs), "edge_b1": (h,),
+            "edge_w2": (h, h), "edge_b2": (h,),
+            "node_w1": (h, f + h + self.node_attrs), "node_b1": (h,),
+            "node_w2": (out, h), "node_b2": (out,),
+        }  # fmt: skip
+        if self.options.attention:
+            shapes |= {"att_w": (1, h), "att_b": (1,)}
+        if self.options.updates_coords:
+            shapes |= {"coord_w1": (h, h), "coord_b1": (h,), "coord_w2": (1, h)}
+        if self.velocity:
+            shapes |= {"vel_w1": (h, f), "vel_b1": (h,), "vel_w2": (1, h), "vel_b2": (1,)}
+        leaves = {"h": draw.normal(self.num_nodes, f), **self._edge_inputs(graphs.graph, draw)}
+        leaves |= {name: draw.uniform(*s, fan_in=s[-1]) for name, s in shapes.items()}
+        if self.node_attrs:
+            leaves["node_attr"] = draw.normal(self.num_nodes, self.node_attrs)
+        if self.velocity:
+            leaves["v"] = draw.normal(self.num_nodes, self.dim)
+        if self.node_mask:
+            leaves["node_mask"] = draw.mask(self.num_nodes, "soft")
+
+        def run(leaves: dict[str, Tensor], backend: str, order: int) -> Outputs:
+            graph, edge_attr, edge_mask = graphs.ordered(leaves, order)
+            weights = LayerWeights(**{name: leaves[name] for name in shapes})
+            new_h, new_x, _ = functional.egcl(
+                leaves["h"], leaves["x"], graph, weights, self.options,
+                edge_attr=edge_attr, node_attr=leaves.get("node_attr"),
+                edge_mask=edge_mask, node_mask=leaves.get("node_mask"),
+                v=leaves.get("v"), residual=self.residual, backend=backend,
+            )  # fmt: skip
+            return {"h": new_h, "x": new_x}
+
+        return Problem(leaves, run)
+
+    def _edge_inputs(self, graph: Graph, draw: _Draw) -> dict[str, Tensor]:
+        x = draw.normal(self.num_nodes, self.dim)
+        if self.graph == "coincident":
+            x[1::2] = x[::2][: x[1::2].shape[0]]
+        inputs = {"x": x}
+        if self.attrs:
+            inputs["edge_attr"] = draw.normal(graph.num_edges, self.attrs)
+        if self.mask is not None:
+            inputs["edge_mask"] = draw.mask(graph.num_edges, self.mask)
+        return inputs
+
+
+class _Ordered:
+    """A graph with its edge list in the ``ORDERS`` orders."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+
+    def ordered(
+        self, leaves: dict[str, Tensor], order: int
+    ) -> tuple[Graph, Tensor | None, Tensor | None]:
+        """The graph and what goes with its edges."""
+        attr, mask = leaves.get("edge_attr"), leaves.get("edge_mask")
+        if order == 0:
+            return self.graph, attr, mask
+        draw = torch.Generator().manual_seed(order)
+        place = torch.arange(self.graph.num_edges)
+        place = place.flip(0) if order == 1 else place[torch.randperm(len(place), generator=draw)]
+        graph = Graph.from_edge_index(self.graph.edge_index[:, place], self.graph.num_nodes)
+        return (
+            graph,
+            None if attr is None else attr[place],
+            None if mask is None else mask[place],
+        )
+
+
+class _Draw:
+    """Random tensors: the same numbers for every dtype, but for their rounding."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.generator = torch.Generator().manual_seed(2)
+
+    def normal(self, *shape: int) -> Tensor:
+        return self._rounded(torch.randn(shape, generator=self.generator, dtype=torch.float64))
+
+    def uniform(self, *shape: int, fan_in: int) -> Tensor:
+        """As ``torch.nn.Linear`` draws its weights, a little wider."""
+        values = torch.rand(shape, generator=self.generator, dtype=torch.float64)
+        return self._rounded((values * 2 - 1) * (2 / fan_in) ** 0.5)
+
+    def mask(self, rows: int, kind: str) -> Tensor:
+        values = torch.rand(rows, generator=self.generator, dtype=torch.float64)
+        return self._rounded(values if kind == "soft" else (values > 0.3).double())
+
+    def _rounded(self, values: Tensor) -> Tensor:
+        return values.to(self.dtype)
+
+
+def check_cases(quick: bool) -> tuple[Case, ...]:
+    """The cases of ``egnn-fast check``: every option, every kind of graph, odd and even widths."""
+    cases = (
+        Case("plain, H 16"),
+        Case(
+            "edge attributes, soft mask, velocity", attrs=4, mask="soft", velocity=True, hidden=33
+        ),
+        Case(
+            "attention, tanh, unit norm, mean",
+            options=Options(attention=True, coord_tanh=True, coord_norm="unit"),
+            node_attrs=2,
+        ),
+        Case(
+            "complete components, norm k, clamp, sum",
+            graph="complete",
+            sizes=(5, 1, 9, 2, 0, 12),
+            attrs=2,
+            mask="binary",
+            options=Options(coord_norm=1.0, coord_clamp=0.1, coord_agg="sum", coord_scale=0.5),
+        ),
+        Case(
+            "no coordinate head, attention, mask",
+            options=Options(coord_agg=None, attention=True),
+            mask="binary",
+            node_mask=True,
+            attrs=4,
+            residual=False,
+        ),
+        Case("relu, isolated nodes", graph="isolated", options=Options(activation="relu")),
+        Case(
+            "leaky relu, self-loops",
+            graph="loops",
+            options=Options(activation="leaky_relu", negative_slope=0.2, coord_norm=0.5),
+        ),
+        Case("coincident points, D 2", graph="coincident", dim=2, options=Options(coord_norm=1.0)),
+    )
+    if quick:
+        return cases
+    return (
+        *cases,
+        Case("H 64", hidden=64, nodes=200, edges=4097, attrs=1),
+        Case("H 128, D 8, degrees by a power law", "power", 150, 2000, hidden=128, dim=8),
+        Case("H 1, D 1", hidden=1, dim=1),
+        Case("D 16, sum", dim=16, hidden=20, options=Options(coord_agg="sum")),
+        Case("one hub of 5,000 edges", "hub", 50, 5000, hidden=32, mask="soft"),
+        Case("complete, H 64", "complete", sizes=(5,) * 40, hidden=64, attrs=2, velocity=True),
+        Case("no edges", nodes=4, edges=0),
+        Case("no nodes", nodes=0, edges=0, attrs=1),
+        Case("one node, its own neighbour", "loops", 1, 1),
+    )

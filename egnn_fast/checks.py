@@ -1,0 +1,315 @@
+"""Does every backend compute what the reference computes? The work behind ``egnn-fast check``.
+
+:func:`run` is the entry point; it returns a :class:`Report`::
+
+    report = run(quick=True, progress=print)
+    report.rows           # Row: backend, dtype, case, quantity, error, bound, worst, passed
+    report.equivariance   # EquivarianceRow: backend, dtype, dim, symmetry, error, bound, passed
+    report.missing        # {"triton": "why it was not checked", ...}
+    report.passed         # False: exit with a non-zero status
+    report.to_json()      # all of it as text
+
+Quantities are outputs, the gradients of every input and every weight, and second-order gradients
+(the derivative of a random combination of the gradients). An error is ``max|a - b| / max|b|`` of a
+tensor, with b from the reference in float64; a row holds a quantity's worst tensor. In float64 at
+most 1e-11 passes; below, twice the error that the reference makes in the same dtype (the largest
+of three orders of summation), plus a few ulp.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from egnn_fast._cases import ORDERS, Case, Outputs, Problem, check_cases
+from egnn_fast.backends import (
+    BACKENDS,
+    BackendError,
+    check_name,
+    instruction_set,
+    unavailable,
+)
+from egnn_fast.options import Options
+
+QUANTITIES = ("outputs", "gradients", "second order")
+DTYPES = (torch.float64, torch.float32)
+DIMS = (2, 3, 8)
+SYMMETRIES = ("rotation", "reflection", "translation", "permutation")
+FLOAT64_BOUND = 1e-11
+# two roundings of an operand at either end of a sum, in units of the last place
+ULPS = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """How far one backend's quantity of one case lies from the reference."""
+
+    backend: str
+    dtype: str
+    case: str
+    quantity: str
+    error: float
+    bound: float
+    worst: str  # the tensor with the largest error
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within its bound."""
+        return self.error <= self.bound
+
+
+@dataclass(frozen=True)
+class EquivarianceRow:
+    """How far a layer's output moves away from its input's symmetry."""
+
+    backend: str
+    dtype: str
+    dim: int
+    symmetry: str
+    error: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within its bound."""
+        return self.error <= self.bound
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a check found."""
+
+    rows: tuple[Row, ...]
+    equivariance: tuple[EquivarianceRow, ...]
+    missing: dict[str, str]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether something was checked and all of it passed."""
+        lines: list[Row | EquivarianceRow] = [*self.rows, *self.equivariance]
+        return len(lines) > 0 and all(line.passed for line in lines)
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The report as JSON; a number that is none is written as null."""
+
+        def record(line: Row | EquivarianceRow) -> dict[str, object]:
+            error = line.error if math.isfinite(line.error) else None
+            return {**asdict(line), "error": error, "passed": line.passed}
+
+        content = {
+            "passed": self.passed,
+            "torch": torch.__version__,
+            "instruction_sets": {
+                name: instruction_set(name) for name in BACKENDS if unavailable(name) is None
+            },
+            "missing": self.missing,
+            "seconds": self.seconds,
+            "rows": [record(row) for row in self.rows],
+            "equivariance": [record(row) for row in self.equivariance],
+        }
+        return json.dumps(content, indent=indent)
+
+
+def run(
+    backends: Sequence[str] | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    quick: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Report:
+    """Compare backends with the reference.
+
+    Parameters
+    ----------
+    backends : sequence of str, optional
+        Which ones; all that are available here by default. ``"reference"`` itself is tested for
+        equivariance only.
+    dtypes : sequence of torch.dtype, optional
+        float64 and float32 by default.
+    quick : bool
+        A subset of the cases: seconds rather than a minute.
+    progress : callable, optional
+        Called with a line of text before each case.
+
+    Raises
+    ------
+    ValueError
+        ``backends`` names one that does not exist, or ``dtypes`` one that no backend computes in.
+    BackendError
+        ``backends`` names one that cannot run here.
+    """
+    start = time.perf_counter()
+    names, missing = _resolve(backends)
+    chosen = tuple(DTYPES if dtypes is None else dtypes)
+    for dtype in chosen:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtypes: expected some of {DTYPES}, got {dtype}")
+    say = progress or (lambda line: None)
+    fused = [name for name in names if name != "reference"]
+    rows: list[Row] = []
+    for case in check_cases(quick) if fused else ():
+        say(case.name)
+        for dtype in chosen:
+            rows += compare(case.layer(dtype), case.name, fused, dtype)
+    moved: list[EquivarianceRow] = []
+    for dim in DIMS:
+        say(f"equivariance, D {dim}")
+        for dtype in chosen:
+            moved += equivariance(names, dtype, dim)
+    return Report(tuple(rows), tuple(moved), missing, time.perf_counter() - start)
+
+
+def compare(
+    problem: Problem, name: str, backends: Sequence[str], dtype: torch.dtype
+) -> Iterator[Row]:
+    """Rows for one problem in one dtype: each backend's quantities against the reference's."""
+    exact = Problem({k: t.double() for k, t in problem.leaves.items()}, problem.run)
+    truth = evaluate(exact, "reference")
+    orders = 0 if dtype == torch.float64 else ORDERS
+    plain = [evaluate(problem, "reference", order) for order in range(orders)]
+    for backend in backends:
+        found = evaluate(problem, backend)
+        for quantity in QUANTITIES:
+            lines = []
+            for key, right in truth[quantity].items():
+                allowed = bound(dtype, [relative_error(p[quantity][key], right) for p in plain])
+                error = relative_error(found[quantity][key], right)
+                lines.append(Row(backend, _name(dtype), name, quantity, error, allowed, key))
+            # the tensor that goes furthest towards its bound stands for its quantity
+            yield max(lines, key=lambda row: row.error / row.bound)
+
+
+def evaluate(problem: Problem, backend: str, order: int = 0) -> dict[str, Outputs]:
+    """Outputs, gradients and second-order gradients of a problem, by name; None counts as 0."""
+    draw = torch.Generator().manual_seed(3)
+
+    def random_like(tensor: Tensor) -> Tensor:
+        values = torch.randn(tensor.shape, generator=draw, dtype=torch.float64)
+        return values.to(tensor.dtype)
+
+    leaves = {k: t.detach().clone().requires_grad_() for k, t in problem.leaves.items()}
+    outputs = problem.run(leaves, backend, order)
+    towards = {f"grad of {k}": random_like(t).requires_grad_() for k, t in outputs.items()}
+    first = _gradients(list(outputs.values()), list(towards.values()), leaves, create_graph=True)
+    directions = [random_like(g) for g in first.values()]
+    chain = [(g, v) for g, v in zip(first.values(), directions, strict=True) if g.requires_grad]
+    second = _gradients(
+        [g for g, _ in chain], [v for _, v in chain], leaves | towards, create_graph=False
+    )
+    found = dict(zip(QUANTITIES, (outputs, first, second), strict=True))
+    return {k: {n: t.detach() for n, t in tensors.items()} for k, tensors in found.items()}
+
+
+def relative_error(value: Tensor, right: Tensor) -> float:
+    """``max|a - b| / max|b|``; infinite where either is not finite, absolute where b is 0."""
+    if value.shape != right.shape:
+        raise ValueError(f"value: expected shape {list(right.shape)}, got {list(value.shape)}")
+    if value.numel() == 0:
+        return 0.0
+    error = float((value.double() - right.double()).abs().max())
+    scale = float(right.abs().max())
+    if not math.isfinite(error):
+        return math.inf
+    return error / scale if scale > 0 else error
+
+
+def bound(dtype: torch.dtype, plain: Sequence[float]) -> float:
+    """The largest error that passes, given those of plain PyTorch in the same dtype.
+
+    A few roundings may happen to cancel, so several runs of plain PyTorch, equal but for the
+    order in which they sum, say what its error is.
+    """
+    if dtype == torch.float64:
+        return FLOAT64_BOUND
+    return 2 * max(plain) + ULPS * torch.finfo(dtype).eps
+
+
+def _gradients(
+    outputs: list[Tensor], towards: list[Tensor], inputs: Outputs, create_graph: bool
+) -> Outputs:
+    grads: tuple[Tensor | None, ...] = torch.autograd.grad(
+        outputs, list(inputs.values()), towards, create_graph=create_graph, allow_unused=True
+    )
+    return {
+        name: torch.zeros_like(t) if g is None else g
+        for (name, t), g in zip(inputs.items(), grads, strict=True)
+    }
+
+
+def equivariance(
+    backends: Sequence[str], dtype: torch.dtype, dim: int
+) -> Iterator[EquivarianceRow]:
+    """Rows for each symmetry: ``f(T inputs)`` against ``T f(inputs)``, relative to the latter."""
+    case = Case(
+        "equivariance",
+        dim=dim,
+        attrs=2,
+        velocity=True,
+        options=Options(attention=True, coord_norm=1.0),
+    )
+    for symmetry in SYMMETRIES:
+        plain = [_deviation(case, symmetry, dtype, "reference", k) for k in range(ORDERS)]
+        for backend in backends:
+            error = _deviation(case, symmetry, dtype, backend)
+            yield EquivarianceRow(backend, _name(dtype), dim, symmetry, error, bound(dtype, plain))
+
+
+def _deviation(
+    case: Case, symmetry: str, dtype: torch.dtype, backend: str, order: int = 0
+) -> float:
+    """How far the layer's output on transformed inputs is from its transformed output."""
+    draw = torch.Generator().manual_seed(4)
+    matrix = torch.eye(case.dim, dtype=torch.float64)
+    shift = torch.zeros(case.dim, dtype=torch.float64)
+    relabel = torch.arange(case.num_nodes)
+    if symmetry == "rotation":
+        random = torch.randn(case.dim, case.dim, generator=draw, dtype=torch.float64)
+        matrix = torch.linalg.qr(random).Q
+        matrix[0] *= torch.linalg.det(matrix)
+    elif symmetry == "reflection":
+        normal = torch.randn(case.dim, generator=draw, dtype=torch.float64)
+        matrix -= 2 * torch.outer(normal, normal) / normal.dot(normal)
+    elif symmetry == "translation":
+        shift = torch.randn(case.dim, generator=draw, dtype=torch.float64)
+    else:
+        relabel = torch.randperm(case.num_nodes, generator=draw)
+
+    def transform(values: dict[str, Tensor]) -> dict[str, Tensor]:
+        moved = {k: values[k].double() for k in ("h", "x", "v") if k in values}
+        moved["x"] = moved["x"] @ matrix.T + shift
+        if "v" in moved:
+            moved["v"] = moved["v"] @ matrix.T
+        old = relabel.argsort()
+        return {k: t[old] for k, t in moved.items()}
+
+    here, there = case.layer(dtype), case.layer(dtype, relabel)
+    inputs = there.leaves | {k: t.to(dtype) for k, t in transform(here.leaves).items()}
+    right = transform(here.run(here.leaves, backend, order))
+    found = there.run(inputs, backend, order)
+    return max(relative_error(found[name], right[name]) for name in right)
+
+
+def _resolve(names: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:
+    """The backends to check, and why the others are left out."""
+    if names is None:
+        reasons = {name: unavailable(name) for name in BACKENDS}
+        return [n for n, why in reasons.items() if why is None], {
+            n: why for n, why in reasons.items() if why is not None
+        }
+    for name in names:
+        if name == "auto":
+            raise ValueError(f"backends: expected some of {BACKENDS}, got 'auto'")
+        reason = unavailable(check_name(name, "backends"))
+        if reason is not None:
+            raise BackendError(f"backend {name!r} cannot run here: {reason}")
+    return list(dict.fromkeys(names)), {}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
