@@ -18,6 +18,8 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 ENV_BACKEND = "EGNN_FAST_BACKEND"
 
 _override: ContextVar[str | None] = ContextVar("egnn_fast_backend", default=None)
+# the same for a traced region: Dynamo cannot read a ContextVar, but guards on a global
+_traced_override: str | None = None
 _warned: set[str] = set()
 
 
@@ -59,11 +61,14 @@ def use_backend(name: str) -> Iterator[None]:
 
     It goes before ``EGNN_FAST_BACKEND``; a ``backend=`` argument other than None goes before it.
     """
+    global _traced_override
     token = _override.set(check_name(name, "name"))
+    _traced_override = name
     try:
         yield
     finally:
         _override.reset(token)
+        _traced_override = _override.get()
 
 
 def check_name(name: str, argument: str) -> str:
@@ -77,7 +82,7 @@ def requested(argument: str | None) -> str:
     """What the user asked for: the argument, the context, the environment, else "auto"."""
     if argument is not None:
         return check_name(argument, "backend")
-    override = _override.get()
+    override = _traced_override if torch.compiler.is_compiling() else _override.get()
     if override is not None:
         return override
     return check_name(os.environ.get(ENV_BACKEND, "auto"), ENV_BACKEND)
@@ -175,6 +180,7 @@ def _candidates(device: str) -> tuple[str, ...]:
     return ("cpu",) if device == "cpu" else ("cuda", "triton")
 
 
+@torch.compiler.assume_constant_result  # a traced call warns while it is traced
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
