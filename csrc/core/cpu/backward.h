@@ -25,8 +25,7 @@ inline WeightOffsets weight_offsets(const Problem<T>& p) {
 
 template <class T>
 inline int64_t backward_scratch(const Problem<T>& p) {
-  return 8 * static_cast<int64_t>(kBlockRows) * p.ld + kBlockRows * kWidth<T> +
-         2 * kBlockRows * p.dim + 12 * kWidth<T>;
+  return 8 * static_cast<int64_t>(kBlockRows) * p.ld + 2 * kBlockRows * p.dim + 10 * kWidth<T>;
 }
 
 // The tiles of a worker, [kBlockRows, ld] each.
@@ -37,7 +36,6 @@ struct Tiles {
   T* m;            // the message: gate * mask * n (n itself where both are 1)
   T *a3, *g_z3;    // the head's activation; w_x * derivative, then g_z3
   T* g_m;          // gradient of the message
-  Vec<T>* sums;    // a vector of partial sums a row
   T *d, *g_d;      // coordinate differences and their gradients, [rows, D]
 
   Tiles(const Problem<T>& p, T* scratch) {
@@ -46,11 +44,17 @@ struct Tiles {
     for (T** tile : tiles) {
       *tile = carve.take(static_cast<int64_t>(kBlockRows) * p.ld);
     }
-    sums = reinterpret_cast<Vec<T>*>(carve.take(kBlockRows * kWidth<T>));
     d = carve.take(kBlockRows * p.dim);
     g_d = carve.take(kBlockRows * p.dim);
   }
 };
+
+template <class T>
+EGNN_INLINE T dot(const T* a, const T* b, int vectors) {
+  Vec<T> sum{};
+  for (int v = 0; v < vectors; ++v) sum += load(a + v * kWidth<T>) * load(b + v * kWidth<T>);
+  return horizontal_sum<T>(sum);
+}
 
 // out [ld] += sum over the block's rows of factor[b] * tile[b]; factor null: 1
 template <class T>
@@ -66,57 +70,52 @@ inline void add_columns(const Problem<T>& p, const T* tile, const T* factor, int
   }
 }
 
-// Runs the block forward, keeping what the way back needs.
+// Runs the block forward, keeping what the way back needs; returns the message's tile.
 template <class T, int act>
-inline void recompute(const Problem<T>& p, Block<T>& blk, Tiles<T>& t) {
-  first_layer<T, act, true>(p, blk, t.a1, t.d1);
-  const int count = blk.count, ld = p.ld;
+inline const T* recompute(const Problem<T>& p, Block<T>& blk, Tiles<T>& t) {
+  const int count = blk.count, ld = p.ld, vectors = p.vectors;
   const T slope = p.slope;
-  Vec<T>* sums = t.sums;
-  {
-    clear_sums<T>(sums);
-    const T *b2 = p.b2, *w_g = p.w_g;
-    T *n = t.n, *d2 = t.d2;
-    const bool attention = p.attention;
-    gemm<T>(t.a1, ld, count, p.w2_forward, p.hidden, p.vectors, [&](int b, int v, Vec<T> z) {
+  const bool scaled = p.attention || p.edge_mask != nullptr;
+  first_layer<T, act, true>(p, blk, t.a1, t.d1);
+  gemm(t.a1, ld, count, p.w2_forward, p.hidden, vectors, p.b2, t.n);
+  for (int b = 0; b < count; ++b) {
+    T *n = t.n + b * ld, *d2 = t.d2 + b * ld, *m = t.m + b * ld;
+    Vec<T> logit{};
+    for (int v = 0; v < vectors; ++v) {
       const int column = v * kWidth<T>;
       Vec<T> value, derivative;
-      activate_both<T, act>(z + load(b2 + column), slope, value, derivative);
-      store(n + b * ld + column, value);
-      store(d2 + b * ld + column, derivative);
-      if (attention) sums[b] += value * load(w_g + column);
-    });
-  }
-  gate_block(p, blk, sums);
-  const T* message = t.n;
-  if (p.attention || p.edge_mask != nullptr) {
-    for (int b = 0; b < count; ++b) {
-      const T factor = blk.gate[b] * blk.mask[b];
-      for (int v = 0; v < p.vectors; ++v) {
-        store(t.m + b * ld + v * kWidth<T>, load(t.n + b * ld + v * kWidth<T>) * factor);
-      }
+      activate_both<T, act>(load(n + column), slope, value, derivative);
+      store(n + column, value);
+      store(d2 + column, derivative);
+      if (scaled) logit += value * load(p.w_g + column);
     }
-    message = t.m;
+    if (!scaled) continue;
+    if (p.attention) blk.gate[b] = sigmoid_scalar(horizontal_sum<T>(logit) + p.b_g);
+    const T factor = blk.gate[b] * blk.mask[b];
+    for (int v = 0; v < vectors; ++v) {
+      store(m + v * kWidth<T>, load(n + v * kWidth<T>) * factor);
+    }
   }
-  if (p.g_shift == nullptr) return;
+  const T* message = scaled ? t.m : t.n;
+  if (p.g_shift == nullptr) return message;
 
-  clear_sums<T>(sums);
-  const T *b3 = p.b3, *w_x = p.w_x;
-  T *a3 = t.a3, *g_z3 = t.g_z3;
-  const bool keep = p.needs_w_x;
-  gemm<T>(message, ld, count, p.w3_forward, p.hidden, p.vectors, [&](int b, int v, Vec<T> z) {
-    const int column = v * kWidth<T>;
-    const Vec<T> w = load(w_x + column);
-    Vec<T> value, derivative;
-    activate_both<T, act>(z + load(b3 + column), slope, value, derivative);
-    if (keep) store(a3 + b * ld + column, value);
-    store(g_z3 + b * ld + column, derivative * w);
-    sums[b] += value * w;
-  });
+  gemm(message, ld, count, p.w3_forward, p.hidden, vectors, p.b3, t.a3);
   for (int b = 0; b < count; ++b) {
-    const T s = horizontal_sum<T>(sums[b]);
+    T *a3 = t.a3 + b * ld, *g_z3 = t.g_z3 + b * ld;
+    Vec<T> sum{};
+    for (int v = 0; v < vectors; ++v) {
+      const int column = v * kWidth<T>;
+      const Vec<T> w = load(p.w_x + column);
+      Vec<T> value, derivative;
+      activate_both<T, act>(load(a3 + column), slope, value, derivative);
+      store(a3 + column, value);
+      store(g_z3 + column, derivative * w);
+      sum += value * w;
+    }
+    const T s = horizontal_sum<T>(sum);
     blk.s[b] = p.tanh ? tanh_scalar(s) : s;
   }
+  return message;
 }
 
 // Back through the coordinate head's output: g_s into `g_s`, the direction's share into t.g_d, and
@@ -151,64 +150,57 @@ inline void back_through_shift(const Problem<T>& p, const Block<T>& blk, Tiles<T
   }
 }
 
-// g_z2 into t.d2, given the gradient of the message: gate, mask and second activation.
+// The gradient of the message, g_m = gM_i + W3^T g_z3, into t.g_m.
+template <class T>
+inline void message_gradient(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t) {
+  const int full = p.hidden / kWidth<T>, rest = p.hidden - full * kWidth<T>;
+  const bool head = p.g_shift != nullptr;
+  if (head) {
+    gemm(t.g_z3, p.ld, blk.count, p.w3_backward, p.hidden, p.vectors, static_cast<T*>(nullptr),
+         t.g_m);
+    if (p.g_m == nullptr) return;
+  }
+  for (int b = 0; b < blk.count; ++b) {
+    const T* from = p.g_m + static_cast<int64_t>(blk.receiver[b]) * p.hidden;
+    T* row = t.g_m + b * p.ld;
+    const auto add = [&](int column, Vec<T> g) {
+      store(row + column, head ? load(row + column) + g : g);
+    };
+    for (int v = 0; v < full; ++v) add(v * kWidth<T>, load(from + v * kWidth<T>));
+    if (rest != 0) add(full * kWidth<T>, load_part(from + full * kWidth<T>, rest));
+  }
+}
+
+// From the gradient of the message to g_z2, in t.d2: mask, gate and second activation.
 template <class T>
 inline void back_to_second(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t, T* g_mask,
                            T* sums) {
-  const int count = blk.count, ld = p.ld;
-  const int full = p.hidden / kWidth<T>, rest = p.hidden - full * kWidth<T>;
+  const int count = blk.count, ld = p.ld, vectors = p.vectors;
+  message_gradient(p, blk, t);
   const bool gated = p.attention || p.g_edge_mask != nullptr;
-  const bool has_mask = p.edge_mask != nullptr;
-  T *d2 = t.d2, *g_m_tile = t.g_m;
-  const T *g_m = p.g_m, *mask = blk.mask;
-  const int32_t* receiver = blk.receiver;
-  const int64_t hidden = p.hidden;
-  const auto finish = [&](int b, int v, Vec<T> g) {
-    const int column = v * kWidth<T>;
-    if (g_m != nullptr) {
-      const T* from = g_m + receiver[b] * hidden + column;
-      g += v < full ? load(from) : load_part(from, rest);
-    }
-    if (gated) {
-      store(g_m_tile + b * ld + column, g);
-      return;
-    }
-    if (has_mask) g *= mask[b];
-    store(d2 + b * ld + column, g * load(d2 + b * ld + column));
-  };
-  if (p.g_shift != nullptr) {
-    gemm<T>(t.g_z3, ld, count, p.w3_backward, p.hidden, p.vectors, finish);
-  } else {
-    for (int b = 0; b < count; ++b) {
-      for (int v = 0; v < p.vectors; ++v) finish(b, v, Vec<T>{});
-    }
-  }
-  if (!gated) return;
-
-  const int64_t w_g_at = p.at.w_g;
   for (int b = 0; b < count; ++b) {
-    Vec<T> dot{};
-    for (int v = 0; v < p.vectors; ++v) {
-      dot += load(g_m_tile + b * ld + v * kWidth<T>) * load(t.n + b * ld + v * kWidth<T>);
+    const T *g_m = t.g_m + b * ld, *n = t.n + b * ld;
+    T* d2 = t.d2 + b * ld;
+    const T gate = blk.gate[b], factor = gate * blk.mask[b];
+    T g_logit = 0;
+    if (gated) {
+      const T q = dot(g_m, n, vectors);
+      g_mask[b] += gate * q;
+      if (p.attention) g_logit = blk.mask[b] * q * gate * (1 - gate);
     }
-    const T q = horizontal_sum<T>(dot);
-    const T gate = blk.gate[b];
-    g_mask[b] += gate * q;
-    const T factor = gate * mask[b];
-    const T g_logit = p.attention ? mask[b] * q * gate * (1 - gate) : T(0);
-    for (int v = 0; v < p.vectors; ++v) {
+    for (int v = 0; v < vectors; ++v) {
       const int column = v * kWidth<T>;
-      Vec<T> g = load(g_m_tile + b * ld + column) * factor;
-      if (p.attention) {
-        g += g_logit * load(p.w_g + column);
-        if (p.needs_w_g) {
-          store(sums + w_g_at + column,
-                load(sums + w_g_at + column) + g_logit * load(t.n + b * ld + column));
-        }
-      }
-      store(d2 + b * ld + column, g * load(d2 + b * ld + column));
+      Vec<T> g = load(g_m + column) * factor;
+      if (p.attention) g += g_logit * load(p.w_g + column);
+      store(d2 + column, g * load(d2 + column));
     }
-    if (p.attention && p.needs_w_g) sums[p.at.b_g] += g_logit;
+    if (!p.needs_w_g) continue;
+    T* w_g = sums + p.at.w_g;
+    for (int v = 0; v < vectors; ++v) {
+      const int column = v * kWidth<T>;
+      store(w_g + column, load(w_g + column) + g_logit * load(n + column));
+    }
+    sums[p.at.b_g] += g_logit;
   }
 }
 
@@ -217,7 +209,7 @@ inline void back_to_second(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t
 template <class T>
 inline void back_to_inputs(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t, const T* g_z1,
                            T* g_d_out, T* sums, RowSink<T>& sink) {
-  const int count = blk.count, ld = p.ld;
+  const int count = blk.count, ld = p.ld, vectors = p.vectors;
   if (p.g_pq != nullptr) sum_to_receivers(p, blk, g_z1, p.g_pq, 2 * static_cast<int64_t>(p.hidden), sink);
   if (p.needs_first_weights) {
     add_columns(p, g_z1, blk.r, count, sums + p.at.w_r);
@@ -230,17 +222,13 @@ inline void back_to_inputs(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t
   if (p.g_edge_attr != nullptr) {
     for (int b = 0; b < count; ++b) {
       for (int k = 0; k < p.attrs; ++k) {
-        Vec<T> dot{};
-        for (int v = 0; v < p.vectors; ++v) {
-          dot += load(g_z1 + b * ld + v * kWidth<T>) * load(p.w_a + k * ld + v * kWidth<T>);
-        }
-        p.g_edge_attr[blk.edge[b] * p.attrs + k] = horizontal_sum<T>(dot);
+        p.g_edge_attr[blk.edge[b] * p.attrs + k] = dot(g_z1 + b * ld, p.w_a + k * ld, vectors);
       }
     }
   }
   if (p.g_coords != nullptr) {
     for (int b = 0; b < count; ++b) {
-      const T twice = 2 * horizontal_sum<T>(t.sums[b]);
+      const T twice = 2 * dot(g_z1 + b * ld, p.w_r, vectors);
       for (int c = 0; c < p.dim; ++c) {
         const T through_r = twice * t.d[b * p.dim + c];
         const T direct = p.g_shift != nullptr ? t.g_d[b * p.dim + c] : T(0);
@@ -256,8 +244,7 @@ inline void backward_block(const Problem<T>& p, Block<T>& blk, Tiles<T>& t, T* g
                            T* sums, RowSink<T>& sink) {
   const int count = blk.count, ld = p.ld;
   T g_s[kBlockRows], g_mask[kBlockRows] = {};
-  recompute<T, act>(p, blk, t);
-  const T* message = p.attention || p.edge_mask != nullptr ? t.m : t.n;
+  const T* message = recompute<T, act>(p, blk, t);
   if (p.g_shift != nullptr) {
     back_through_shift(p, blk, t, g_s, g_mask);
     for (int b = 0; b < count; ++b) {
@@ -282,17 +269,11 @@ inline void backward_block(const Problem<T>& p, Block<T>& blk, Tiles<T>& t, T* g
   }
   if (!p.needs_first) return;
 
-  clear_sums<T>(t.sums);
-  const T *d1 = t.d1, *w_r = p.w_r;
-  Vec<T>* dots = t.sums;
-  const bool distance = p.g_coords != nullptr;
-  gemm<T>(t.d2, ld, count, p.w2_backward, p.hidden, p.vectors, [&](int b, int v, Vec<T> g) {
-    if (b >= count) return;  // the next rows belong to the next block
-    const int column = v * kWidth<T>;
-    const Vec<T> value = g * load(d1 + b * ld + column);
-    store(g_z1 + b * ld + column, value);
-    if (distance) dots[b] += value * load(w_r + column);
-  });
+  // g_m's tile is free again; g_z1's own place has no rows to spare
+  gemm(t.d2, ld, count, p.w2_backward, p.hidden, p.vectors, static_cast<T*>(nullptr), t.g_m);
+  for (int64_t k = 0; k < static_cast<int64_t>(count) * ld; k += kWidth<T>) {
+    store(g_z1 + k, load(t.g_m + k) * load(t.d1 + k));
+  }
   back_to_inputs(p, blk, t, g_z1, g_d, sums, sink);
 }
 

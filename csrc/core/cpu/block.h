@@ -125,20 +125,6 @@ inline void first_layer(const Problem<T>& p, const Block<T>& blk, T* a, T* deriv
   }
 }
 
-// gate = sigmoid(logit) with attention; the logits' vectors of partial sums come from a gemm.
-template <class T>
-inline void gate_block(const Problem<T>& p, Block<T>& blk, const Vec<T>* logits) {
-  if (!p.attention) return;
-  for (int b = 0; b < blk.count; ++b) {
-    blk.gate[b] = sigmoid_scalar(horizontal_sum<T>(logits[b]) + p.b_g);
-  }
-}
-
-template <class T>
-inline void clear_sums(Vec<T>* sums) {
-  for (int b = 0; b < kBlockRows; ++b) sums[b] = Vec<T>{};
-}
-
 template <class T>
 EGNN_INLINE T clamp_scalar(T v, T bound) {
   if (bound == 0) return v;

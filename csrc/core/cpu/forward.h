@@ -8,9 +8,53 @@ namespace EGNN_ISA {
 
 template <class T>
 inline int64_t forward_scratch(const Problem<T>& p) {
-  // two tiles, row sums (a vector a row), d and t, and the roundings of six pieces
-  return 2 * static_cast<int64_t>(kBlockRows) * p.ld + kBlockRows * kWidth<T> +
-         2 * kBlockRows * p.dim + 8 * kWidth<T>;
+  // two tiles, d and t, and the roundings of four pieces
+  return 2 * static_cast<int64_t>(kBlockRows) * p.ld + 2 * kBlockRows * p.dim + 4 * kWidth<T>;
+}
+
+// Second linear's output z becomes the message m = mask * gate * act(z).
+template <class T, int act>
+inline void make_messages(const Problem<T>& p, const Block<T>& blk, T* z) {
+  const T* w_g = p.w_g;
+  const T slope = p.slope;
+  const int vectors = p.vectors;
+  const bool scaled = p.attention || p.edge_mask != nullptr;
+  for (int b = 0; b < blk.count; ++b) {
+    T* row = z + b * p.ld;
+    Vec<T> logit{};
+    for (int v = 0; v < vectors; ++v) {
+      const Vec<T> n = activate<T, act>(load(row + v * kWidth<T>), slope);
+      store(row + v * kWidth<T>, n);
+      if (scaled) logit += n * load(w_g + v * kWidth<T>);
+    }
+    if (!scaled) continue;
+    const T gate = p.attention ? sigmoid_scalar(horizontal_sum<T>(logit) + p.b_g) : T(1);
+    const T factor = gate * blk.mask[b];
+    for (int v = 0; v < vectors; ++v) {
+      store(row + v * kWidth<T>, load(row + v * kWidth<T>) * factor);
+    }
+  }
+}
+
+// The head's first linear's output z becomes t = mask * clamp(s u), s = w_x . act(z).
+template <class T, int act>
+inline void make_shifts(const Problem<T>& p, const Block<T>& blk, const T* z, const T* d, T* t) {
+  const T* w_x = p.w_x;
+  const T slope = p.slope;
+  const int vectors = p.vectors;
+  for (int b = 0; b < blk.count; ++b) {
+    Vec<T> sum{};
+    for (int v = 0; v < vectors; ++v) {
+      const int column = v * kWidth<T>;
+      sum += activate<T, act>(load(z + b * p.ld + column), slope) * load(w_x + column);
+    }
+    T s = horizontal_sum<T>(sum);
+    if (p.tanh) s = tanh_scalar(s);
+    const T factor = s * blk.inverse_rho[b];
+    for (int c = 0; c < p.dim; ++c) {
+      t[b * p.dim + c] = blk.mask[b] * clamp_scalar(factor * d[b * p.dim + c], p.clamp);
+    }
+  }
 }
 
 template <class T, int act>
@@ -18,7 +62,6 @@ inline void forward_task(const Problem<T>& p, int64_t task, T* scratch) {
   Carver<T> carve{scratch};
   T* a = carve.take(static_cast<int64_t>(kBlockRows) * p.ld);
   T* n = carve.take(static_cast<int64_t>(kBlockRows) * p.ld);
-  auto* sums = reinterpret_cast<Vec<T>*>(carve.take(kBlockRows * kWidth<T>));
   T* d = carve.take(kBlockRows * p.dim);
   T* t = carve.take(kBlockRows * p.dim);
   Block<T> blk;
@@ -32,40 +75,12 @@ inline void forward_task(const Problem<T>& p, int64_t task, T* scratch) {
     gather_block(p, e, count, row, blk, d);
     first_layer<T, act, false>(p, blk, a, static_cast<T*>(nullptr));
 
-    clear_sums<T>(sums);
-    const bool attention = p.attention;
-    gemm<T>(a, p.ld, count, p.w2_forward, p.hidden, p.vectors, [&](int b, int v, Vec<T> z) {
-      const int column = v * kWidth<T>;
-      const Vec<T> value = activate<T, act>(z + load(p.b2 + column), p.slope);
-      store(n + b * p.ld + column, value);
-      if (attention) sums[b] += value * load(p.w_g + column);
-    });
-    gate_block(p, blk, sums);
-    if (attention || p.edge_mask != nullptr) {
-      for (int b = 0; b < count; ++b) {
-        const T factor = blk.gate[b] * blk.mask[b];
-        for (int v = 0; v < p.vectors; ++v) {
-          T* place = n + b * p.ld + v * kWidth<T>;
-          store(place, load(place) * factor);
-        }
-      }
-    }
+    gemm(a, p.ld, count, p.w2_forward, p.hidden, p.vectors, p.b2, n);
+    make_messages<T, act>(p, blk, n);
     sum_to_receivers(p, blk, n, p.m, p.hidden, sink);
     if (!p.head) continue;
-
-    clear_sums<T>(sums);
-    gemm<T>(n, p.ld, count, p.w3_forward, p.hidden, p.vectors, [&](int b, int v, Vec<T> z) {
-      const int column = v * kWidth<T>;
-      sums[b] += activate<T, act>(z + load(p.b3 + column), p.slope) * load(p.w_x + column);
-    });
-    for (int b = 0; b < count; ++b) {
-      T s = horizontal_sum<T>(sums[b]);
-      if (p.tanh) s = tanh_scalar(s);
-      const T factor = s * blk.inverse_rho[b];
-      for (int c = 0; c < p.dim; ++c) {
-        t[b * p.dim + c] = blk.mask[b] * clamp_scalar(factor * d[b * p.dim + c], p.clamp);
-      }
-    }
+    gemm(n, p.ld, count, p.w3_forward, p.hidden, p.vectors, p.b3, a);
+    make_shifts<T, act>(p, blk, a, d, t);
     sum_coords(p, blk, t, p.shift, sink);
   }
 }

@@ -40,16 +40,22 @@ EGNN_INLINE void pack_panels(T* out, int k_count, int columns, int vectors, Get 
   }
 }
 
-template <class T, int MR, int NV, class Epilogue>
-EGNN_INLINE void gemm_tile(const T* a, int lda, const T* b, int k_count, Epilogue&& epilogue) {
-  Vec<T> acc[MR][NV] = {};
+template <class T, int MR, int NV>
+EGNN_INLINE void gemm_tile(const T* a, int ld, const T* b, int k_count, const T* bias, T* c) {
+  Vec<T> acc[MR][NV];
+#pragma GCC unroll 4
+  for (int n = 0; n < NV; ++n) {
+    const Vec<T> start = bias != nullptr ? load(bias + n * kWidth<T>) : Vec<T>{};
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) acc[m][n] = start;
+  }
   for (int k = 0; k < k_count; ++k) {
     Vec<T> right[NV];
 #pragma GCC unroll 4
     for (int n = 0; n < NV; ++n) right[n] = load(b + n * kWidth<T>);
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
-      const Vec<T> left = splat(a[m * lda + k]);
+      const Vec<T> left = splat(a[m * ld + k]);
 #pragma GCC unroll 4
       for (int n = 0; n < NV; ++n) acc[m][n] += left * right[n];
     }
@@ -58,38 +64,38 @@ EGNN_INLINE void gemm_tile(const T* a, int lda, const T* b, int k_count, Epilogu
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) epilogue(m, n, acc[m][n]);
+    for (int n = 0; n < NV; ++n) store(c + m * ld + n * kWidth<T>, acc[m][n]);
   }
 }
 
-template <class T, int NV, class Epilogue>
-EGNN_INLINE void gemm_panel(const T* a, int ld, int rows, const T* b, int k_count, int v0,
-                            Epilogue& epilogue) {
+template <class T, int NV>
+EGNN_INLINE void gemm_panel(const T* a, int ld, int rows, const T* b, int k_count, const T* bias,
+                            T* c) {
   constexpr int MR = tile_rows<NV>();
   for (int row = 0; row < rows; row += MR) {
-    gemm_tile<T, MR, NV>(a + row * ld, ld, b, k_count, [&](int m, int n, Vec<T> value) {
-      epilogue(row + m, v0 + n, value);
-    });
+    gemm_tile<T, MR, NV>(a + row * ld, ld, b, k_count, bias, c + row * ld);
   }
 }
 
-// epilogue(row, vector column, value) for each element of a [rows, k_count] x packed b; rows beyond
-// `rows`, up to the tile's height, are passed to it as well.
-template <class T, class Epilogue>
-EGNN_INLINE void gemm(const T* a, int ld, int rows, const T* b, int k_count, int vectors,
-                      Epilogue epilogue) {
+// c [rows, ld] = a [rows, k_count] x packed b (+ bias [ld], if not null). Rows of c beyond `rows`,
+// up to the tile's height, are written as well.
+template <class T>
+inline __attribute__((noinline)) void gemm(const T* a, int ld, int rows, const T* b, int k_count,
+                                           int vectors, const T* bias, T* c) {
   for (int v0 = 0; v0 < vectors; v0 += kPanelVectors) {
     const int nv = vectors - v0 < kPanelVectors ? vectors - v0 : kPanelVectors;
     if (nv == kPanelVectors) {
-      gemm_panel<T, kPanelVectors>(a, ld, rows, b, k_count, v0, epilogue);
+      gemm_panel<T, kPanelVectors>(a, ld, rows, b, k_count, bias, c);
     } else if (kPanelVectors > 3 && nv == 3) {
-      gemm_panel<T, kPanelVectors - 1>(a, ld, rows, b, k_count, v0, epilogue);
+      gemm_panel<T, kPanelVectors - 1>(a, ld, rows, b, k_count, bias, c);
     } else if (kPanelVectors > 2 && nv == 2) {
-      gemm_panel<T, 2>(a, ld, rows, b, k_count, v0, epilogue);
+      gemm_panel<T, 2>(a, ld, rows, b, k_count, bias, c);
     } else {
-      gemm_panel<T, 1>(a, ld, rows, b, k_count, v0, epilogue);
+      gemm_panel<T, 1>(a, ld, rows, b, k_count, bias, c);
     }
     b += static_cast<int64_t>(k_count) * nv * kWidth<T>;
+    c += nv * kWidth<T>;
+    if (bias != nullptr) bias += nv * kWidth<T>;
   }
 }
 
@@ -132,7 +138,7 @@ EGNN_INLINE void weight_panel(const T* g, const T* a, int ld, int rows, int hidd
 
 // c [hidden, ld] += g^T a over `rows` edges; c has kWeightRows rows to spare.
 template <class T>
-EGNN_INLINE void weight_gemm(const T* g, const T* a, int ld, int rows, int hidden, int vectors,
+inline __attribute__((noinline)) void weight_gemm(const T* g, const T* a, int ld, int rows, int hidden, int vectors,
                              T* c) {
   for (int v0 = 0; v0 < vectors; v0 += kPanelVectors) {
     const int nv = vectors - v0 < kPanelVectors ? vectors - v0 : kPanelVectors;

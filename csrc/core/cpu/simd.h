@@ -78,7 +78,7 @@ EGNN_INLINE void store_part(T* p, Vec<T> v, int count) {
 
 template <class T>
 EGNN_INLINE Vec<T> splat(T value) {
-  return Vec<T>{} + value;
+  return value - Vec<T>{};  // x - 0 is x, so this is a broadcast and no addition
 }
 
 template <class T>
@@ -90,6 +90,30 @@ EGNN_INLINE T horizontal_sum(Vec<T> v) {
   }
   return lane[0];
 }
+
+#if defined(__AVX512F__)
+template <>
+EGNN_INLINE float horizontal_sum<float>(Vec<float> v) {
+  return _mm512_reduce_add_ps((__m512)v);
+}
+template <>
+EGNN_INLINE double horizontal_sum<double>(Vec<double> v) {
+  return _mm512_reduce_add_pd((__m512d)v);
+}
+#elif defined(__AVX2__)
+template <>
+EGNN_INLINE float horizontal_sum<float>(Vec<float> v) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+template <>
+EGNN_INLINE double horizontal_sum<double>(Vec<double> v) {
+  const __m128d half =
+      _mm_add_pd(_mm256_castpd256_pd128((__m256d)v), _mm256_extractf128_pd((__m256d)v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
+}
+#endif
 
 // 1 / v for finite, normal v > 0.
 EGNN_INLINE Vec<float> reciprocal(Vec<float> v) {
