@@ -58,6 +58,40 @@ def build(source: str, kwargs: dict[str, Any]) -> nn.Module:
     return CLASSES[source](**arguments)
 
 
+def call(
+    source: str,
+    module: nn.Module,
+    inputs: dict[str, Tensor],
+    edges: Any,
+    n_nodes: int | None = None,
+) -> dict[str, Tensor]:
+    """Run a module the official way: its outputs under the names the golden files give them."""
+    i: dict[str, Any] = inputs
+    edge_attr, node_attr = i.get("edge_attr"), i.get("node_attr")
+    h: Tensor
+    x: Tensor
+    if source == "models.ae.AE_EGNN":
+        adjacency, z = module(i["h"], edges, edge_attr, x0=i["x0"])
+        return {"adj": adjacency, "z": z}
+    if source == "qm9.models.EGNN":
+        masks = i["node_mask"], i["edge_mask"]
+        return {"y": module(i["h"], i["x"], edges, edge_attr, *masks, n_nodes)}
+    if source == "n_body_system.model.EGNN":
+        return {"x": module(i["h"], i["x"], edges, edge_attr)}
+    if source == "n_body_system.model.EGNN_vel":
+        return {"x": module(i["h"], i["x"], edges, i["vel"], edge_attr)}
+    if source == "models.egnn_clean.egnn_clean.EGNN":
+        h, x = module(i["h"], i["x"], edges, edge_attr)
+    elif source == "qm9.models.E_GCL_mask":
+        h, _, _ = module(i["h"], edges, i["x"], None, i["edge_mask"], edge_attr, node_attr)
+        return {"h": h}
+    elif source == "models.gcl.E_GCL_vel":
+        h, x, _ = module(i["h"], edges, i["x"], i["vel"], edge_attr, node_attr)
+    else:
+        h, x, _ = module(i["h"], edges, i["x"], edge_attr, node_attr)
+    return {"h": h, "x": x}
+
+
 @dataclass
 class Golden:
     """A golden case in one dtype; what is expected stays in float64."""
@@ -73,33 +107,9 @@ class Golden:
     kernel_calls: int
 
     def run(self, edges: Any = None) -> dict[str, Tensor]:
-        """The module's outputs, under the names the file gives them.
-
-        ``edges`` replaces the raw ``edge_index``.
-        """
-        i: dict[str, Any] = self.inputs
-        edges = i["edge_index"] if edges is None else edges
-        module = self.module
-        if self.source == "models.ae.AE_EGNN":
-            adjacency, z = module(i["h"], edges, i["edge_attr"], x0=i["x0"])
-            return {"adj": adjacency, "z": z}
-        if self.source == "models.egnn_clean.egnn_clean.EGNN":
-            h, x = module(i["h"], i["x"], edges, i["edge_attr"])
-            return {"h": h, "x": x}
-        if self.source == "n_body_system.model.EGNN_vel":
-            return {"x": module(i["h"], i["x"], edges, i["vel"], i["edge_attr"])}
-        if self.source == "qm9.models.EGNN":
-            y = module(i["h"], i["x"], edges, None, i["node_mask"], i["edge_mask"], self.n_nodes)
-            return {"y": y}
-        if self.source == "qm9.models.E_GCL_mask":
-            h, _, _ = module(i["h"], edges, i["x"], None, i["edge_mask"])
-            return {"h": h}
-        attributes = {k: i[k] for k in ("edge_attr", "node_attr") if k in i}
-        if self.source == "models.gcl.E_GCL_vel":
-            h, x, _ = module(i["h"], edges, i["x"], i["vel"], **attributes)
-        else:
-            h, x, _ = module(i["h"], edges, i["x"], **attributes)
-        return {"h": h, "x": x}
+        """The module's outputs; ``edges`` replaces the raw ``edge_index``."""
+        edges = self.inputs["edge_index"] if edges is None else edges
+        return call(self.source, self.module, self.inputs, edges, self.n_nodes)
 
     def backward(self, outputs: dict[str, Tensor]) -> None:
         """Give every leaf the gradient of ``sum(cotangent * output)``."""
