@@ -19,14 +19,21 @@ from egnn_fast.options import EdgeWeights, LayerWeights, Options
 Outputs = dict[str, Tensor]
 
 
-# orders of the edge list in which a problem runs: as given, reversed, shuffled
-ORDERS = 3
+# a problem runs as given (order 0), or with its edges and hidden units shuffled
+ORDERS = 4
+# which axes of a tensor count hidden units
+_HIDDEN_ROWS = {
+    "w_r", "w_a", "b2", "b3", "w_x", "w_g",
+    "edge_w1", "edge_b1", "edge_b2", "node_b1", "coord_b1", "vel_w1", "vel_b1",
+}  # fmt: skip
+_HIDDEN_COLUMNS = {"P", "Q", "att_w", "coord_w2", "vel_w2", "node_w2"}
+_HIDDEN_BOTH = {"w2", "w3", "edge_w2", "coord_w1"}
 
 
 class Problem(NamedTuple):
     """A differentiable call: ``run(leaves, backend, order)`` gives named outputs.
 
-    All of the ``ORDERS`` orders are the same function of the leaves, summed another way.
+    Every order is the same function of the leaves, but adds in another sequence.
     """
 
     leaves: dict[str, Tensor]
@@ -104,7 +111,7 @@ class Case:
             edges[0] = edges[0].sort().values
         elif self.graph == "loops":
             edges[1, ::3] = edges[0, ::3]
-            edges[:, 1::3] = edges[:, :1]
+            edges[:, 1::3] = edges[:, ::3][:, : edges[:, 1::3].shape[1]]
         elif self.graph not in ("uniform", "coincident"):
             raise ValueError(f"graph: no kind of graph is called {self.graph!r}")
         if self.graph != "loops" and n > 1:
@@ -113,11 +120,11 @@ class Case:
 
     def edge_pass(self, dtype: torch.dtype) -> Problem:
         """The fused operator alone: every input and weight of ``functional.egcl_messages``."""
-        graphs, draw, h = _Ordered(self.build_graph()), _Draw(dtype), self.hidden
+        graph, draw, h = self.build_graph(), _Draw(dtype), self.hidden
         leaves = {
             "P": draw.normal(self.num_nodes, h),
             "Q": draw.normal(self.num_nodes, h),
-            **self._edge_inputs(graphs.graph, draw),
+            **self._edge_inputs(graph, draw),
             "w_r": draw.uniform(h, fan_in=4),
             "w2": draw.uniform(h, h, fan_in=h),
             "b2": draw.uniform(h, fan_in=h),
@@ -134,24 +141,23 @@ class Case:
             }
 
         def run(leaves: dict[str, Tensor], backend: str, order: int) -> Outputs:
-            graph, edge_attr, edge_mask = graphs.ordered(leaves, order)
+            edges, t, units = _shuffled(graph, leaves, h, order)
             weights = EdgeWeights(
-                leaves["w_r"], leaves.get("w_a"), leaves["w2"], leaves["b2"],
-                *(leaves.get(name) for name in ("w_g", "b_g", "w3", "b3", "w_x")),
+                t["w_r"], t.get("w_a"), t["w2"], t["b2"],
+                *(t.get(name) for name in ("w_g", "b_g", "w3", "b3", "w_x")),
             )  # fmt: skip
             m, x = functional.egcl_messages(
-                leaves["P"], leaves["Q"], leaves["x"], graph, weights, self.options,
-                edge_attr=edge_attr, edge_mask=edge_mask,
-                backend=backend,
+                t["P"], t["Q"], t["x"], edges, weights, self.options,
+                edge_attr=t.get("edge_attr"), edge_mask=t.get("edge_mask"), backend=backend,
             )  # fmt: skip
+            m = m[:, units.argsort()]
             return {"M": m} if x is None else {"M": m, "X": x}
 
         return Problem(leaves, run)
 
     def layer(self, dtype: torch.dtype, relabel: Tensor | None = None) -> Problem:
         """A whole layer: every input and weight of ``functional.egcl``."""
-        graphs, draw = _Ordered(self.build_graph(relabel)), _Draw(dtype)
-        h, f = self.hidden, self.features
+        graph, draw, h, f = self.build_graph(relabel), _Draw(dtype), self.hidden, self.features
         out = f if self.residual else f + 1
         shapes: dict[str, tuple[int, ...]] = {
             "edge_w1": (h, 2 * f + 1 + self.attrs), "edge_b1": (h,),
@@ -165,7 +171,7 @@ class Case:
             shapes |= {"coord_w1": (h, h), "coord_b1": (h,), "coord_w2": (1, h)}
         if self.velocity:
             shapes |= {"vel_w1": (h, f), "vel_b1": (h,), "vel_w2": (1, h), "vel_b2": (1,)}
-        leaves = {"h": draw.normal(self.num_nodes, f), **self._edge_inputs(graphs.graph, draw)}
+        leaves = {"h": draw.normal(self.num_nodes, f), **self._edge_inputs(graph, draw)}
         leaves |= {name: draw.uniform(*s, fan_in=s[-1]) for name, s in shapes.items()}
         if self.node_attrs:
             leaves["node_attr"] = draw.normal(self.num_nodes, self.node_attrs)
@@ -175,13 +181,13 @@ class Case:
             leaves["node_mask"] = draw.mask(self.num_nodes, "soft")
 
         def run(leaves: dict[str, Tensor], backend: str, order: int) -> Outputs:
-            graph, edge_attr, edge_mask = graphs.ordered(leaves, order)
-            weights = LayerWeights(**{name: leaves[name] for name in shapes})
+            edges, t, _ = _shuffled(graph, leaves, h, order)
+            weights = LayerWeights(**{name: t[name] for name in shapes})
             new_h, new_x, _ = functional.egcl(
-                leaves["h"], leaves["x"], graph, weights, self.options,
-                edge_attr=edge_attr, node_attr=leaves.get("node_attr"),
-                edge_mask=edge_mask, node_mask=leaves.get("node_mask"),
-                v=leaves.get("v"), residual=self.residual, backend=backend,
+                t["h"], t["x"], edges, weights, self.options,
+                edge_attr=t.get("edge_attr"), node_attr=t.get("node_attr"),
+                edge_mask=t.get("edge_mask"), node_mask=t.get("node_mask"),
+                v=t.get("v"), residual=self.residual, backend=backend,
             )  # fmt: skip
             return {"h": new_h, "x": new_x}
 
@@ -199,28 +205,33 @@ class Case:
         return inputs
 
 
-class _Ordered:
-    """A graph with its edge list in the ``ORDERS`` orders."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-
-    def ordered(
-        self, leaves: dict[str, Tensor], order: int
-    ) -> tuple[Graph, Tensor | None, Tensor | None]:
-        """The graph and what goes with its edges."""
-        attr, mask = leaves.get("edge_attr"), leaves.get("edge_mask")
-        if order == 0:
-            return self.graph, attr, mask
-        draw = torch.Generator().manual_seed(order)
-        place = torch.arange(self.graph.num_edges)
-        place = place.flip(0) if order == 1 else place[torch.randperm(len(place), generator=draw)]
-        graph = Graph.from_edge_index(self.graph.edge_index[:, place], self.graph.num_nodes)
-        return (
-            graph,
-            None if attr is None else attr[place],
-            None if mask is None else mask[place],
-        )
+def _shuffled(
+    graph: Graph, leaves: dict[str, Tensor], hidden: int, order: int
+) -> tuple[Graph, dict[str, Tensor], Tensor]:
+    """The same problem in another order of edges and hidden units; the latter is returned too."""
+    if order == 0:
+        return graph, leaves, torch.arange(hidden)
+    draw = torch.Generator().manual_seed(order)
+    place = torch.randperm(graph.num_edges, generator=draw)
+    units = torch.randperm(hidden, generator=draw)
+    shuffled = {}
+    for name, t in leaves.items():
+        if name in ("edge_attr", "edge_mask"):
+            t = t[place]
+        elif name in _HIDDEN_ROWS:
+            t = t[units]
+        elif name in _HIDDEN_COLUMNS:
+            t = t[:, units]
+        elif name in _HIDDEN_BOTH:
+            t = t[units][:, units]
+        elif name == "node_w1":
+            features = leaves["h"].shape[1]
+            columns = torch.arange(t.shape[1])
+            columns[features : features + hidden] = features + units
+            t = t[units][:, columns]
+        shuffled[name] = t
+    edges = Graph.from_edge_index(graph.edge_index[:, place], graph.num_nodes)
+    return edges, shuffled, units
 
 
 class _Draw:
