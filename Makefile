@@ -108,6 +108,7 @@ format: setup
 
 # The sanitized module goes into a folder of its own, which stands first on the path. Python is not
 # sanitized, so the runtime is loaded ahead of it; libstdc++ with it, or ASan cannot see exceptions.
+# Captured by sys alone, so that the report of a failure reaches the terminal.
 SITE := $(CURDIR)/build/sanitize/site
 sanitize: setup
 	@rm -rf $(SITE)
@@ -117,7 +118,7 @@ sanitize: setup
 	  LD_PRELOAD="$$($(CXX_CMD) -print-file-name=libasan.so) $$($(CXX_CMD) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(abspath $(BIN))/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
-	  -p no:cacheprovider $(CURDIR)/tests -m native $(PYTEST_ARGS)
+	  -p no:cacheprovider --capture=sys $(CURDIR)/tests -m native $(PYTEST_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info egnn_fast/_core.* .mypy_cache .pytest_cache .ruff_cache \
