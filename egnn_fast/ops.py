@@ -26,6 +26,7 @@ DIFFERENTIABLE = (
 )  # fmt: skip
 N_DIFF = len(DIFFERENTIABLE)
 N_TENSORS = N_DIFF + 4
+HEAD = DIFFERENTIABLE.index("w3")  # from here on the coordinate head's weights
 _INPUTS = (
     "Tensor pq, Tensor x, Tensor? edge_attr, Tensor? edge_mask, Tensor w_r, Tensor? w_a, "
     "Tensor w2, Tensor b2, Tensor? w_g, Tensor? b_g, Tensor? w3, Tensor? b3, Tensor? w_x, "
@@ -127,6 +128,11 @@ def _select(argument: Any, dim: int | None, k: int) -> Any:
     return argument.select(dim, k) if isinstance(dim, int) else argument
 
 
+def _reached(needed: Sequence[bool], g_x: Tensor | None) -> list[bool]:
+    """Which of the needed gradients exist: the head's weights have none unless X is used."""
+    return [need and (g_x is not None or k < HEAD) for k, need in enumerate(needed)]
+
+
 class _Messages(_Operator):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -141,9 +147,9 @@ class _Messages(_Operator):
 
     @staticmethod
     def backward(ctx: Any, g_m: Tensor | None, g_x: Tensor | None) -> tuple[Any, ...]:
-        needed = list(ctx.needs_input_grad[:N_DIFF])
+        needed = _reached(ctx.needs_input_grad[:N_DIFF], g_x)
         none = (None,) * (N_TENSORS - N_DIFF + len(ctx.scalars))
-        if g_m is None and g_x is None:
+        if (g_m is None and g_x is None) or not any(needed):
             return (None,) * N_DIFF + none
         found = _transformable(
             _MessagesBackward, _messages_backward,
@@ -166,9 +172,11 @@ class _MessagesBackward(_Operator):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        needed2 = list(ctx.needs_input_grad[: 2 + N_DIFF])
+        g_x = ctx.saved_tensors[1]
+        wanted = ctx.needs_input_grad[: 2 + N_DIFF]
+        needed2 = [*wanted[:2], *_reached(wanted[2:], g_x)]
         none = (None,) * (N_TENSORS - N_DIFF + len(ctx.scalars))
-        if all(c is None for c in cotangents):
+        if all(c is None for c in cotangents) or not any(needed2):
             return (None,) * (2 + N_DIFF) + none
         found = _transformable(
             _MessagesDoubleBackward, _messages_double_backward_flat,
