@@ -5,8 +5,8 @@
 
 #include <atomic>
 
-#include "core/edge_pass.h"
 #include "core/parallel.h"
+#include "core/passes.h"
 #include "core/sorting.h"
 
 namespace py = pybind11;
@@ -24,6 +24,16 @@ void forward(const egnn::Args& args) {
 
 void backward(const egnn::Args& args) {
   egnn::backward(args);
+  ++backward_calls;
+}
+
+void layer_forward(const egnn::LayerArgs& args) {
+  egnn::layer_forward(args);
+  ++forward_calls;
+}
+
+void layer_backward(const egnn::LayerArgs& args) {
+  egnn::layer_backward(args);
   ++backward_calls;
 }
 
@@ -94,9 +104,56 @@ PYBIND11_MODULE(_core, module) {
   EGNN_FIELD(g_w_x);
 #undef EGNN_FIELD
 
+  using egnn::LayerArgs;
+  py::class_<LayerArgs, Args> layer(module, "LayerArgs");
+  layer.def(py::init<>());
+#define EGNN_FIELD(name) layer.def_readwrite(#name, &LayerArgs::name)
+  EGNN_FIELD(in_features);
+  EGNN_FIELD(out_features);
+  EGNN_FIELD(node_attr_dim);
+  EGNN_FIELD(residual);
+  EGNN_FIELD(coord_scale);
+  EGNN_FIELD(h);
+  EGNN_FIELD(v);
+  EGNN_FIELD(node_attr);
+  EGNN_FIELD(coord_weight);
+  EGNN_FIELD(w1);
+  EGNN_FIELD(b1);
+  EGNN_FIELD(node_w1);
+  EGNN_FIELD(node_b1);
+  EGNN_FIELD(node_w2);
+  EGNN_FIELD(node_b2);
+  EGNN_FIELD(vel_w1);
+  EGNN_FIELD(vel_b1);
+  EGNN_FIELD(vel_w2);
+  EGNN_FIELD(vel_b2);
+  EGNN_FIELD(h_out);
+  EGNN_FIELD(x_out);
+  EGNN_FIELD(v_out);
+  EGNN_FIELD(g_h_out);
+  EGNN_FIELD(g_x_out);
+  EGNN_FIELD(g_v_out);
+  EGNN_FIELD(g_h);
+  EGNN_FIELD(g_v);
+  EGNN_FIELD(g_node_attr);
+  EGNN_FIELD(g_coord_weight);
+  EGNN_FIELD(g_w1);
+  EGNN_FIELD(g_b1);
+  EGNN_FIELD(g_node_w1);
+  EGNN_FIELD(g_node_b1);
+  EGNN_FIELD(g_node_w2);
+  EGNN_FIELD(g_node_b2);
+  EGNN_FIELD(g_vel_w1);
+  EGNN_FIELD(g_vel_b1);
+  EGNN_FIELD(g_vel_w2);
+  EGNN_FIELD(g_vel_b2);
+#undef EGNN_FIELD
+
   const auto release = py::call_guard<py::gil_scoped_release>();
   module.def("forward", &forward, py::arg("args"), release);
   module.def("backward", &backward, py::arg("args"), release);
+  module.def("layer_forward", &layer_forward, py::arg("args"), release);
+  module.def("layer_backward", &layer_backward, py::arg("args"), release);
   module.def("sort_by_receiver", &sort_by_receiver, py::arg("edges"), py::arg("num_edges"),
              py::arg("num_nodes"), py::arg("rowptr"), py::arg("senders"), py::arg("perm"), release,
              "Stable counting sort by receiver; returns whether the edges were sorted already.");

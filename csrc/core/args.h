@@ -46,4 +46,29 @@ struct Args {
   uintptr_t g_w2 = 0, g_b2 = 0, g_w_g = 0, g_b_g = 0, g_w3 = 0, g_b3 = 0, g_w_x = 0;
 };
 
+// A whole layer: the edge pass of Args (its m and shift are outputs forward and inputs backward; pq,
+// w_r and w_a follow from h and w1) and the node-level parts around it.
+// Widths: F in, O out, B node attributes.
+struct LayerArgs : Args {
+  int64_t in_features = 0;
+  int64_t out_features = 0;
+  int64_t node_attr_dim = 0;
+  bool residual = false;
+  double coord_scale = 1;
+
+  uintptr_t h = 0;             // [N, F]
+  uintptr_t v = 0;             // [N, D]
+  uintptr_t node_attr = 0;     // [N, B]
+  uintptr_t coord_weight = 0;  // [N]
+  uintptr_t w1 = 0, b1 = 0;    // [H, 2F + 1 + A], [H]
+  uintptr_t node_w1 = 0, node_b1 = 0, node_w2 = 0, node_b2 = 0;  // [H, F + H + B], [O, H]
+  uintptr_t vel_w1 = 0, vel_b1 = 0, vel_w2 = 0, vel_b2 = 0;      // [H, F], [H]
+
+  uintptr_t h_out = 0, x_out = 0, v_out = 0;        // [N, O], [N, D], [N, D]
+  uintptr_t g_h_out = 0, g_x_out = 0, g_v_out = 0;  // their cotangents
+  uintptr_t g_h = 0, g_v = 0, g_node_attr = 0, g_coord_weight = 0, g_w1 = 0, g_b1 = 0;
+  uintptr_t g_node_w1 = 0, g_node_b1 = 0, g_node_w2 = 0, g_node_b2 = 0;
+  uintptr_t g_vel_w1 = 0, g_vel_b1 = 0, g_vel_w2 = 0, g_vel_b2 = 0;
+};
+
 }  // namespace egnn

@@ -2,8 +2,8 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#include "edge_pass.h"
 #include "instruction_sets.h"
+#include "passes.h"
 
 namespace egnn {
 namespace {

@@ -14,7 +14,16 @@ class Workspace {
   // a thread keeps up to this many bytes between calls, so that small calls touch no fresh pages
   static constexpr int64_t kKept = int64_t{16} << 20;
 
-  // Two rounds over the same requests: the first with a null block adds the sizes up.
+  // Calls request(last) twice with the same requests: first to add up their sizes, then to hand
+  // out the memory (last is true).
+  template <class Request>
+  void plan(Request&& request) {
+    request(false);
+    allocate();
+    request(true);
+  }
+
+  // Within plan(): room for `count` elements, null in the first round.
   template <class T>
   T* take(int64_t count) {
     const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment *
@@ -24,7 +33,7 @@ class Workspace {
     return reinterpret_cast<T*>(piece);
   }
 
-  // Ends the first round.
+ private:
   void allocate() {
     if (used_ <= kKept) {
       thread_local Held kept;
@@ -40,7 +49,6 @@ class Workspace {
     used_ = 0;
   }
 
- private:
   struct Free {
     void operator()(char* memory) const { std::free(memory); }
   };

@@ -49,27 +49,6 @@ struct Tiles {
   }
 };
 
-template <class T>
-EGNN_INLINE T dot(const T* a, const T* b, int vectors) {
-  Vec<T> sum{};
-  for (int v = 0; v < vectors; ++v) sum += load(a + v * kWidth<T>) * load(b + v * kWidth<T>);
-  return horizontal_sum<T>(sum);
-}
-
-// out [ld] += sum over the block's rows of factor[b] * tile[b]; factor null: 1
-template <class T>
-inline void add_columns(const Problem<T>& p, const T* tile, const T* factor, int count, T* out) {
-  for (int v = 0; v < p.vectors; ++v) {
-    const int column = v * kWidth<T>;
-    Vec<T> acc = load(out + column);
-    for (int b = 0; b < count; ++b) {
-      const Vec<T> value = load(tile + b * p.ld + column);
-      acc += factor != nullptr ? value * factor[b] : value;
-    }
-    store(out + column, acc);
-  }
-}
-
 // Runs the block forward, keeping what the way back needs; returns the message's tile.
 template <class T, int act>
 inline const T* recompute(const Problem<T>& p, Block<T>& blk, Tiles<T>& t) {
@@ -77,7 +56,7 @@ inline const T* recompute(const Problem<T>& p, Block<T>& blk, Tiles<T>& t) {
   const T slope = p.slope;
   const bool scaled = p.attention || p.edge_mask != nullptr;
   first_layer<T, act, true>(p, blk, t.a1, t.d1);
-  gemm(t.a1, ld, count, p.w2_forward, p.hidden, vectors, p.b2, t.n);
+  gemm(t.a1, ld, count, p.w2_forward, p.hidden, vectors, Start::kBias, p.b2, t.n, ld);
   for (int b = 0; b < count; ++b) {
     T *n = t.n + b * ld, *d2 = t.d2 + b * ld, *m = t.m + b * ld;
     Vec<T> logit{};
@@ -99,7 +78,7 @@ inline const T* recompute(const Problem<T>& p, Block<T>& blk, Tiles<T>& t) {
   const T* message = scaled ? t.m : t.n;
   if (p.g_shift == nullptr) return message;
 
-  gemm(message, ld, count, p.w3_forward, p.hidden, vectors, p.b3, t.a3);
+  gemm(message, ld, count, p.w3_forward, p.hidden, vectors, Start::kBias, p.b3, t.a3, ld);
   for (int b = 0; b < count; ++b) {
     T *a3 = t.a3 + b * ld, *g_z3 = t.g_z3 + b * ld;
     Vec<T> sum{};
@@ -156,8 +135,8 @@ inline void message_gradient(const Problem<T>& p, const Block<T>& blk, Tiles<T>&
   const int full = p.hidden / kWidth<T>, rest = p.hidden - full * kWidth<T>;
   const bool head = p.g_shift != nullptr;
   if (head) {
-    gemm(t.g_z3, p.ld, blk.count, p.w3_backward, p.hidden, p.vectors, static_cast<T*>(nullptr),
-         t.g_m);
+    gemm(t.g_z3, p.ld, blk.count, p.w3_backward, p.hidden, p.vectors, Start::kZero, kNone<T>,
+         t.g_m, p.ld);
     if (p.g_m == nullptr) return;
   }
   for (int b = 0; b < blk.count; ++b) {
@@ -210,13 +189,13 @@ template <class T>
 inline void back_to_inputs(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t, const T* g_z1,
                            T* g_d_out, T* sums, RowSink<T>& sink) {
   const int count = blk.count, ld = p.ld, vectors = p.vectors;
-  if (p.g_pq != nullptr) sum_to_receivers(p, blk, g_z1, p.g_pq, 2 * static_cast<int64_t>(p.hidden), sink);
+  if (p.g_pq != nullptr) sum_to_receivers(p, blk, g_z1, p.g_pq, p.pq_stride, sink);
   if (p.needs_first_weights) {
-    add_columns(p, g_z1, blk.r, count, sums + p.at.w_r);
+    add_columns(g_z1, ld, blk.r, count, vectors, sums + p.at.w_r);
     for (int k = 0; k < p.attrs; ++k) {
       T column[kBlockRows];
       for (int b = 0; b < count; ++b) column[b] = blk.attr[b][k];
-      add_columns(p, g_z1, column, count, sums + p.at.w_a + static_cast<int64_t>(k) * ld);
+      add_columns(g_z1, ld, column, count, vectors, sums + p.at.w_a + static_cast<int64_t>(k) * ld);
     }
   }
   if (p.g_edge_attr != nullptr) {
@@ -254,23 +233,23 @@ inline void backward_block(const Problem<T>& p, Block<T>& blk, Tiles<T>& t, T* g
       }
     }
     if (p.needs_w3) {
-      weight_gemm(t.g_z3, message, ld, count, p.hidden, p.vectors, sums + p.at.w3);
-      add_columns(p, t.g_z3, static_cast<const T*>(nullptr), count, sums + p.at.b3);
+      weight_gemm(t.g_z3, ld, message, ld, count, p.hidden, p.vectors, sums + p.at.w3, ld);
+      add_columns(t.g_z3, ld, kNone<T>, count, p.vectors, sums + p.at.b3);
     }
-    if (p.needs_w_x) add_columns(p, t.a3, g_s, count, sums + p.at.w_x);
+    if (p.needs_w_x) add_columns(t.a3, ld, static_cast<const T*>(g_s), count, p.vectors, sums + p.at.w_x);
   }
   back_to_second(p, blk, t, g_mask, sums);
   if (p.g_edge_mask != nullptr) {
     for (int b = 0; b < count; ++b) p.g_edge_mask[blk.edge[b]] = g_mask[b];
   }
   if (p.needs_w2) {
-    weight_gemm(t.d2, t.a1, ld, count, p.hidden, p.vectors, sums + p.at.w2);
-    add_columns(p, t.d2, static_cast<const T*>(nullptr), count, sums + p.at.b2);
+    weight_gemm(t.d2, ld, t.a1, ld, count, p.hidden, p.vectors, sums + p.at.w2, ld);
+    add_columns(t.d2, ld, kNone<T>, count, p.vectors, sums + p.at.b2);
   }
   if (!p.needs_first) return;
 
   // g_m's tile is free again; g_z1's own place has no rows to spare
-  gemm(t.d2, ld, count, p.w2_backward, p.hidden, p.vectors, static_cast<T*>(nullptr), t.g_m);
+  gemm(t.d2, ld, count, p.w2_backward, p.hidden, p.vectors, Start::kZero, kNone<T>, t.g_m, ld);
   for (int64_t k = 0; k < static_cast<int64_t>(count) * ld; k += kWidth<T>) {
     store(g_z1 + k, load(t.g_m + k) * load(t.d1 + k));
   }
@@ -310,17 +289,12 @@ inline void sort_senders(const int32_t* senders, int count, int64_t nodes, uint3
 }
 
 template <class T, int act>
-inline void backward_task(const Problem<T>& p, int64_t task, T* scratch) {
+inline void backward_task(const Problem<T>& p, int64_t task, T* sums, T* scratch) {
   Tiles<T> tiles(p, scratch);
   Block<T> blk;
   const int64_t slot = task - p.wave_begin;
   const int64_t begin = task * p.task_edges;
   const int64_t end = begin + p.task_edges < p.edges ? begin + p.task_edges : p.edges;
-  T* sums = nullptr;
-  if (p.needs_weights) {
-    sums = p.weight_sums + slot * p.at.size;
-    memset(sums, 0, p.at.size * sizeof(T));
-  }
   if ((p.g_pq != nullptr || p.g_coords != nullptr) && p.senders != nullptr) {
     uint32_t* keys = p.sender_keys + slot * 2 * p.task_edges;
     uint16_t* places = p.sender_places + slot * 2 * p.task_edges;

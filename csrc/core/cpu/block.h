@@ -96,12 +96,11 @@ inline void gather_block(const Problem<T>& p, int64_t begin, int count, int64_t&
 // First linear and activation: a = act(P_i + Q_j + w_r r + W_a a_ij), and its derivative if wanted.
 template <class T, int act, bool both>
 inline void first_layer(const Problem<T>& p, const Block<T>& blk, T* a, T* derivative) {
-  const int full = p.hidden / kWidth<T>;
-  const int rest = p.hidden - full * kWidth<T>;
-  const int64_t stride = 2 * static_cast<int64_t>(p.hidden);
+  const int full = p.pq_padded ? p.vectors : p.hidden / kWidth<T>;
+  const int rest = p.pq_padded ? 0 : p.hidden - full * kWidth<T>;
   for (int b = 0; b < blk.count; ++b) {
-    const T* pi = p.pq + blk.receiver[b] * stride;
-    const T* qj = p.pq + blk.sender[b] * stride + p.hidden;
+    const T* pi = p.pq + blk.receiver[b] * p.pq_stride;
+    const T* qj = p.pq + blk.sender[b] * p.pq_stride + p.pq_stride / 2;
     const T* attr = blk.attr[b];
     const T r = blk.r[b];
     const auto finish = [&](int v, Vec<T> z) {
@@ -122,6 +121,30 @@ inline void first_layer(const Problem<T>& p, const Block<T>& blk, T* a, T* deriv
       const int column = full * kWidth<T>;
       finish(full, load_part(pi + column, rest) + load_part(qj + column, rest));
     }
+  }
+}
+
+template <class T>
+constexpr const T* kNone = nullptr;
+
+template <class T>
+EGNN_INLINE T dot(const T* a, const T* b, int vectors) {
+  Vec<T> sum{};
+  for (int v = 0; v < vectors; ++v) sum += load(a + v * kWidth<T>) * load(b + v * kWidth<T>);
+  return horizontal_sum<T>(sum);
+}
+
+// out += the sum over `rows` rows of factor[row] * tile[row]; factor null: 1
+template <class T>
+inline void add_columns(const T* tile, int64_t ld, const T* factor, int rows, int vectors, T* out) {
+  for (int v = 0; v < vectors; ++v) {
+    const int column = v * kWidth<T>;
+    Vec<T> acc = load(out + column);
+    for (int b = 0; b < rows; ++b) {
+      const Vec<T> value = load(tile + b * ld + column);
+      acc += factor != nullptr ? value * factor[b] : value;
+    }
+    store(out + column, acc);
   }
 }
 

@@ -75,11 +75,11 @@ inline void forward_task(const Problem<T>& p, int64_t task, T* scratch) {
     gather_block(p, e, count, row, blk, d);
     first_layer<T, act, false>(p, blk, a, static_cast<T*>(nullptr));
 
-    gemm(a, p.ld, count, p.w2_forward, p.hidden, p.vectors, p.b2, n);
+    gemm(a, p.ld, count, p.w2_forward, p.hidden, p.vectors, Start::kBias, p.b2, n, p.ld);
     make_messages<T, act>(p, blk, n);
     sum_to_receivers(p, blk, n, p.m, p.hidden, sink);
     if (!p.head) continue;
-    gemm(n, p.ld, count, p.w3_forward, p.hidden, p.vectors, p.b3, a);
+    gemm(n, p.ld, count, p.w3_forward, p.hidden, p.vectors, Start::kBias, p.b3, a, p.ld);
     make_shifts<T, act>(p, blk, a, d, t);
     sum_coords(p, blk, t, p.shift, sink);
   }

@@ -4,12 +4,11 @@
 // zero. Rows are rounded up to the tile's height: a block has kSpareRows rows to spare.
 #pragma once
 
+#include "problem.h"
 #include "simd.h"
 
 namespace egnn {
 namespace EGNN_ISA {
-
-constexpr int kSpareRows = 16;
 
 // rows of a register tile that is NV vectors wide: as many as the registers hold
 template <int NV>
@@ -24,30 +23,59 @@ constexpr int tile_rows() {
 constexpr int kWeightRows = kPanelVectors == 4 ? 4 : 6;  // tile of the weight gradients
 
 // Packed layout of a [K, columns] right operand: panels of up to kPanelVectors vectors, each
-// [K][panel width]; columns are rounded up to a whole vector.
-template <class T, class Get>
-EGNN_INLINE void pack_panels(T* out, int k_count, int columns, int vectors, Get get) {
+// [K][panel width]; columns are rounded up to a whole vector. Element (k, c) is read at
+// w[k * k_stride + c * column_stride].
+template <class T>
+inline void pack_panels(const T* w, int64_t k_stride, int64_t column_stride, int k_count,
+                        int columns, T* out) {
+  const int vectors = (columns + kWidth<T> - 1) / kWidth<T>;
   for (int v0 = 0; v0 < vectors; v0 += kPanelVectors) {
     const int nv = vectors - v0 < kPanelVectors ? vectors - v0 : kPanelVectors;
     const int width = nv * kWidth<T>;
     for (int k = 0; k < k_count; ++k) {
       for (int c = 0; c < width; ++c) {
         const int column = v0 * kWidth<T> + c;
-        out[c] = column < columns ? get(k, column) : T(0);
+        out[c] = column < columns ? w[k * k_stride + column * column_stride] : T(0);
       }
       out += width;
     }
   }
 }
 
+template <int value_>
+struct Width {
+  static constexpr int value = value_;
+};
+
+// Calls body with the width of a panel, from 1 to kPanelVectors vectors, as a constant.
+template <class Body>
+EGNN_INLINE void for_width(int vectors, const Body& body) {
+  if (vectors == kPanelVectors) {
+    body(Width<kPanelVectors>{});
+  } else if (kPanelVectors > 3 && vectors == 3) {
+    body(Width<(kPanelVectors > 3 ? 3 : 1)>{});
+  } else if (kPanelVectors > 2 && vectors == 2) {
+    body(Width<(kPanelVectors > 2 ? 2 : 1)>{});
+  } else {
+    body(Width<1>{});
+  }
+}
+
+// What a product starts from.
+enum class Start { kZero, kBias, kResult };
+
 template <class T, int MR, int NV>
-EGNN_INLINE void gemm_tile(const T* a, int ld, const T* b, int k_count, const T* bias, T* c) {
+EGNN_INLINE void gemm_tile(const T* a, int64_t lda, const T* b, int k_count, Start start,
+                           const T* bias, T* c, int64_t ldc) {
   Vec<T> acc[MR][NV];
-#pragma GCC unroll 4
-  for (int n = 0; n < NV; ++n) {
-    const Vec<T> start = bias != nullptr ? load(bias + n * kWidth<T>) : Vec<T>{};
 #pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m) acc[m][n] = start;
+  for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) {
+      acc[m][n] = start == Start::kZero   ? Vec<T>{}
+                  : start == Start::kBias ? load(bias + n * kWidth<T>)
+                                          : load(c + m * ldc + n * kWidth<T>);
+    }
   }
   for (int k = 0; k < k_count; ++k) {
     Vec<T> right[NV];
@@ -55,7 +83,7 @@ EGNN_INLINE void gemm_tile(const T* a, int ld, const T* b, int k_count, const T*
     for (int n = 0; n < NV; ++n) right[n] = load(b + n * kWidth<T>);
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
-      const Vec<T> left = splat(a[m * ld + k]);
+      const Vec<T> left = splat(a[m * lda + k]);
 #pragma GCC unroll 4
       for (int n = 0; n < NV; ++n) acc[m][n] += left * right[n];
     }
@@ -64,48 +92,40 @@ EGNN_INLINE void gemm_tile(const T* a, int ld, const T* b, int k_count, const T*
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) store(c + m * ld + n * kWidth<T>, acc[m][n]);
+    for (int n = 0; n < NV; ++n) store(c + m * ldc + n * kWidth<T>, acc[m][n]);
   }
 }
 
-template <class T, int NV>
-EGNN_INLINE void gemm_panel(const T* a, int ld, int rows, const T* b, int k_count, const T* bias,
-                            T* c) {
-  constexpr int MR = tile_rows<NV>();
-  for (int row = 0; row < rows; row += MR) {
-    gemm_tile<T, MR, NV>(a + row * ld, ld, b, k_count, bias, c + row * ld);
-  }
-}
-
-// c [rows, ld] = a [rows, k_count] x packed b (+ bias [ld], if not null). Rows of c beyond `rows`,
-// up to the tile's height, are written as well.
+// c [rows, vectors] (row stride ldc) = start + a [rows, k_count] (row stride lda) x packed b.
+// Rows beyond `rows`, up to the tile's height, are read and written as well.
 template <class T>
-inline __attribute__((noinline)) void gemm(const T* a, int ld, int rows, const T* b, int k_count,
-                                           int vectors, const T* bias, T* c) {
+inline __attribute__((noinline)) void gemm(const T* a, int64_t lda, int rows, const T* b,
+                                           int k_count, int vectors, Start start, const T* bias,
+                                           T* c, int64_t ldc) {
+  const auto panel = [&](auto width) {
+    constexpr int NV = decltype(width)::value;
+    constexpr int MR = tile_rows<NV>();
+    for (int row = 0; row < rows; row += MR) {
+      gemm_tile<T, MR, NV>(a + row * lda, lda, b, k_count, start, bias, c + row * ldc, ldc);
+    }
+  };
   for (int v0 = 0; v0 < vectors; v0 += kPanelVectors) {
     const int nv = vectors - v0 < kPanelVectors ? vectors - v0 : kPanelVectors;
-    if (nv == kPanelVectors) {
-      gemm_panel<T, kPanelVectors>(a, ld, rows, b, k_count, bias, c);
-    } else if (kPanelVectors > 3 && nv == 3) {
-      gemm_panel<T, kPanelVectors - 1>(a, ld, rows, b, k_count, bias, c);
-    } else if (kPanelVectors > 2 && nv == 2) {
-      gemm_panel<T, 2>(a, ld, rows, b, k_count, bias, c);
-    } else {
-      gemm_panel<T, 1>(a, ld, rows, b, k_count, bias, c);
-    }
+    for_width(nv, panel);
     b += static_cast<int64_t>(k_count) * nv * kWidth<T>;
     c += nv * kWidth<T>;
-    if (bias != nullptr) bias += nv * kWidth<T>;
+    if (start == Start::kBias) bias += nv * kWidth<T>;
   }
 }
 
 template <class T, int MR, int NV>
-EGNN_INLINE void weight_tile(const T* g, const T* a, int ld, int rows, T* c) {
+EGNN_INLINE void weight_tile(const T* g, int64_t ldg, const T* a, int64_t lda, int rows, T* c,
+                             int64_t ldc) {
   Vec<T> acc[MR][NV];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) acc[m][n] = load(c + m * ld + n * kWidth<T>);
+    for (int n = 0; n < NV; ++n) acc[m][n] = load(c + m * ldc + n * kWidth<T>);
   }
   for (int row = 0; row < rows; ++row) {
     Vec<T> right[NV];
@@ -117,41 +137,34 @@ EGNN_INLINE void weight_tile(const T* g, const T* a, int ld, int rows, T* c) {
 #pragma GCC unroll 4
       for (int n = 0; n < NV; ++n) acc[m][n] += left * right[n];
     }
-    g += ld;
-    a += ld;
+    g += ldg;
+    a += lda;
   }
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) store(c + m * ld + n * kWidth<T>, acc[m][n]);
+    for (int n = 0; n < NV; ++n) store(c + m * ldc + n * kWidth<T>, acc[m][n]);
   }
 }
 
-template <class T, int NV>
-EGNN_INLINE void weight_panel(const T* g, const T* a, int ld, int rows, int hidden, T* c) {
-  // the last tile may read columns of g beyond ld, that is the next row's, into rows of c that
-  // nobody reads
-  for (int o = 0; o < hidden; o += kWeightRows) {
-    weight_tile<T, kWeightRows, NV>(g + o, a, ld, rows, c + static_cast<int64_t>(o) * ld);
-  }
-}
-
-// c [hidden, ld] += g^T a over `rows` edges; c has kWeightRows rows to spare.
+// c [outputs, vectors] (row stride ldc) += g^T a over `rows` rows. The last tile reads columns of g
+// beyond `outputs` (the row's padding or the next row) into the kWeightRows rows that c has to
+// spare.
 template <class T>
-inline __attribute__((noinline)) void weight_gemm(const T* g, const T* a, int ld, int rows, int hidden, int vectors,
-                             T* c) {
+inline __attribute__((noinline)) void weight_gemm(const T* g, int64_t ldg, const T* a, int64_t lda,
+                                                  int rows, int outputs, int vectors, T* c,
+                                                  int64_t ldc) {
+  const auto panel = [&](auto width) {
+    constexpr int NV = decltype(width)::value;
+    for (int o = 0; o < outputs; o += kWeightRows) {
+      weight_tile<T, kWeightRows, NV>(g + o, ldg, a, lda, rows, c + o * ldc, ldc);
+    }
+  };
   for (int v0 = 0; v0 < vectors; v0 += kPanelVectors) {
     const int nv = vectors - v0 < kPanelVectors ? vectors - v0 : kPanelVectors;
-    const int column = v0 * kWidth<T>;
-    if (nv == kPanelVectors) {
-      weight_panel<T, kPanelVectors>(g, a + column, ld, rows, hidden, c + column);
-    } else if (kPanelVectors > 3 && nv == 3) {
-      weight_panel<T, kPanelVectors - 1>(g, a + column, ld, rows, hidden, c + column);
-    } else if (kPanelVectors > 2 && nv == 2) {
-      weight_panel<T, 2>(g, a + column, ld, rows, hidden, c + column);
-    } else {
-      weight_panel<T, 1>(g, a + column, ld, rows, hidden, c + column);
-    }
+    for_width(nv, panel);
+    a += nv * kWidth<T>;
+    c += nv * kWidth<T>;
   }
 }
 

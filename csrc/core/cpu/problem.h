@@ -5,8 +5,11 @@
 
 namespace egnn {
 
-// Edges that go through the layer together, in cache. A multiple of every register tile's height.
+// Edges (or nodes) that go through the layer together, in cache: a multiple of every register
+// tile's height.
 constexpr int kBlockEdges = 48;
+// Rows that a register tile may take too many at the end of an array.
+constexpr int kSpareRows = 16;
 // Edges of a task are numbered in 16 bits when they are sorted by sender.
 constexpr int64_t kMaxTaskEdges = 65535;
 
@@ -25,6 +28,8 @@ struct Problem {
   int64_t nodes, edges;
   int hidden, ld, vectors;  // H; H rounded up to a whole vector; that in vectors
   int dim, attrs;           // D, A
+  int64_t pq_stride;        // row of pq and g_pq: P, then Q at half of it
+  bool pq_padded;           // P and Q are rounded up to ld, with zeros
 
   const T *pq, *x, *edge_attr, *edge_mask;
   const int64_t* rowptr;
@@ -57,12 +62,48 @@ struct Problem {
   WeightOffsets at;
   // per task of the tasks in flight (a wave)
   int64_t wave_begin;  // first task of the wave
-  T* weight_sums;      // [wave][at.size]
   T* g_z1;             // [wave][task_edges][ld]
   T* g_d;              // [wave][task_edges][D]
   T* g_coords_sent;    // [N, D]
   uint32_t* sender_keys;    // [wave][task_edges]: senders, ascending
   uint16_t* sender_places;  // [wave][task_edges]: the task's edges in that order
+};
+
+// The rest of a layer around the edge pass: P and Q before it, the updates of nodes after it.
+// Widths F (in), H, O (out), B (node attributes); ld_* are rounded up to a whole vector.
+template <class T>
+struct NodeProblem {
+  int64_t nodes;
+  int in, hidden, out, attrs, dim;
+  int ld_in, ld_hidden, ld_out, ld_attrs;
+  int activation;
+  T slope;
+  bool residual, velocity, shifts;
+
+  const T *h, *x, *v, *node_attr;
+  const T* coord_weight;  // [N] or null: 1
+  T coord_scale;
+
+  // biases and w_v2 padded; matrices packed for gemm(): [in -> out] forward, [out -> in] backward
+  T *b1, *node_b1, *node_b2, *vel_b1, *vel_w2;
+  T vel_b2;
+  T *w_i, *w_j, *w_h, *w_m, *w_b, *w_out, *w_v;
+  T *w_i_back, *w_j_back, *w_h_back, *w_m_back, *w_b_back, *w_out_back, *w_v_back;
+
+  T* pq;      // [N + spare, 2 ld_hidden]
+  T *m, *shift;  // the edge pass's sums [N, H], [N, D]
+  T *h_out, *x_out, *v_out;
+
+  const T *g_h_out, *g_x_out, *g_v_out;
+  T *g_m, *g_shift, *g_pq;  // cotangents of the edge pass; g_pq is laid out as pq
+  T *g_h, *g_v, *g_node_attr, *g_coord_weight;
+  bool needs_weights, needs_h;
+  struct {
+    int64_t out, out_bias, h, m, b, bias, v, vel_bias, vel_w2, vel_b2, size;
+  } at_update;
+  struct {
+    int64_t i, j, bias, size;
+  } at_pq;
 };
 
 template <class T>
@@ -71,14 +112,21 @@ struct KernelTable {
   // elements of scratch that a worker needs
   int64_t (*forward_scratch)(const Problem<T>&);
   int64_t (*backward_scratch)(const Problem<T>&);
-  int64_t (*packed_size)(int hidden);  // elements of a packed matrix
-  // packs w [H, H] (row-major, [out, in]) for gemm: a w^T (forward) or a w (backward)
-  void (*pack)(const T* w, int hidden, bool transpose, T* out);
+  int64_t (*node_scratch)(const NodeProblem<T>&);
+  // packs a [k_count, columns] operand, (k, c) at w[k * k_stride + c * column_stride]
+  void (*pack)(const T* w, int64_t k_stride, int64_t column_stride, int k_count, int columns,
+               T* out);
   void (*forward_task)(const Problem<T>&, int64_t task, T* scratch);
-  void (*backward_task)(const Problem<T>&, int64_t task, T* scratch);
+  void (*backward_task)(const Problem<T>&, int64_t task, T* sums, T* scratch);
   // adds what the wave's `tasks` tasks found to senders in [begin, end)
   void (*sender_sums)(const Problem<T>&, int64_t tasks, int64_t begin, int64_t end);
   WeightOffsets (*weight_offsets)(const Problem<T>&);
+  int weight_rows;  // rows that a weight gradient's accumulator has to spare
+  // nodes [begin, end), at most kBlockEdges of them; `sums` is the task's accumulator
+  void (*node_pq)(const NodeProblem<T>&, int64_t begin, int64_t end, T* scratch);
+  void (*node_update)(const NodeProblem<T>&, int64_t begin, int64_t end, T* scratch);
+  void (*node_update_back)(const NodeProblem<T>&, int64_t begin, int64_t end, T* scratch, T* sums);
+  void (*node_pq_back)(const NodeProblem<T>&, int64_t begin, int64_t end, T* scratch, T* sums);
 };
 
 namespace portable {

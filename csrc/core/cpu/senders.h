@@ -10,7 +10,7 @@ namespace EGNN_ISA {
 template <class T>
 EGNN_INLINE void add_edge(const Problem<T>& p, int64_t place, int64_t sender) {
   if (p.g_pq != nullptr) {
-    T* out = p.g_pq + sender * 2 * p.hidden + p.hidden;
+    T* out = p.g_pq + sender * p.pq_stride + p.pq_stride / 2;
     add_rows(p.g_z1 + place * p.ld, p.ld, 0, 1, p.hidden, out);
   }
   if (p.g_coords_sent != nullptr) {

@@ -1,4 +1,4 @@
-// The fused edge pass on the CPU, forward and backward: the core's interface.
+// The core's interface: the fused edge pass and the whole layer on the CPU, forward and backward.
 #pragma once
 
 #include <string>
@@ -8,10 +8,12 @@
 
 namespace egnn {
 
-// Both check the counts that only the core can see (rows of edge_attr and edge_mask against E) and
-// throw std::invalid_argument before anything is written.
+// All four check the counts that only the core can see (rows of edge_attr and edge_mask against E)
+// and throw std::invalid_argument before anything is written.
 void forward(const Args& args);
 void backward(const Args& args);
+void layer_forward(const LayerArgs& args);
+void layer_backward(const LayerArgs& args);
 
 // Names: "portable", "avx2", "avx512". The one in use is the best that the machine has, unless
 // EGNN_FAST_CPU_ISA or set_instruction_set says otherwise.

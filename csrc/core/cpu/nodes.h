@@ -1,0 +1,264 @@
+// The node-level parts of a layer, a block of nodes at a time: P and Q, phi_h, phi_v and the new
+// coordinates, and the way back.
+#pragma once
+
+#include "block.h"
+
+namespace egnn {
+namespace EGNN_ISA {
+
+template <class T>
+inline int64_t node_scratch(const NodeProblem<T>& p) {
+  return static_cast<int64_t>(kBlockRows) *
+             (3 * p.ld_in + 5 * p.ld_hidden + 2 * p.ld_out + 2 * p.ld_attrs) +
+         12 * kWidth<T>;
+}
+
+// A block's rows of a [N, columns] array as a tile with padded rows.
+template <class T>
+inline void read_rows(const T* from, int64_t begin, int rows, int columns, int ld, T* tile) {
+  for (int b = 0; b < rows; ++b) {
+    memcpy(tile + b * ld, from + (begin + b) * columns, columns * sizeof(T));
+    for (int c = columns; c < ld; ++c) tile[b * ld + c] = 0;
+  }
+}
+
+template <class T>
+inline void write_rows(const T* tile, int ld, int64_t begin, int rows, int columns, T* to) {
+  for (int b = 0; b < rows; ++b) {
+    memcpy(to + (begin + b) * columns, tile + b * ld, columns * sizeof(T));
+  }
+}
+
+template <class T, int act>
+inline void activate_rows(T* z, int64_t count, T slope) {
+  for (int64_t k = 0; k < count; k += kWidth<T>) store(z + k, activate<T, act>(load(z + k), slope));
+}
+
+// z becomes act(z), derivative act'(z)
+template <class T, int act>
+inline void activate_rows(T* z, T* derivative, int64_t count, T slope) {
+  for (int64_t k = 0; k < count; k += kWidth<T>) {
+    Vec<T> value, d;
+    activate_both<T, act>(load(z + k), slope, value, d);
+    store(z + k, value);
+    store(derivative + k, d);
+  }
+}
+
+template <class T>
+inline void multiply_rows(T* a, const T* b, int64_t count) {
+  for (int64_t k = 0; k < count; k += kWidth<T>) store(a + k, load(a + k) * load(b + k));
+}
+
+template <class T>
+struct NodeTiles {
+  T *h, *g_h, *spare_in, *m, *z, *d, *g_z, *g_m, *out, *g_out, *attr, *g_attr;
+
+  NodeTiles(const NodeProblem<T>& p, T* scratch) {
+    Carver<T> carve{scratch};
+    T** const in[] = {&h, &g_h, &spare_in};
+    for (T** tile : in) *tile = carve.take(static_cast<int64_t>(kBlockRows) * p.ld_in);
+    T** const hidden[] = {&m, &z, &d, &g_z, &g_m};
+    for (T** tile : hidden) *tile = carve.take(static_cast<int64_t>(kBlockRows) * p.ld_hidden);
+    T** const outs[] = {&out, &g_out};
+    for (T** tile : outs) *tile = carve.take(static_cast<int64_t>(kBlockRows) * p.ld_out);
+    T** const attrs[] = {&attr, &g_attr};
+    for (T** tile : attrs) *tile = carve.take(static_cast<int64_t>(kBlockRows) * p.ld_attrs);
+  }
+};
+
+template <class T>
+inline void node_pq(const NodeProblem<T>& p, int64_t begin, int64_t end, T* scratch) {
+  NodeTiles<T> t(p, scratch);
+  const int rows = static_cast<int>(end - begin), vectors = p.ld_hidden / kWidth<T>;
+  const int64_t stride = 2 * static_cast<int64_t>(p.ld_hidden);
+  read_rows(p.h, begin, rows, p.in, p.ld_in, t.h);
+  T* pq = p.pq + begin * stride;
+  gemm(t.h, p.ld_in, rows, p.w_i, p.in, vectors, Start::kBias, p.b1, pq, stride);
+  gemm(t.h, p.ld_in, rows, p.w_j, p.in, vectors, Start::kZero, kNone<T>, pq + p.ld_hidden, stride);
+}
+
+// z = the first linear of phi_h on [h ; M ; node_attr]; reads the rows it needs into the tiles.
+template <class T>
+inline void node_first(const NodeProblem<T>& p, int64_t begin, int rows, NodeTiles<T>& t) {
+  const int vectors = p.ld_hidden / kWidth<T>;
+  read_rows(p.h, begin, rows, p.in, p.ld_in, t.h);
+  read_rows(p.m, begin, rows, p.hidden, p.ld_hidden, t.m);
+  gemm(t.h, p.ld_in, rows, p.w_h, p.in, vectors, Start::kBias, p.node_b1, t.z, p.ld_hidden);
+  gemm(t.m, p.ld_hidden, rows, p.w_m, p.hidden, vectors, Start::kResult, kNone<T>, t.z,
+       p.ld_hidden);
+  if (p.attrs == 0) return;
+  read_rows(p.node_attr, begin, rows, p.attrs, p.ld_attrs, t.attr);
+  gemm(t.attr, p.ld_attrs, rows, p.w_b, p.attrs, vectors, Start::kResult, kNone<T>, t.z,
+       p.ld_hidden);
+}
+
+template <class T>
+inline T shift_factor(const NodeProblem<T>& p, int64_t node) {
+  return p.coord_weight != nullptr ? p.coord_scale * p.coord_weight[node] : p.coord_scale;
+}
+
+template <class T, int act>
+inline void node_update(const NodeProblem<T>& p, int64_t begin, int64_t end, T* scratch) {
+  NodeTiles<T> t(p, scratch);
+  const int rows = static_cast<int>(end - begin), vectors = p.ld_hidden / kWidth<T>;
+  const int64_t count = static_cast<int64_t>(rows) * p.ld_hidden;
+  node_first(p, begin, rows, t);
+  activate_rows<T, act>(t.z, count, p.slope);
+  gemm(t.z, p.ld_hidden, rows, p.w_out, p.hidden, p.ld_out / kWidth<T>, Start::kBias, p.node_b2,
+       t.out, p.ld_out);
+  if (p.residual) {
+    for (int b = 0; b < rows; ++b) {
+      for (int c = 0; c < p.out; ++c) t.out[b * p.ld_out + c] += t.h[b * p.ld_in + c];
+    }
+  }
+  write_rows(t.out, p.ld_out, begin, rows, p.out, p.h_out);
+  if (p.x_out == nullptr) return;
+
+  if (p.velocity) {
+    gemm(t.h, p.ld_in, rows, p.w_v, p.in, vectors, Start::kBias, p.vel_b1, t.z, p.ld_hidden);
+    activate_rows<T, act>(t.z, count, p.slope);
+  }
+  for (int b = 0; b < rows; ++b) {
+    const int64_t at = (begin + b) * p.dim;
+    const T gate = p.velocity ? dot(t.z + b * p.ld_hidden, p.vel_w2, vectors) + p.vel_b2 : T(0);
+    const T factor = p.shifts ? shift_factor(p, begin + b) : T(0);
+    for (int c = 0; c < p.dim; ++c) {
+      T step = 0;
+      if (p.velocity) step += gate * p.v[at + c];
+      if (p.shifts) step += factor * p.shift[at + c];
+      p.x_out[at + c] = p.x[at + c] + step;
+      if (p.v_out != nullptr) p.v_out[at + c] = step;
+    }
+  }
+}
+
+// Back through phi_h: t.g_h, t.g_m and t.g_attr get its share.
+template <class T, int act>
+inline void features_back(const NodeProblem<T>& p, int64_t begin, int rows, NodeTiles<T>& t,
+                          T* sums) {
+  const int vectors = p.ld_hidden / kWidth<T>, ld = p.ld_hidden;
+  node_first(p, begin, rows, t);
+  activate_rows<T, act>(t.z, t.d, static_cast<int64_t>(rows) * ld, p.slope);
+  read_rows(p.g_h_out, begin, rows, p.out, p.ld_out, t.g_out);
+  gemm(t.g_out, p.ld_out, rows, p.w_out_back, p.out, vectors, Start::kZero, kNone<T>, t.g_z, ld);
+  multiply_rows(t.g_z, t.d, static_cast<int64_t>(rows) * ld);
+  if (sums != nullptr) {
+    const auto& at = p.at_update;
+    weight_gemm(t.g_out, p.ld_out, t.z, ld, rows, p.out, vectors, sums + at.out, ld);
+    add_columns(t.g_out, p.ld_out, kNone<T>, rows, p.ld_out / kWidth<T>, sums + at.out_bias);
+    weight_gemm(t.g_z, ld, t.h, p.ld_in, rows, p.hidden, p.ld_in / kWidth<T>, sums + at.h, p.ld_in);
+    weight_gemm(t.g_z, ld, t.m, ld, rows, p.hidden, vectors, sums + at.m, ld);
+    if (p.attrs != 0) {
+      weight_gemm(t.g_z, ld, t.attr, p.ld_attrs, rows, p.hidden, p.ld_attrs / kWidth<T>,
+                  sums + at.b, p.ld_attrs);
+    }
+    add_columns(t.g_z, ld, kNone<T>, rows, vectors, sums + at.bias);
+  }
+  gemm(t.g_z, ld, rows, p.w_h_back, p.hidden, p.ld_in / kWidth<T>, Start::kZero, kNone<T>, t.g_h,
+       p.ld_in);
+  gemm(t.g_z, ld, rows, p.w_m_back, p.hidden, vectors, Start::kZero, kNone<T>, t.g_m, ld);
+  write_rows(t.g_m, ld, begin, rows, p.hidden, p.g_m);
+  if (p.residual) {
+    for (int b = 0; b < rows; ++b) {
+      for (int c = 0; c < p.out; ++c) t.g_h[b * p.ld_in + c] += t.g_out[b * p.ld_out + c];
+    }
+  }
+  if (p.g_node_attr == nullptr) return;
+  gemm(t.g_z, ld, rows, p.w_b_back, p.hidden, p.ld_attrs / kWidth<T>, Start::kZero, kNone<T>,
+       t.g_attr, p.ld_attrs);
+  write_rows(t.g_attr, p.ld_attrs, begin, rows, p.attrs, p.g_node_attr);
+}
+
+template <class T>
+EGNN_INLINE T step_gradient(const NodeProblem<T>& p, int64_t place) {
+  const T g = p.g_x_out != nullptr ? p.g_x_out[place] : T(0);
+  return p.g_v_out != nullptr ? g + p.g_v_out[place] : g;
+}
+
+// Back through phi_v; its share is added to t.g_h.
+template <class T, int act>
+inline void velocity_back(const NodeProblem<T>& p, int64_t begin, int rows, NodeTiles<T>& t,
+                          T* sums) {
+  const int vectors = p.ld_hidden / kWidth<T>, ld = p.ld_hidden;
+  gemm(t.h, p.ld_in, rows, p.w_v, p.in, vectors, Start::kBias, p.vel_b1, t.z, ld);
+  activate_rows<T, act>(t.z, t.d, static_cast<int64_t>(rows) * ld, p.slope);
+  T g_gate[kBlockRows];
+  for (int b = 0; b < rows; ++b) {
+    const int64_t at = (begin + b) * p.dim;
+    const T gate = dot(t.z + b * ld, p.vel_w2, vectors) + p.vel_b2;
+    g_gate[b] = 0;
+    for (int c = 0; c < p.dim; ++c) {
+      const T g = step_gradient(p, at + c);
+      g_gate[b] += g * p.v[at + c];
+      if (p.g_v != nullptr) p.g_v[at + c] = gate * g;
+    }
+    for (int v = 0; v < vectors; ++v) {
+      const int column = v * kWidth<T>;
+      store(t.g_z + b * ld + column,
+            load(t.d + b * ld + column) * load(p.vel_w2 + column) * g_gate[b]);
+    }
+  }
+  if (sums != nullptr) {
+    const auto& at = p.at_update;
+    add_columns(t.z, ld, static_cast<const T*>(g_gate), rows, vectors, sums + at.vel_w2);
+    for (int b = 0; b < rows; ++b) sums[at.vel_b2] += g_gate[b];
+    weight_gemm(t.g_z, ld, t.h, p.ld_in, rows, p.hidden, p.ld_in / kWidth<T>, sums + at.v, p.ld_in);
+    add_columns(t.g_z, ld, kNone<T>, rows, vectors, sums + at.vel_bias);
+  }
+  gemm(t.g_z, ld, rows, p.w_v_back, p.hidden, p.ld_in / kWidth<T>, Start::kResult, kNone<T>, t.g_h,
+       p.ld_in);
+}
+
+template <class T, int act>
+inline void node_update_back(const NodeProblem<T>& p, int64_t begin, int64_t end, T* scratch,
+                             T* sums) {
+  NodeTiles<T> t(p, scratch);
+  const int rows = static_cast<int>(end - begin);
+  const bool moves = p.g_x_out != nullptr || p.g_v_out != nullptr;
+  if (p.g_h_out != nullptr) {
+    features_back<T, act>(p, begin, rows, t, sums);
+  } else {
+    read_rows(p.h, begin, rows, p.in, p.ld_in, t.h);
+    memset(t.g_h, 0, static_cast<size_t>(rows) * p.ld_in * sizeof(T));
+  }
+  if (moves && p.velocity) velocity_back<T, act>(p, begin, rows, t, sums);
+  if (p.needs_h) write_rows(t.g_h, p.ld_in, begin, rows, p.in, p.g_h);
+  if (!moves || !p.shifts) return;
+  for (int64_t node = begin; node < end; ++node) {
+    const T factor = shift_factor(p, node);
+    T along = 0;
+    for (int c = 0; c < p.dim; ++c) {
+      const T g = step_gradient(p, node * p.dim + c);
+      p.g_shift[node * p.dim + c] = factor * g;
+      along += g * p.shift[node * p.dim + c];
+    }
+    if (p.g_coord_weight != nullptr) p.g_coord_weight[node] = p.coord_scale * along;
+  }
+}
+
+template <class T>
+inline void node_pq_back(const NodeProblem<T>& p, int64_t begin, int64_t end, T* scratch, T* sums) {
+  NodeTiles<T> t(p, scratch);
+  const int rows = static_cast<int>(end - begin), vectors = p.ld_in / kWidth<T>;
+  const int64_t stride = 2 * static_cast<int64_t>(p.ld_hidden);
+  const T* g_p = p.g_pq + begin * stride;
+  const T* g_q = g_p + p.ld_hidden;
+  if (sums != nullptr) {
+    read_rows(p.h, begin, rows, p.in, p.ld_in, t.h);
+    weight_gemm(g_p, stride, t.h, p.ld_in, rows, p.hidden, vectors, sums + p.at_pq.i, p.ld_in);
+    weight_gemm(g_q, stride, t.h, p.ld_in, rows, p.hidden, vectors, sums + p.at_pq.j, p.ld_in);
+    add_columns(g_p, stride, kNone<T>, rows, p.ld_hidden / kWidth<T>, sums + p.at_pq.bias);
+  }
+  if (!p.needs_h) return;
+  gemm(g_p, stride, rows, p.w_i_back, p.hidden, vectors, Start::kZero, kNone<T>, t.g_h, p.ld_in);
+  gemm(g_q, stride, rows, p.w_j_back, p.hidden, vectors, Start::kResult, kNone<T>, t.g_h, p.ld_in);
+  for (int b = 0; b < rows; ++b) {
+    T* g_h = p.g_h + (begin + b) * p.in;
+    for (int c = 0; c < p.in; ++c) g_h[c] += t.g_h[b * p.ld_in + c];
+  }
+}
+
+}  // namespace EGNN_ISA
+}  // namespace egnn

@@ -1,0 +1,156 @@
+// What runs the block kernels over a problem: partition into tasks, memory, order of the sums.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "args.h"
+#include "instruction_sets.h"
+#include "parallel.h"
+#include "workspace.h"
+
+namespace egnn {
+
+// Tasks are ranges of edges (or nodes) whose bounds depend on the problem alone: so do the orders
+// of the sums, and with them the bits of the result, whatever the number of threads.
+constexpr int64_t kTaskEdges = 480;
+constexpr int64_t kTargetTasks = 16;  // a small problem is still split for several threads
+constexpr int64_t kMaxForwardTasks = 8192;
+// tasks in flight backward: bounded by the memory for their gradients
+constexpr int64_t kWaveTasks = 32;
+constexpr int64_t kWaveBytes = int64_t{24} << 20;
+
+inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+inline int64_t divide_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
+
+// Edges (or nodes) of a task: whole blocks.
+inline int64_t task_length(int64_t count) {
+  const int64_t wanted = round_up(divide_up(count, kTargetTasks), kBlockEdges);
+  return std::clamp<int64_t>(wanted, kBlockEdges, kTaskEdges);
+}
+
+template <class T>
+const T* in(uintptr_t address) {
+  return reinterpret_cast<const T*>(address);
+}
+
+template <class T>
+T* out(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <class T>
+void zero(T* memory, int64_t count, int threads) {
+  if (memory == nullptr || count == 0) return;
+  constexpr int64_t kPiece = int64_t{1} << 18;
+  parallel_for(divide_up(count, kPiece), threads, [&](int64_t k, int) {
+    std::memset(memory + k * kPiece, 0, std::min(kPiece, count - k * kPiece) * sizeof(T));
+  });
+}
+
+// Weights to be packed, together and in parallel.
+template <class T>
+class Packing {
+ public:
+  Packing(const KernelTable<T>& kernels, Workspace& ws) : kernels_(kernels), ws_(ws) {}
+
+  // w [outputs, inputs] with rows `stride` apart. Forward: a w^T; backward: a w.
+  T* matrix(const T* w, int64_t stride, int outputs, int inputs, bool forward) {
+    if (w == nullptr) return nullptr;
+    const int k_count = forward ? inputs : outputs, columns = forward ? outputs : inputs;
+    T* to = ws_.take<T>(k_count * round_up(columns, kernels_.width));
+    jobs_.push_back(forward ? Job{w, 1, stride, k_count, columns, to}
+                            : Job{w, stride, 1, k_count, columns, to});
+    return to;
+  }
+
+  // A vector padded with zeros; absent: all zeros.
+  T* vector(const T* values, int64_t stride, int count) {
+    T* to = ws_.take<T>(round_up(count, kernels_.width));
+    jobs_.push_back(Job{values, stride, 0, 0, count, to});
+    return to;
+  }
+
+  // `rows` vectors, each of them a column of w (rows `stride` apart), as a padded [rows, ld].
+  T* columns(const T* w, int64_t stride, int count, int rows) {
+    const int64_t ld = round_up(count, kernels_.width);
+    T* to = ws_.take<T>(rows * ld);
+    if (to == nullptr) return nullptr;
+    for (int k = 0; k < rows; ++k) jobs_.push_back(Job{w + k, stride, 0, 0, count, to + k * ld});
+    return to;
+  }
+
+  void run(int threads) {
+    parallel_for(static_cast<int64_t>(jobs_.size()), threads, [&](int64_t k, int) {
+      const Job& job = jobs_[k];
+      if (job.k_count != 0) {
+        kernels_.pack(job.from, job.k_stride, job.column_stride, job.k_count, job.columns, job.to);
+        return;
+      }
+      const int64_t padded = round_up(job.columns, kernels_.width);
+      for (int64_t c = 0; c < padded; ++c) {
+        job.to[c] = job.from != nullptr && c < job.columns ? job.from[c * job.k_stride] : T(0);
+      }
+    });
+  }
+
+ private:
+  struct Job {
+    const T* from;
+    int64_t k_stride, column_stride;
+    int k_count, columns;  // k_count 0: a vector
+    T* to;
+  };
+  const KernelTable<T>& kernels_;
+  Workspace& ws_;
+  std::vector<Job> jobs_;
+};
+
+// Sums of weight gradients: each task's accumulator is added to the total, in the order of tasks.
+template <class T>
+struct WeightSums {
+  int64_t size = 0;        // 0: nobody asked
+  T* per_task = nullptr;   // [wave][size]
+  double* total = nullptr;
+
+  static constexpr int64_t kSlice = 2048;
+  int64_t slices() const { return divide_up(size, kSlice); }
+
+  void reserve(Workspace& ws, int64_t wave) {
+    per_task = ws.take<T>(wave * size);
+    total = ws.take<double>(size);
+  }
+
+  T* accumulator(int64_t slot) const {
+    if (size == 0) return nullptr;
+    T* sums = per_task + slot * size;
+    std::memset(sums, 0, size * sizeof(T));
+    return sums;
+  }
+
+  void clear() { std::memset(total, 0, size * sizeof(double)); }
+
+  void add(int64_t slice, int64_t tasks) const {
+    const int64_t to = std::min((slice + 1) * kSlice, size);
+    for (int64_t slot = 0; slot < tasks; ++slot) {
+      const T* sums = per_task + slot * size;
+      for (int64_t c = slice * kSlice; c < to; ++c) total[c] += static_cast<double>(sums[c]);
+    }
+  }
+
+  // A padded [rows, ld] piece to where the caller wants it (rows `stride` apart); absent: nobody
+  // asked.
+  void deliver(int64_t at, int64_t rows, int64_t columns, int64_t ld, T* to, int64_t stride) const {
+    if (to == nullptr) return;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < columns; ++c) {
+        to[r * stride + c] = size == 0 ? T(0) : static_cast<T>(total[at + r * ld + c]);
+      }
+    }
+  }
+};
+
+}  // namespace egnn

@@ -1,0 +1,229 @@
+// The edge pass over all tasks. The layer uses these two as well, so they are split into reserving
+// memory, packing weights and running.
+#pragma once
+
+#include "driver.h"
+
+namespace egnn {
+
+template <class T>
+Problem<T> describe(const Args& a, const KernelTable<T>& kernels) {
+  Problem<T> p{};
+  p.nodes = a.num_nodes;
+  p.rowptr = in<int64_t>(a.rowptr);
+  p.edges = p.rowptr[p.nodes];
+  p.senders = in<int32_t>(a.senders);
+  p.perm = in<int32_t>(a.perm);
+  p.first = in<int32_t>(a.first);
+  p.hidden = static_cast<int>(a.hidden);
+  p.ld = static_cast<int>(round_up(a.hidden, kernels.width));
+  p.vectors = p.ld / kernels.width;
+  p.dim = static_cast<int>(a.coord_dim);
+  p.attrs = static_cast<int>(a.attr_dim);
+  p.pq = in<T>(a.pq);
+  p.pq_stride = 2 * a.hidden;
+  p.x = in<T>(a.x);
+  p.edge_attr = in<T>(a.edge_attr);
+  p.edge_mask = in<T>(a.edge_mask);
+  p.activation = a.activation;
+  p.slope = static_cast<T>(a.negative_slope);
+  p.norm = static_cast<T>(a.norm);
+  p.clamp = static_cast<T>(a.clamp);
+  p.tanh = a.tanh;
+  p.attention = a.w_g != 0;
+  p.head = a.w_x != 0;
+  p.partial_size = round_up(p.hidden + p.dim, 64 / static_cast<int64_t>(sizeof(T)));
+  const auto check = [&](const char* name, int64_t rows) {
+    if (rows < 0 || rows == p.edges) return;
+    throw std::invalid_argument(std::string(name) + ": expected a row for each of the " +
+                                std::to_string(p.edges) + " edges, got " + std::to_string(rows));
+  };
+  check("edge_attr", a.attr_rows);
+  check("edge_mask", a.mask_rows);
+  return p;
+}
+
+template <class T>
+void pack_edge_weights(const Args& a, Problem<T>& p, bool backward, Packing<T>& packing) {
+  const int h = p.hidden;
+  p.w_r = packing.vector(in<T>(a.w_r), a.w_r_stride, h);
+  p.b2 = packing.vector(in<T>(a.b2), 1, h);
+  p.w_g = packing.vector(in<T>(a.w_g), 1, h);
+  p.b3 = packing.vector(in<T>(a.b3), 1, h);
+  p.w_x = packing.vector(in<T>(a.w_x), 1, h);
+  p.b_g = p.attention ? *in<T>(a.b_g) : T(0);
+  p.w_a = packing.columns(in<T>(a.w_a), a.w_a_stride, h, p.attrs);
+  p.w2_forward = packing.matrix(in<T>(a.w2), h, h, h, true);
+  p.w3_forward = packing.matrix(in<T>(a.w3), h, h, h, true);
+  if (!backward) return;
+  p.w2_backward = packing.matrix(in<T>(a.w2), h, h, h, false);
+  p.w3_backward = packing.matrix(in<T>(a.w3), h, h, h, false);
+}
+
+// Adds the rows that tasks share, in the order of the tasks.
+template <class T>
+void add_partials(const Problem<T>& p, int64_t tasks, T* features, int64_t stride, T* coords) {
+  for (int64_t slot = 0; slot < tasks; ++slot) {
+    for (int k = 0; k < 2; ++k) {
+      const int64_t row = p.partial_rows[slot].row[k];
+      if (row < 0) continue;
+      const T* partial = p.partials + (2 * slot + k) * p.partial_size;
+      if (features != nullptr) {
+        for (int c = 0; c < p.hidden; ++c) features[row * stride + c] += partial[c];
+      }
+      if (coords != nullptr) {
+        for (int c = 0; c < p.dim; ++c) coords[row * p.dim + c] += partial[p.hidden + c];
+      }
+    }
+  }
+}
+
+template <class T>
+class EdgeForward {
+ public:
+  EdgeForward(const KernelTable<T>& kernels, Problem<T>& p, int threads)
+      : kernels_(kernels), p_(p), threads_(threads) {
+    p.task_edges = std::max(task_length(p.edges),
+                            round_up(divide_up(p.edges, kMaxForwardTasks), kBlockEdges));
+    tasks_ = divide_up(p.edges, p.task_edges);
+    scratch_size_ = round_up(kernels.forward_scratch(p), 16);
+  }
+
+  void reserve(Workspace& ws) {
+    p_.partials = ws.take<T>(2 * tasks_ * p_.partial_size);
+    p_.partial_rows = ws.take<PartialRows>(tasks_);
+    scratch_ = ws.take<T>(threads_ * scratch_size_);
+  }
+
+  void run() {
+    zero(p_.m, p_.nodes * p_.hidden, threads_);
+    if (p_.head) zero(p_.shift, p_.nodes * p_.dim, threads_);
+    parallel_for(tasks_, threads_, [&](int64_t task, int worker) {
+      kernels_.forward_task(p_, task, scratch_ + worker * scratch_size_);
+    });
+    add_partials(p_, tasks_, p_.m, p_.hidden, p_.head ? p_.shift : static_cast<T*>(nullptr));
+  }
+
+ private:
+  const KernelTable<T>& kernels_;
+  Problem<T>& p_;
+  int threads_;
+  int64_t tasks_, scratch_size_;
+  T* scratch_ = nullptr;
+};
+
+// The caller has set the cotangents and the gradients wanted; weight gradients stay in `sums`.
+template <class T>
+class EdgeBackward {
+ public:
+  EdgeBackward(const KernelTable<T>& kernels, Problem<T>& p, int threads)
+      : kernels_(kernels), p_(p), threads_(threads) {
+    p.task_edges = task_length(p.edges);
+    p.at = kernels.weight_offsets(p);
+    sums.size = p.needs_weights ? p.at.size : 0;
+    // without a cotangent all gradients are zero
+    tasks_ = p.g_m == nullptr && p.g_shift == nullptr ? 0 : divide_up(p.edges, p.task_edges);
+    scratch_size_ = round_up(kernels.backward_scratch(p), 16);
+    const int64_t bytes_per_task =
+        static_cast<int64_t>(sizeof(T)) * (p.at.size + p.task_edges * (p.ld + p.dim));
+    const int64_t fitting = std::max<int64_t>(kWaveBytes / bytes_per_task, 2 * threads);
+    wave_ = std::min({tasks_, fitting, std::max<int64_t>(kWaveTasks, 2 * threads)});
+  }
+
+  void reserve(Workspace& ws) {
+    p_.partials = ws.take<T>(2 * wave_ * p_.partial_size);
+    p_.partial_rows = ws.take<PartialRows>(wave_);
+    sums.reserve(ws, wave_);
+    p_.g_z1 = ws.take<T>(wave_ * p_.task_edges * p_.ld);
+    p_.g_d = ws.take<T>(wave_ * p_.task_edges * p_.dim);
+    p_.sender_keys = ws.take<uint32_t>(2 * wave_ * p_.task_edges);
+    p_.sender_places = ws.take<uint16_t>(2 * wave_ * p_.task_edges);
+    T* sent = ws.take<T>(p_.g_coords != nullptr ? p_.nodes * p_.dim : 0);
+    p_.g_coords_sent = p_.g_coords != nullptr ? sent : nullptr;
+    scratch_ = ws.take<T>(threads_ * scratch_size_);
+  }
+
+  void run() {
+    zero(p_.g_pq, p_.nodes * p_.pq_stride, threads_);
+    zero(p_.g_coords, p_.nodes * p_.dim, threads_);
+    zero(p_.g_coords_sent, p_.nodes * p_.dim, threads_);
+    sums.clear();
+    if (tasks_ == 0) {
+      zero(p_.g_edge_attr, p_.edges * p_.attrs, threads_);
+      zero(p_.g_edge_mask, p_.edges, threads_);
+    }
+    for (int64_t begin = 0; begin < tasks_; begin += wave_) run_wave(begin);
+    if (p_.g_coords == nullptr) return;
+    for (int64_t k = 0; k < p_.nodes * p_.dim; ++k) p_.g_coords[k] += p_.g_coords_sent[k];
+  }
+
+  WeightSums<T> sums;
+
+ private:
+  void run_wave(int64_t begin) {
+    const int64_t count = std::min(wave_, tasks_ - begin);
+    p_.wave_begin = begin;
+    parallel_for(count, threads_, [&](int64_t k, int worker) {
+      kernels_.backward_task(p_, begin + k, sums.accumulator(k),
+                             scratch_ + worker * scratch_size_);
+    });
+    const bool senders = p_.g_pq != nullptr || p_.g_coords != nullptr;
+    const int64_t ranges = senders ? std::min<int64_t>(p_.nodes, 8 * threads_) : 0;
+    parallel_for(ranges + sums.slices() + 1, threads_, [&](int64_t k, int) {
+      if (k < ranges) {
+        kernels_.sender_sums(p_, count, p_.nodes * k / ranges, p_.nodes * (k + 1) / ranges);
+      } else if (k == ranges) {
+        add_partials(p_, count, p_.g_pq, p_.pq_stride, p_.g_coords);
+      } else {
+        sums.add(k - ranges - 1, count);
+      }
+    });
+  }
+
+  const KernelTable<T>& kernels_;
+  Problem<T>& p_;
+  int threads_;
+  int64_t tasks_, wave_, scratch_size_;
+  T* scratch_ = nullptr;
+};
+
+// Which gradients an edge pass is to find; the caller sets g_m, g_shift and g_pq.
+template <class T>
+void want_gradients(const Args& a, bool first_weights, Problem<T>& p) {
+  p.g_coords = out<T>(a.g_coords);
+  p.g_edge_attr = out<T>(a.g_edge_attr);
+  p.g_edge_mask = out<T>(a.g_edge_mask);
+  p.needs_w2 = a.g_w2 != 0 || a.g_b2 != 0;
+  p.needs_w3 = p.g_shift != nullptr && (a.g_w3 != 0 || a.g_b3 != 0);
+  p.needs_w_x = p.g_shift != nullptr && a.g_w_x != 0;
+  p.needs_w_g = p.attention && (a.g_w_g != 0 || a.g_b_g != 0);
+  p.needs_first_weights = first_weights;
+  p.needs_first = first_weights || p.g_pq != nullptr || p.g_coords != nullptr ||
+                  p.g_edge_attr != nullptr;
+  p.needs_weights = first_weights || p.needs_w2 || p.needs_w3 || p.needs_w_x || p.needs_w_g;
+}
+
+// All weight gradients but those of the first linear.
+template <class T>
+void deliver_edge_weights(const Args& a, const Problem<T>& p, const WeightSums<T>& sums) {
+  const int64_t h = p.hidden;
+  sums.deliver(p.at.w2, h, h, p.ld, out<T>(a.g_w2), h);
+  sums.deliver(p.at.w3, h, h, p.ld, out<T>(a.g_w3), h);
+  sums.deliver(p.at.b2, 1, h, p.ld, out<T>(a.g_b2), h);
+  sums.deliver(p.at.b3, 1, h, p.ld, out<T>(a.g_b3), h);
+  sums.deliver(p.at.w_x, 1, h, p.ld, out<T>(a.g_w_x), h);
+  sums.deliver(p.at.w_g, 1, h, p.ld, out<T>(a.g_w_g), h);
+  sums.deliver(p.at.b_g, 1, 1, 1, out<T>(a.g_b_g), 1);
+}
+
+// The distance's and the attributes' columns of the first linear, `stride` apart; w_a may be null.
+template <class T>
+void deliver_first_columns(const Problem<T>& p, const WeightSums<T>& sums, T* w_r, int64_t r_stride,
+                           T* w_a, int64_t a_stride) {
+  sums.deliver(p.at.w_r, p.hidden, 1, 1, w_r, r_stride);
+  for (int k = 0; k < p.attrs && w_a != nullptr; ++k) {
+    sums.deliver(p.at.w_a + static_cast<int64_t>(k) * p.ld, p.hidden, 1, 1, w_a + k, a_stride);
+  }
+}
+
+}  // namespace egnn
