@@ -28,6 +28,9 @@ def messages(*args: Any) -> tuple[Tensor, Tensor]:
 def messages_backward(g_m: Tensor | None, g_x: Tensor | None, *args: Any) -> list[Tensor]:
     """``egnn_fast::messages_backward`` on the CPU."""
     needed = args[-1]
+    has_head = args[12] is not None
+    if g_m is None and (g_x is None or not has_head):
+        return [torch.zeros_like(t) for t, n in zip(args[:_N_DIFF], needed, strict=True) if n]
     a, _keep = _record(args)
     g_m = None if g_m is None else g_m.contiguous()
     g_x = None if g_x is None else g_x.contiguous()
@@ -59,11 +62,10 @@ def _record(args: tuple[Any, ...]) -> tuple[Any, list[Tensor | None]]:
     activation, slope, norm, tanh, clamp = args[17:22]
     # w_r and w_a are columns of the first linear's weight: read in place, by their row stride
     t = [
-        v if v is None or k in (4, 5) and v.stride(-1) in (0, 1) else v.contiguous()
+        v if v is None or k == 4 or (k == 5 and v.stride(1) == 1) else v.contiguous()
         for k, v in enumerate(args[:17])
     ]
     pq, x, edge_attr, edge_mask, w_r, w_a = t[:6]
-    w_r = args[4]
     core = _core()
     a = core.Args()
     a.is_double = pq.dtype == torch.float64
@@ -75,7 +77,6 @@ def _record(args: tuple[Any, ...]) -> tuple[Any, list[Tensor | None]]:
     a.mask_rows = -1 if edge_mask is None else edge_mask.shape[0]
     a.w_r_stride = w_r.stride(0)
     a.w_a_stride = 0 if w_a is None else w_a.stride(0)
-    t[4] = w_r
     (
         a.pq, a.x, a.edge_attr, a.edge_mask, a.w_r, a.w_a, a.w2, a.b2, a.w_g, a.b_g, a.w3, a.b3,
         a.w_x, a.rowptr, a.senders, a.perm, a.first,
