@@ -1,0 +1,159 @@
+"""The one table of cases: what every backend is compared with the reference on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from egnn_fast import _native
+from egnn_fast._cases import Case, check_cases
+from egnn_fast.backends import BACKENDS, unavailable
+from egnn_fast.options import Options
+
+# the CPU kernel is named whether it is there or not: without it the tests fail
+FUSED_BACKENDS = tuple(
+    name
+    for name in BACKENDS
+    if name != "reference" and (name == "cpu" or unavailable(name) is None)
+)
+DTYPES = (torch.float64, torch.float32)
+
+EVERYTHING = Options(attention=True, coord_norm=0.7, coord_tanh=True, coord_clamp=0.3)
+SINGLE_OPTIONS = {
+    "default": Options(),
+    "relu": Options(activation="relu"),
+    "leaky_relu": Options(activation="leaky_relu", negative_slope=0.2),
+    "attention": Options(attention=True),
+    "unit norm": Options(coord_norm="unit"),
+    "float norm": Options(coord_norm=0.7),
+    "tanh": Options(coord_tanh=True),
+    "no head": Options(coord_agg=None),
+    "sum": Options(coord_agg="sum"),
+    "scale": Options(coord_scale=0.3),
+    "inactive clamp": Options(coord_clamp=1e4),
+    "active clamp": Options(coord_clamp=0.3),
+    "everything": EVERYTHING,
+}
+
+
+def _widths() -> Iterator[Case]:
+    """H, D and A: whole vectors and not, each D and A with each kind of H."""
+    for k, hidden in enumerate((1, 7, 8, 16, 33, 64, 128, 200)):
+        dim, attrs = (3, 1, 16, 2, 8)[k % 5], (0, 1, 4)[k % 3]
+        yield Case(f"H{hidden} D{dim} A{attrs}", hidden=hidden, dim=dim, attrs=attrs, mask="soft")
+    for dim, attrs in itertools.product((1, 2, 3, 8, 16), (0, 1, 4)):
+        yield Case(f"H16 D{dim} A{attrs}", dim=dim, attrs=attrs, options=EVERYTHING)
+
+
+def _single_options() -> Iterator[Case]:
+    for name, options in SINGLE_OPTIONS.items():
+        yield Case(f"option {name}", hidden=20, attrs=2, options=options, mask="soft")
+        yield Case(f"option {name}, plain", hidden=20, options=options)
+        yield Case(
+            f"option {name}, complete", "complete", sizes=(6, 3, 9), hidden=20, attrs=2,
+            options=options, mask="binary",
+        )  # fmt: skip
+
+
+def _degrees() -> Iterator[Case]:
+    # only where no self-loop nor coincident pair makes 1/rho of the unit norm huge
+    rich = replace(EVERYTHING, coord_norm="unit")
+    full: dict[str, object] = {"attrs": 1, "mask": "soft"}
+    for kind in ("uniform", "power", "isolated", "sorted"):
+        yield Case(f"{kind} 300", kind, 40, 300, hidden=24, options=rich, attrs=1, mask="soft")
+        yield Case(f"{kind} 3000", kind, 200, 3000, hidden=24, options=EVERYTHING, attrs=1)
+    yield Case("hub 20000", "hub", 100, 20_000, hidden=32, attrs=1, mask="soft")
+    yield Case("hub 20000, attention", "hub", 500, 20_000, hidden=9, options=EVERYTHING)
+    for kind in ("loops", "coincident"):
+        yield Case(kind, kind, 30, 400, options=EVERYTHING, attrs=1, mask="soft")
+    yield Case("few edges among many nodes", nodes=5000, edges=40)
+    yield Case("complete, equal", "complete", sizes=(5,) * 100, hidden=24, **full)  # type: ignore[arg-type]
+    yield Case("complete, ragged", "complete", sizes=(1, 40, 0, 2, 17, 1, 3), attrs=1, mask="soft")
+    yield Case("complete, one of 60", "complete", sizes=(60,), hidden=24, options=rich)
+    yield Case("complete, of 1 only", "complete", sizes=(1, 1, 1), attrs=1)
+    yield Case("complete, none", "complete", sizes=(), attrs=1, mask="soft")
+    yield Case("complete, degrees 47 to 49", "complete", sizes=(48, 49, 50), options=EVERYTHING)
+    yield Case("no nodes", nodes=0, edges=0, attrs=1, mask="soft", options=EVERYTHING)
+    yield Case("no edges", nodes=5, edges=0, attrs=1, mask="soft", options=EVERYTHING)
+    yield Case("one node, no edge", nodes=1, edges=0, options=EVERYTHING)
+    yield Case("one node, self-loop", "loops", 1, 1, options=EVERYTHING)
+    yield Case("two nodes, one edge", nodes=2, edges=1, attrs=1, mask="soft")
+
+
+def _block_bounds() -> Iterator[Case]:
+    """Around the sizes of register tiles, blocks and tasks: in many rows, and in one."""
+    sizes = [k * unit + off for unit in (16, 48, 64) for k in (1, 2, 3) for off in (-1, 0, 1)]
+    sizes += [middle + off for middle in (480, 768, 1024, 4096, 7680) for off in (-1, 0, 1)]
+    for edges in sorted(set(sizes)):
+        yield Case(f"E{edges}", nodes=max(3, edges // 7), edges=edges, attrs=1, mask="soft")
+        yield Case(f"E{edges} in one row", "hub", edges // 3 + 2, edges, hidden=8, options=EVERYTHING)
+
+
+CASES = (*_widths(), *_single_options(), *_degrees(), *_block_bounds())
+# whole layers: the node MLP, mean, scale, velocity and node masks around the edge pass
+LAYER_CASES = (
+    *check_cases(quick=False),
+    *(
+        Case(
+            f"layer {name}", attrs=k % 2, options=options, mask=(None, "binary", "soft")[k % 3],
+            node_attrs=k % 4, velocity=k % 3 > 0, node_mask=k % 2 == 0, residual=k % 5 > 0,
+        )
+        for k, (name, options) in enumerate(SINGLE_OPTIONS.items())
+    ),
+)  # fmt: skip
+# run on every instruction set: remainders of every vector width, every option, every graph
+ISA_CASES = (
+    *_widths(),
+    *_single_options(),
+    *(case for case in _degrees() if case.edges <= 3000),
+    *(case for case in _block_bounds() if case.edges in (47, 48, 49, 65, 481, 769)),
+)
+
+
+def option_grid() -> Iterator[tuple[Options, str | None, int]]:
+    """Every combination of options, with mask and number of edge attributes."""
+    heads = [
+        {"coord_norm": norm, "coord_tanh": tanh, "coord_clamp": clamp}
+        for norm, tanh, clamp in itertools.product((None, "unit", 0.7), (False, True), (None, 0.3))
+    ]
+    for act, attention, head, mask, attrs in itertools.product(
+        ("silu", "relu", "leaky_relu"),
+        (False, True),
+        [*heads, {"coord_agg": None}],
+        (None, "soft"),
+        (0, 2),
+    ):
+        options = Options(activation=act, negative_slope=0.2, attention=attention, **head)  # type: ignore[arg-type]
+        yield options, mask, attrs
+
+
+def describe(options: Options) -> str:
+    """The options that differ from the defaults."""
+    default = Options()
+    changed = [
+        f"{name}={value}"
+        for name, value in vars(options).items()
+        if value != getattr(default, name)
+    ]
+    return " ".join(changed) or "default"
+
+
+@contextmanager
+def kernel_calls(forward: int | None = None, backward: int | None = None) -> Iterator[None]:
+    """Assert how often the C++ kernels run inside the block; None: at least once."""
+    assert _native.core is not None, _native.load_error
+    before = _native.core.calls()
+    yield
+    after = _native.core.calls()
+    for name, wanted, found in (
+        ("forward", forward, after[0] - before[0]),
+        ("backward", backward, after[1] - before[1]),
+    ):
+        if wanted is None:
+            assert found > 0, f"the {name} kernel did not run"
+        else:
+            assert found == wanted, f"the {name} kernel ran {found} times, not {wanted}"

@@ -1,0 +1,51 @@
+"""What every test runs in: a fixed seed, and nothing left behind for the next test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from egnn_fast import _native, backends
+
+
+@pytest.fixture(autouse=True)
+def _isolated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(backends.ENV_BACKEND, raising=False)
+    monkeypatch.setattr(backends, "_warned", set())
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    isa = None if _native.core is None else _native.core.instruction_set()
+    yield
+    torch.set_num_threads(threads)
+    if _native.core is not None:
+        _native.core.set_instruction_set(isa)
+
+
+@pytest.fixture
+def one_thread() -> None:
+    """For many small problems: threads would wait for each other longest."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN, and integers far out of range: what is not written shows."""
+    empty, new_empty = torch.empty, Tensor.new_empty
+
+    def spoil(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            return tensor.fill_(float("nan"))
+        return tensor.fill_(torch.iinfo(tensor.dtype).max)
+
+    def poisoned_empty(*args: Any, **kwargs: Any) -> Tensor:
+        return spoil(empty(*args, **kwargs))
+
+    def poisoned_new_empty(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return spoil(new_empty(self, *args, **kwargs))
+
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
+    monkeypatch.setattr(Tensor, "new_empty", poisoned_new_empty)

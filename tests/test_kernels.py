@@ -1,0 +1,311 @@
+"""Every fused backend against the reference, over the table of cases."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    DTYPES,
+    EVERYTHING,
+    FUSED_BACKENDS,
+    ISA_CASES,
+    LAYER_CASES,
+    describe,
+    kernel_calls,
+    option_grid,
+)
+from torch import Tensor
+
+from egnn_fast import Graph, Options, _native, checks, functional
+from egnn_fast._cases import Case, Problem
+from egnn_fast.checks import Row
+from egnn_fast.options import EdgeWeights
+
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("one_thread")]
+every_backend = pytest.mark.parametrize("backend", FUSED_BACKENDS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+FULL = Case("full", nodes=40, edges=600, hidden=20, attrs=3, mask="soft", options=EVERYTHING)
+
+
+def assert_passed(rows: Sequence[Row]) -> None:
+    assert len(rows) > 0
+    failed = [
+        f"{r.case}, {r.dtype}: {r.quantity}, {r.worst}: {r.error:.2e} > {r.bound:.2e}"
+        for r in rows
+        if not r.passed
+    ]
+    assert not failed, "\n".join(failed)
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.usefixtures("poison")
+def test_edge_pass(case: Case, dtype: torch.dtype, backend: str) -> None:
+    with kernel_calls(forward=1, backward=1):
+        rows = list(checks.compare(case.edge_pass(dtype), case.name, [backend], dtype))
+    assert_passed(rows)
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("case", LAYER_CASES, ids=lambda case: case.name)
+@pytest.mark.usefixtures("poison")
+def test_layer(case: Case, dtype: torch.dtype, backend: str) -> None:
+    # the second order runs the backward once more: M enters a non-linear node MLP
+    with kernel_calls(forward=1, backward=2):
+        rows = list(checks.compare(case.layer(dtype), case.name, [backend], dtype))
+    assert_passed(rows)
+
+
+@every_backend
+@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize("activation", ["silu", "relu", "leaky_relu"])
+def test_all_combinations_of_options(activation: str, attention: bool, backend: str) -> None:
+    rows: list[Row] = []
+    for options, mask, attrs in option_grid():
+        if (options.activation, options.attention) != (activation, attention):
+            continue
+        name = f"{describe(options)} mask {mask} A{attrs}"
+        case = Case(name, nodes=8, edges=60, hidden=9, options=options, mask=mask, attrs=attrs)
+        with kernel_calls(forward=1, backward=1):
+            rows += checks.compare(case.edge_pass(torch.float64), name, [backend], torch.float64)
+    assert len(rows) == 3 * 13 * 2 * 2
+    assert_passed(rows)
+
+
+@every_dtype
+@pytest.mark.parametrize("case", ISA_CASES, ids=lambda case: case.name)
+def test_every_instruction_set(case: Case, dtype: torch.dtype) -> None:
+    core = _native.core
+    assert core is not None, _native.load_error
+    names = core.supported_instruction_sets()
+    assert "portable" in names
+    problem = case.edge_pass(dtype)
+    for name in names:
+        core.set_instruction_set(name)
+        assert core.instruction_set() == name
+        assert_passed(list(checks.compare(problem, f"{case.name} on {name}", ["cpu"], dtype)))
+
+
+def run_edge_pass(case: Case, leaves: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+    return case.edge_pass(next(iter(leaves.values())).dtype).run(leaves, backend, 0)
+
+
+def gradients(
+    case: Case, leaves: dict[str, Tensor], wanted: Sequence[str], outputs: Sequence[str], seed: int
+) -> dict[str, Tensor | None]:
+    """Gradients of some leaves, only these requiring any, from some outputs."""
+    inputs = {k: t.detach().clone().requires_grad_(k in wanted) for k, t in leaves.items()}
+    found = run_edge_pass(case, inputs, "cpu")
+    draw = torch.Generator().manual_seed(seed)
+    towards = {k: torch.randn(t.shape, generator=draw, dtype=t.dtype) for k, t in found.items()}
+    grads = torch.autograd.grad(
+        [found[k] for k in outputs],
+        [inputs[k] for k in wanted],
+        [towards[k] for k in outputs],
+        allow_unused=True,
+    )
+    return dict(zip(wanted, grads, strict=True))
+
+
+@pytest.mark.parametrize("options", [EVERYTHING, Options(), Options(coord_agg=None)], ids=describe)
+@pytest.mark.usefixtures("poison")
+def test_a_gradient_does_not_depend_on_what_else_is_asked_for(options: Options) -> None:
+    case = replace(FULL, options=options)
+    leaves = case.edge_pass(torch.float64).leaves
+    outputs = ("M", "X") if options.updates_coords else ("M",)
+    everything = gradients(case, leaves, tuple(leaves), outputs, 0)
+    for k in (1, 2):
+        for wanted in itertools.combinations(leaves, k):
+            found = gradients(case, leaves, wanted, outputs, 0)
+            for name, grad in found.items():
+                expected = everything[name]
+                assert grad is not None
+                assert expected is not None
+                assert torch.equal(grad, expected), f"{name} when {wanted} are asked for"
+
+
+@pytest.mark.parametrize("output", ["M", "X"])
+@pytest.mark.usefixtures("poison")
+def test_gradient_of_one_output_only(output: str) -> None:
+    leaves = FULL.edge_pass(torch.float64).leaves
+    inputs = {k: t.clone().requires_grad_() for k, t in leaves.items()}
+    right = run_edge_pass(FULL, inputs, "reference")[output]
+    draw = torch.Generator().manual_seed(0)
+    towards = {k: torch.randn(s, generator=draw, dtype=torch.float64) for k, s in (
+        ("M", (40, 20)), ("X", (40, 3)))}  # fmt: skip
+    expected = torch.autograd.grad(right, list(inputs.values()), towards[output], allow_unused=True)
+    found = gradients(FULL, leaves, tuple(leaves), (output,), 0)
+    for name, grad in zip(leaves, expected, strict=True):
+        got = found[name]
+        # the operator may give a zero where the reference gives nothing
+        left = torch.zeros_like(leaves[name]) if got is None else got
+        wanted = torch.zeros_like(leaves[name]) if grad is None else grad
+        assert checks.relative_error(left, wanted) <= checks.FLOAT64_BOUND, name
+
+
+@every_backend
+@every_dtype
+def test_inputs_are_not_modified(dtype: torch.dtype, backend: str) -> None:
+    problem = FULL.edge_pass(dtype)
+    graph = FULL.build_graph()
+    parts = {"rowptr": graph.rowptr, "senders": graph.senders, "perm": graph.perm}
+    before = {k: None if t is None else t.clone() for k, t in parts.items()}
+    inputs = {k: t.clone().requires_grad_() for k, t in problem.leaves.items()}
+    out = problem.run(inputs, backend, 0)
+    torch.autograd.backward(list(out.values()), [torch.ones_like(t) for t in out.values()])
+    for name, t in problem.leaves.items():
+        assert torch.equal(inputs[name].detach(), t), name
+    for name, part in parts.items():
+        kept = before[name]
+        assert part is not None
+        assert kept is not None
+        assert torch.equal(part, kept), name
+
+
+def transposed(t: Tensor) -> Tensor:
+    return t.T.contiguous().T if t.dim() == 2 else t
+
+
+def strided(t: Tensor) -> Tensor:
+    return torch.stack((t, torch.full_like(t, math.nan)), dim=-1)[..., 0]
+
+
+def offset(t: Tensor) -> Tensor:
+    """A view into a larger tensor that starts at an odd address for vectors."""
+    return torch.cat((t.new_full((1,), math.nan), t.reshape(-1)))[1:].view(t.shape)
+
+
+def window(t: Tensor) -> Tensor:
+    """Columns of a wider matrix, as w_r and w_a are."""
+    if t.dim() == 1:
+        return torch.stack((torch.full_like(t, math.nan), t), dim=1)[:, 1]
+    border = t.new_full((t.shape[0], 1), math.nan)
+    return torch.cat((border, t, border), dim=1)[:, 1:-1]
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("layout", [transposed, strided, offset, window])
+def test_non_contiguous_inputs(layout: object, dtype: torch.dtype, backend: str) -> None:
+    assert callable(layout)
+    problem = FULL.edge_pass(dtype)
+    leaves = {k: layout(t) for k, t in problem.leaves.items()}
+    for name, t in leaves.items():
+        assert torch.equal(t, problem.leaves[name])
+    found = with_gradients(problem, leaves, backend, layout)
+    for name, right in with_gradients(problem, problem.leaves, backend, torch.clone).items():
+        assert torch.equal(found[name], right), name
+
+
+@every_backend
+def test_expanded_inputs(backend: str) -> None:
+    problem = FULL.edge_pass(torch.float64)
+    leaves = {k: t[..., :1].expand(t.shape) for k, t in problem.leaves.items()}
+    found = with_gradients(problem, leaves, backend, lambda t: t[:1].expand(t.shape))
+    plain = {k: t.contiguous() for k, t in leaves.items()}
+    right = with_gradients(problem, plain, backend, lambda t: t[:1].expand(t.shape).contiguous())
+    for name, t in right.items():
+        assert torch.equal(found[name], t), name
+
+
+def with_gradients(
+    problem: Problem, leaves: dict[str, Tensor], backend: str, layout: object
+) -> dict[str, Tensor]:
+    """Outputs and gradients; cotangents get the layout too."""
+    assert callable(layout)
+    inputs = {k: t.detach().requires_grad_() for k, t in leaves.items()}
+    out = problem.run(inputs, backend, 0)
+    draw = torch.Generator().manual_seed(5)
+    towards = [layout(torch.randn(t.shape, generator=draw, dtype=t.dtype)) for t in out.values()]
+    grads = torch.autograd.grad(list(out.values()), list(inputs.values()), towards)
+    named = {f"gradient of {k}": g for k, g in zip(inputs, grads, strict=True)}
+    return {k: t.detach() for k, t in out.items()} | named
+
+
+@every_backend
+@every_dtype
+def test_masks_of_every_form(dtype: torch.dtype, backend: str) -> None:
+    case = replace(FULL, mask="binary")
+    problem = case.edge_pass(dtype)
+    right = problem.run(problem.leaves, "reference", 0)
+    mask = problem.leaves["edge_mask"]
+    for form in (mask, mask.unsqueeze(1), mask.bool(), mask.bool().unsqueeze(1)):
+        found = problem.run(problem.leaves | {"edge_mask": form}, backend, 0)
+        for name, t in right.items():
+            assert checks.relative_error(found[name], t) < 1e-5, name
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("options", [Options(), EVERYTHING, Options(activation="relu")])
+@pytest.mark.parametrize("leaf", ["P", "Q", "x", "edge_attr", "edge_mask", "w2", "w_x"])
+def test_nan_comes_out_where_it_went_in(
+    leaf: str, options: Options, dtype: torch.dtype, backend: str
+) -> None:
+    case = replace(FULL, options=options)
+    problem = case.edge_pass(dtype)
+    leaves = {k: t.clone() for k, t in problem.leaves.items()}
+    leaves[leaf].view(-1)[0] = math.nan
+    found = problem.run(leaves, backend, 0)
+    for name, right in problem.run(leaves, "reference", 0).items():
+        assert torch.equal(found[name].isnan(), right.isnan()), name
+    assert any(t.isnan().any() for t in found.values())
+    inputs = {k: t.requires_grad_() for k, t in leaves.items()}
+    out = problem.run(inputs, backend, 0)
+    total = torch.stack([t.sum() for t in out.values()]).sum()
+    grads = torch.autograd.grad(total, list(inputs.values()))
+    assert any(g.isnan().any() for g in grads)
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("size", [1e4, 1e18])
+def test_large_numbers_saturate_as_in_the_reference(
+    size: float, dtype: torch.dtype, backend: str
+) -> None:
+    problem = Case("large", hidden=20).edge_pass(dtype)
+    leaves = problem.leaves | {k: problem.leaves[k] * size for k in ("P", "Q")}
+    found = problem.run(leaves, backend, 0)
+    for name, right in problem.run(leaves, "reference", 0).items():
+        assert right.isfinite().all()
+        assert checks.relative_error(found[name], right) < 1e-5, name
+
+
+@every_backend
+@pytest.mark.parametrize("options", [Options(coord_norm=n) for n in (None, "unit", 1.0)])
+@pytest.mark.parametrize("graph", ["coincident", "loops", "isolated"])
+def test_finite_through_second_order_at_coincident_points(
+    graph: str, options: Options, backend: str
+) -> None:
+    case = Case("finite", graph, 10, 60, options=options, mask="soft", attrs=1)
+    for dtype in DTYPES:
+        for quantity, tensors in checks.evaluate(case.edge_pass(dtype), backend).items():
+            for name, t in tensors.items():
+                assert t.isfinite().all(), f"{quantity}: {name}"
+
+
+def test_more_than_two_to_the_31_elements_of_messages() -> None:
+    """E * H > 2**31: offsets are 64-bit. Checked at receivers before and after that point."""
+    nodes, hidden = 11_600, 16
+    graph = Graph.complete([nodes])
+    assert graph.num_edges * hidden > 2**31
+    p, q, x = torch.randn(nodes, hidden), torch.randn(nodes, hidden), torch.randn(nodes, 1)
+    options = Options(activation="relu", coord_agg=None)
+    weights = EdgeWeights(
+        torch.randn(hidden), None, torch.randn(hidden, hidden), torch.randn(hidden)
+    )
+    m, _ = functional.egcl_messages(p, q, x, graph, weights, options, backend="cpu")
+    for receiver in (0, nodes // 2, nodes - 1):
+        others = torch.arange(nodes) != receiver
+        r = (x[receiver] - x[others]) ** 2
+        z = (p[receiver] + q[others] + r * weights.w_r).relu() @ weights.w2.T + weights.b2
+        right = z.relu().double().sum(0)
+        assert checks.relative_error(m[receiver], right) < 1e-5
