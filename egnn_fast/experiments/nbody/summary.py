@@ -27,6 +27,12 @@ PAPER = {
     "Radial Field": 0.0104,
     "EGNN": 0.0071,
 }
+# Of what reaches the layers, by precision.
+_LAYER_DTYPES = {
+    "32-true": torch.float32,
+    "64-true": torch.float64,
+    "bf16-mixed": torch.bfloat16,
+}
 
 
 def write(
@@ -96,7 +102,7 @@ def table(folder: RunFolder, history: History, speed: Speed, ran: str) -> Render
 
 def what_ran(config: Config, device: torch.device) -> str:
     """The backend that runs the model's layers, and its instruction set."""
-    dtype = torch.float64 if config.precision == "64-true" else torch.float32
+    dtype = _LAYER_DTYPES[config.precision]
     call = backends.Call(device.type, dtype, config.hidden, 3, "silu")
     found = backends.explain_call(backend_argument(config), call)
     return f"{found.backend} ({found.instruction_set})" if found.instruction_set else found.backend
