@@ -78,6 +78,8 @@ def run(
         f"EGNN, {config.layers} layers, H = {config.hidden}, on {len(data.train)} systems; "
         f"backend {ran}, {torch.get_num_threads()} threads; results in {folder.path}",
         highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
     with _progress_of_training(console, config, 0 if saved is None else saved["epochs"]) as tell:
         trainer, history = train(config, data, folder, resume=saved, on_epoch=tell)
@@ -89,7 +91,9 @@ def run(
     time_steps = spec.sample_every * (spec.frame_out - spec.frame_in)
     plots.trajectories(data.test.to("cpu"), predicted, time_steps, folder.trajectories)
     summary.write(folder, config, spec, history, measured, ran)
-    console.print(summary.table(folder, history, measured, ran))
+    console.print(summary.table(history, measured, ran))
+    # a long path must stay in one piece
+    console.print(summary.paths(folder), highlight=False, markup=False, soft_wrap=True)
 
 
 def _check_resumable(saved: Mapping[str, Any], config: Config, console: Console) -> None:
@@ -137,7 +141,7 @@ def _progress_of_training(
     with Progress(
         TextColumn("epoch"),
         MofNCompleteColumn(),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=12),
         TextColumn("{task.fields[told]}"),
         TimeRemainingColumn(),
         console=console,
@@ -147,9 +151,9 @@ def _progress_of_training(
 
         def tell(report: EpochReport) -> None:
             best = report.history.best
-            told = f"loss {report.history.train[-1]:.5f}"
-            if best is not None:
-                told += f"  val {best.val_mse:.5f}  test {best.test_mse:.5f}"
+            told = f"loss {report.history.train[-1]:.4f}"
+            if best is not None:  # at the best validation error so far
+                told += f"  test {best.test_mse:.4f}"
             told += f"  {report.steps_per_second:.0f} steps/s"
             progress.update(task, completed=report.epoch + 1, told=told)
             if not console.is_terminal and (report.epoch + 1) % every == 0:

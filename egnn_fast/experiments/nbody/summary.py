@@ -68,8 +68,8 @@ def write(
     write_atomic(folder.summary, json.dumps(content, indent=2) + "\n")
 
 
-def table(folder: RunFolder, history: History, speed: Speed, ran: str) -> RenderableType:
-    """The table that ends a run."""
+def table(history: History, speed: Speed, ran: str) -> RenderableType:
+    """The tables that end a run."""
     best = history.best
     errors = Table(title="Test MSE on charged particles", title_justify="left")
     errors.add_column("model")
@@ -88,16 +88,13 @@ def table(folder: RunFolder, history: History, speed: Speed, ran: str) -> Render
     steps.add_column("ratio", justify="right")
     steps.add_row("reference (eager PyTorch)", f"{speed.reference:.1f}", "1.0x")
     steps.add_row(ran, f"{speed.run:.1f}", f"{speed.ratio:.1f}x", style="bold green")
-    files = Table.grid(padding=(0, 2))
-    for name, file in (
-        ("curve", folder.curve),
-        ("trajectories", folder.trajectories),
-        ("metrics", folder.metrics),
-        ("best model", folder.best),
-        ("summary", folder.summary),
-    ):
-        files.add_row(name, str(file))
-    return Group(errors, steps, files)
+    return Group(errors, steps)
+
+
+def paths(folder: RunFolder) -> str:
+    """Where the results are, a line for each."""
+    files = (folder.curve, folder.trajectories, folder.metrics, folder.best, folder.summary)
+    return "\n".join(f"{file.stem:<13} {file}" for file in files)
 
 
 def what_ran(config: Config, device: torch.device) -> str:
