@@ -17,17 +17,12 @@ import torch
 from torch import Tensor, nn
 
 import egnn_fast
-from egnn_fast import Graph, backends
+from egnn_fast import Graph
 from egnn_fast import nn as fast
 from egnn_fast.compat import ae, egnn_clean, gcl, nbody, qm9
 
 BACKENDS = ("reference", "cpu")
 OFFICIAL_INIT = json.loads((golden.DATA / "official_init.json").read_text())
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
 
 
 def random_graph(nodes: int, edges: int) -> Tensor:
@@ -120,7 +115,7 @@ def test_layers_return_edge_attr_itself() -> None:
     assert results[3][1] is x
 
 
-@pytest.mark.filterwarnings("ignore:activation")
+@pytest.mark.filterwarnings("ignore:.*SiLU, ReLU and LeakyReLU")
 @pytest.mark.parametrize("row", OFFICIAL_INIT, ids=row_name)
 def test_the_kernel_equals_the_reference_on_random_cases(row: dict[str, Any]) -> None:
     kwargs, nodes, edges = row["kwargs"], 12, random_graph(12, 50)
@@ -227,10 +222,7 @@ def test_device_argument_moves_the_parameters() -> None:
         assert {p.device.type for p in network.parameters()} == {"meta"}
 
 
-def test_an_activation_with_parameters_is_shared_and_trains(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(backends, "_warned", set())
+def test_an_activation_with_parameters_is_shared_and_trains() -> None:
     activation = nn.PReLU()
     network = egnn_clean.EGNN(3, 8, 2, n_layers=2, act_fn=activation)
     assert sum(p is activation.weight for p in network.parameters()) == 1

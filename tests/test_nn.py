@@ -12,14 +12,9 @@ from nn_inputs import BACKENDS, A, D, Data, E, F, N, amplify
 from torch import Tensor, nn
 
 import egnn_fast
-from egnn_fast import Graph, Options, backends
+from egnn_fast import Graph, Options
 from egnn_fast import nn as fast
 from egnn_fast.nn import EGCL, EGNN, EGCLVel, EGNNVel
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -105,6 +100,19 @@ def test_every_option_acts_and_runs_on_the_kernel(options: dict[str, Any], data:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     unlike = plain(data.h, data.x, data.edges)
     assert not torch.allclose(fused[1], unlike[1], rtol=1e-6)
+
+
+def test_node_attributes_enter_the_node_mlp(backend: str, data: Data) -> None:
+    layer = EGCL(F, F, 16, node_attr_dim=2, backend=backend).double()
+    node_attr = torch.randn(N, 2).double().requires_grad_()
+    h, x = layer(data.h, data.x, data.edges, node_attr=node_attr)
+    h[3].sum().backward()
+    assert node_attr.grad is not None
+    reached = node_attr.grad.abs().sum(dim=1) > 0
+    assert reached.nonzero().flatten().tolist() == [3]
+    assert torch.equal(x, layer(data.h, data.x, data.edges, node_attr=node_attr + 1)[1])
+    with pytest.raises(ValueError, match="node_attr"):
+        layer(data.h, data.x, data.edges)
 
 
 def test_coord_agg_none_returns_the_coordinates_as_they_came(backend: str, data: Data) -> None:
@@ -218,6 +226,7 @@ def test_wrong_constructor_arguments_are_named(
         ({"h": torch.randn(F).double()}, ValueError, "h"),
         ({"x": torch.randn(N + 1, D).double()}, ValueError, "x"),
         ({"v": torch.randn(N, D + 1).double()}, ValueError, "v"),
+        ({"v": None}, ValueError, "v"),
         ({"graph": Graph.complete([N + 1])}, ValueError, "graph"),
         ({"graph": torch.tensor([[0, N], [1, 2]])}, IndexError, "edge_index"),
         ({"graph": torch.rand(2, E)}, TypeError, "edge_index"),
@@ -225,6 +234,7 @@ def test_wrong_constructor_arguments_are_named(
         ({"edge_attr": None}, ValueError, "edge_attr"),
         ({"edge_attr": torch.randn(E - 1, A).double()}, ValueError, "edge_attr"),
         ({"edge_attr": torch.randn(E, A + 1).double()}, ValueError, "edge_attr"),
+        ({"node_attr": torch.randn(N, 1).double()}, ValueError, "node_attr"),
         ({"edge_mask": torch.ones(E + 1).double()}, ValueError, "edge_mask"),
         ({"node_mask": torch.ones(N - 1).double()}, ValueError, "node_mask"),
     ],
@@ -240,9 +250,8 @@ def test_wrong_inputs_are_named(
 
 
 def test_other_activations_run_on_the_reference_with_one_warning(
-    monkeypatch: pytest.MonkeyPatch, data: Data
+    data: Data,
 ) -> None:
-    monkeypatch.setattr(backends, "_warned", set())
 
     class ShiftedSiLU(nn.SiLU):
         def forward(self, z: Tensor) -> Tensor:

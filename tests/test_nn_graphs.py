@@ -15,11 +15,6 @@ from egnn_fast import Graph, _sorting, edge_cache
 from egnn_fast.nn import EGNN, EGNNVel
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param

@@ -18,11 +18,6 @@ from egnn_fast import Graph
 from egnn_fast.nn import EGCL, EGNN, EGNNVel
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param

@@ -23,11 +23,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 Run = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
