@@ -217,8 +217,8 @@ def relative_error(value: Tensor, right: Tensor) -> float:
         raise ValueError(f"value: expected shape {list(right.shape)}, got {list(value.shape)}")
     if value.numel() == 0:
         return 0.0
-    error = float((value.double() - right.double()).abs().max())
-    scale = float(right.abs().max())
+    error = float((value.detach().double() - right.detach().double()).abs().max())
+    scale = float(right.detach().abs().max())
     if not math.isfinite(error):
         return math.inf
     return error / scale if scale > 0 else error

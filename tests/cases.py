@@ -22,7 +22,7 @@ FUSED_BACKENDS = tuple(
 )
 DTYPES = (torch.float64, torch.float32)
 
-EVERYTHING = Options(attention=True, coord_norm=0.7, coord_tanh=True, coord_clamp=0.3)
+EVERYTHING = Options(attention=True, coord_norm=0.7, coord_tanh=True, coord_clamp=0.05)
 SINGLE_OPTIONS = {
     "default": Options(),
     "relu": Options(activation="relu"),
@@ -35,7 +35,7 @@ SINGLE_OPTIONS = {
     "sum": Options(coord_agg="sum"),
     "scale": Options(coord_scale=0.3),
     "inactive clamp": Options(coord_clamp=1e4),
-    "active clamp": Options(coord_clamp=0.3),
+    "active clamp": Options(coord_clamp=0.15),
     "everything": EVERYTHING,
 }
 
@@ -90,7 +90,9 @@ def _block_bounds() -> Iterator[Case]:
     sizes += [middle + off for middle in (480, 768, 1024, 4096, 7680) for off in (-1, 0, 1)]
     for edges in sorted(set(sizes)):
         yield Case(f"E{edges}", nodes=max(3, edges // 7), edges=edges, attrs=1, mask="soft")
-        yield Case(f"E{edges} in one row", "hub", edges // 3 + 2, edges, hidden=8, options=EVERYTHING)
+        yield Case(
+            f"E{edges} in one row", "hub", edges // 3 + 2, edges, hidden=8, options=EVERYTHING
+        )
 
 
 CASES = (*_widths(), *_single_options(), *_degrees(), *_block_bounds())
@@ -118,7 +120,7 @@ def option_grid() -> Iterator[tuple[Options, str | None, int]]:
     """Every combination of options, with mask and number of edge attributes."""
     heads = [
         {"coord_norm": norm, "coord_tanh": tanh, "coord_clamp": clamp}
-        for norm, tanh, clamp in itertools.product((None, "unit", 0.7), (False, True), (None, 0.3))
+        for norm, tanh, clamp in itertools.product((None, "unit", 0.7), (False, True), (None, 0.05))
     ]
     for act, attention, head, mask, attrs in itertools.product(
         ("silu", "relu", "leaky_relu"),
