@@ -73,7 +73,8 @@ def main(args: list[str] | None = None) -> None:
     try:
         code = app(args, standalone_mode=False)
     except _CommandLineError as error:
-        _tell(errors, error.format_message())
+        if message := error.format_message():  # empty where the help was shown instead
+            _tell(errors, message)
         code = USAGE
     except ExperimentError as error:
         _tell(errors, str(error))
@@ -290,8 +291,8 @@ def train_nbody(
 ) -> None:
     """Learn where five charged particles go (section 5.1 of the EGNN paper).
 
-    The data is simulated at the first run (10 s) and kept in the cache folder. Stop with Ctrl-C,
-    go on with --resume.
+    The data is simulated at the first run (10 s) and kept in the cache folder.
+    Stop with Ctrl-C, go on with --resume.
     """
     asked: dict[str, Any] = {
         "epochs": epochs,
@@ -315,9 +316,9 @@ def train_nbody(
     try:
         run(given, out, console, resume=resume, overwrite=overwrite)
     except KeyboardInterrupt:
-        console.print(
-            f"stopped; what is done is kept: --out {out} --resume goes on", style="yellow"
-        )
+        kept = f"what is done is kept: --out {out} --resume goes on"
+        message = kept if (out / "last.pt").exists() else "before training began"
+        console.print(Text(f"stopped: {message}", style="yellow"), soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
 
 

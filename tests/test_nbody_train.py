@@ -36,6 +36,7 @@ def first_losses(backend: str) -> list[float]:
     return [float(trainer.step(batch)) for batch in batches(official().train, order, 100)]
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_first_losses_are_the_official_ones(backend: str) -> None:
     right = torch.from_numpy(golden("first30")["losses"])
@@ -78,6 +79,7 @@ def test_evaluation_does_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) 
     assert whole == pytest.approx(float((error**2).mean()), rel=1e-5)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_training_learns() -> None:
     data = official()
     trainer = make_trainer(dataclasses.replace(TINY, lr=5e-3))
@@ -112,7 +114,12 @@ def go(folder: Path, epochs: int = TINY.epochs, *, resume: bool = False) -> Hist
     run = RunFolder(folder, resume=resume)
     saved = run.load_run() if resume else None
     config = dataclasses.replace(TINY, epochs=epochs)
-    return train(config, small(), run, resume=saved)[1]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the model is far too small for more
+    try:
+        return train(config, small(), run, resume=saved)[1]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def flat(value: Any, name: str = "") -> dict[str, Any]:
@@ -233,8 +240,7 @@ go(Path(sys.argv[2]), epochs=120, resume=sys.argv[3] == "resume")
 
 def started(folder: Path, how: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(folder), how]
-    # one thread: two would wait for each other where tests of other projects run beside these
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(command)
 
 
 def written_rows(folder: Path) -> int:

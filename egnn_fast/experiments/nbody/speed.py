@@ -31,7 +31,7 @@ class Speed(NamedTuple):
         return self.run / self.reference
 
 
-def measure(config: Config, train: Systems, *, rounds: int = ROUNDS) -> Speed:
+def measure(config: Config, train: Systems) -> Speed:
     """Time the run's backend and the eager reference on copies of the model.
 
     Everything else is the same for both: batches, loop, optimiser, device, precision, threads.
@@ -44,7 +44,7 @@ def measure(config: Config, train: Systems, *, rounds: int = ROUNDS) -> Speed:
         for batch in itertools.islice(itertools.cycle(cycle), WARM_UP):
             trainer.step(batch)
     rates: list[list[float]] = [[], []]
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         for trainer, found in zip(trainers, rates, strict=True):
             found.append(_rate(trainer, cycle))
     return Speed(statistics.median(rates[0]), statistics.median(rates[1]))
