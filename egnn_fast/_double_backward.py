@@ -1,4 +1,4 @@
-"""Second derivatives of the edge pass, by differentiating the reference a chunk at a time.
+"""Second derivatives: of the edge pass by the reference, of the layer by the composed layer.
 
 The edge pass is a sum over edges, so the derivative of its derivative is one too: chunks of
 edges, added up, keep the memory bounded.
@@ -6,24 +6,27 @@ edges, added up, keep the memory bounded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from egnn_fast import reference
+from egnn_fast import composed, reference
+from egnn_fast.composed import EdgePass
 from egnn_fast.graph import Graph
-from egnn_fast.options import EdgeWeights, Options
+from egnn_fast.options import EdgeWeights, LayerWeights, Options
 
 # elements of a [chunk, H] tensor; a chunk keeps some forty of them alive
 CHUNK_ELEMENTS = 1 << 20
 _EDGE_INPUTS = (2, 3)  # edge_attr and edge_mask have a row an edge
 _N_DIFF = 13
+_N_LAYER = 7 + len(LayerWeights._fields)
 
 
-def double_backward(
+def messages(
     cotangents: Sequence[Tensor | None],
     g_m: Tensor | None,
     g_x: Tensor | None,
@@ -36,14 +39,8 @@ def double_backward(
     """
     inputs = list(args[:_N_DIFF])
     graph = Graph(*args[_N_DIFF : _N_DIFF + 4])
-    activation, slope, norm, tanh, clamp, _backend, needed, needed2 = args[_N_DIFF + 4 :]
-    options = Options(
-        activation=activation,
-        negative_slope=slope,
-        coord_norm=None if norm == 0 else "unit" if norm < 0 else norm,
-        coord_tanh=tanh,
-        coord_clamp=clamp or None,
-    )
+    *scalars, _backend, needed, needed2 = args[_N_DIFF + 4 :]
+    options = _options(*scalars)
     spread = iter(cotangents)
     towards = [next(spread) if n else None for n in needed]
 
@@ -88,6 +85,87 @@ def _autograd(device: str) -> Iterator[None]:
         yield
 
 
+def layer(edge_pass: EdgePass) -> Callable[..., list[Tensor]]:
+    """The derivative of ``layer_backward``, by differentiating the composed layer twice.
+
+    ``edge_pass`` is the operator ``messages``: its own derivatives keep the memory bounded.
+    """
+
+    def double_backward(cotangents: Sequence[Tensor | None], *args: Any) -> list[Tensor]:
+        g_out, inputs = args[:3], args[5 : 5 + _N_LAYER]  # two kept outputs between them
+        graph = Graph(*args[5 + _N_LAYER : 9 + _N_LAYER])
+        *scalars, scale, residual, _carry, needed, needed2 = args[9 + _N_LAYER :]
+        spread = iter(cotangents)
+        towards = [next(spread) if n else None for n in needed]
+        with _autograd(inputs[0].device.type):
+            leaves: list[Any] = _leaves([*g_out, *inputs])
+            h, x, v, edge_attr, edge_mask, node_attr, coord_weight = leaves[3:10]
+            weights = LayerWeights(*leaves[10:])
+            options = replace(
+                _options(*scalars),
+                coord_scale=scale,
+                attention=weights.att_w is not None,
+                coord_agg=None if weights.coord_w2 is None else "sum",
+            )
+            outputs = composed.layer(
+                edge_pass, h, x, graph, weights, options,
+                v=v, edge_attr=edge_attr, edge_mask=edge_mask, node_attr=node_attr,
+                coord_weight=coord_weight, residual=residual, backend="cpu",
+            )  # fmt: skip
+            value = h.new_zeros(())
+            for g, output in zip(leaves[:3], outputs, strict=True):
+                if g is not None and output is not None:
+                    value = value + (g * output).sum()
+            found = _second(value, leaves[3:], towards, leaves, needed2)
+        return [
+            torch.zeros_like(t) if grad is None else grad.detach()
+            for t, grad, need in zip([*g_out, *inputs], found, needed2, strict=True)
+            if need
+        ]
+
+    return double_backward
+
+
+def _options(activation: str, slope: float, norm: float, tanh: bool, clamp: float) -> Options:
+    return Options(
+        activation=activation,
+        negative_slope=slope,
+        coord_norm=None if norm == 0 else "unit" if norm < 0 else norm,
+        coord_tanh=tanh,
+        coord_clamp=clamp or None,
+    )
+
+
+def _leaves(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.detach().requires_grad_() for t in tensors]
+
+
+def _second(
+    value: Tensor,
+    inputs: Sequence[Any],
+    towards: Sequence[Tensor | None],
+    leaves: Sequence[Any],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradient, for the leaves needed, of <gradient of value for inputs, towards>."""
+    pairs = [(leaf, v) for leaf, v in zip(inputs, towards, strict=True) if v is not None]
+    first = torch.autograd.grad(
+        value, [leaf for leaf, _ in pairs], create_graph=True, allow_unused=True
+    )
+    total = value.new_zeros(())
+    for grad, (_, v) in zip(first, pairs, strict=True):
+        if grad is not None:
+            total = total + (grad * v).sum()
+    out: list[Tensor | None] = [None] * len(leaves)
+    if not total.requires_grad:
+        return out
+    wanted = [k for k, need in enumerate(needed) if need]
+    found = torch.autograd.grad(total, [leaves[k] for k in wanted], allow_unused=True)
+    for k, grad in zip(wanted, found, strict=True):
+        out[k] = grad
+    return out
+
+
 def _chunk(
     inputs: list[Any],
     towards: list[Tensor | None],
@@ -100,9 +178,7 @@ def _chunk(
 ) -> list[Tensor | None]:
     """The second derivative's share of one chunk of edges."""
     with _autograd(inputs[0].device.type):
-        leaves: list[Any] = [
-            None if t is None else t.detach().requires_grad_() for t in (g_m, g_x, *inputs)
-        ]
+        leaves: list[Any] = _leaves([g_m, g_x, *inputs])
         leaf_m, leaf_x, pq, x, edge_attr, edge_mask, *weights = leaves
         p, q = pq.chunk(2, dim=1)
         m, shift = reference.messages(
@@ -114,19 +190,4 @@ def _chunk(
             value = value + (leaf_m * m).sum()
         if leaf_x is not None and shift is not None:
             value = value + (leaf_x * shift).sum()
-        pairs = [(leaf, v) for leaf, v in zip(leaves[2:], towards, strict=True) if v is not None]
-        first = torch.autograd.grad(
-            value, [leaf for leaf, _ in pairs], create_graph=True, allow_unused=True
-        )
-        total = m.new_zeros(())
-        for grad, (_, v) in zip(first, pairs, strict=True):
-            if grad is not None:
-                total = total + (grad * v).sum()
-        wanted = [k for k, need in enumerate(needed2) if need]
-        out: list[Tensor | None] = [None] * len(leaves)
-        if not total.requires_grad:
-            return out
-        found = torch.autograd.grad(total, [leaves[k] for k in wanted], allow_unused=True)
-        for k, grad in zip(wanted, found, strict=True):
-            out[k] = grad
-        return out
+        return _second(value, leaves[2:], towards, leaves, needed2)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from egnn_fast import arguments, backends, ops, reference
+from egnn_fast import arguments, backends, composed, ops, reference
 from egnn_fast.graph import EdgeIndexLike, Graph
 from egnn_fast.options import Activation, EdgeWeights, LayerWeights, Options
 
@@ -102,6 +101,7 @@ def egcl(
     node_mask: Tensor | None = None,
     v: Tensor | None = None,
     residual: bool = True,
+    carry_velocity: bool = False,
     activation: Activation | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -132,6 +132,8 @@ def egcl(
         Velocities (eq. 7); the weights must have the velocity MLP then.
     residual : bool
         Add h to the node MLP's output; F = O then.
+    carry_velocity : bool
+        Return the new velocity, ``v_i' = phi_v(h_i) v_i + c agg_j t_ij``.
     activation : callable, optional
         Replaces the activation that ``options`` names; the layer then runs on the reference.
     backend : str, optional
@@ -140,8 +142,8 @@ def egcl(
     Returns
     -------
     (h, x, v)
-        ``h [N, O]``; ``x [N, D]``; ``v [N, D]``, the whole step that x made (the velocity to
-        carry on), None without velocity.
+        ``h [N, O]``; ``x [N, D]``; ``v [N, D]``, the whole step that x made, or None unless
+        ``carry_velocity``.
 
     Raises
     ------
@@ -172,35 +174,39 @@ def egcl(
         receiver, sender = graph.edge_index
         between = nodes[receiver] * nodes[sender]
         mask = between if mask is None else mask * between
+        v = None if v is None else v * nodes.unsqueeze(1)
 
     name = None if activation is not None else options.activation
     chosen = backends.select(backend, _call(x, weights.edge_w1.shape[0], name))
-    act = activation or options.activation_fn()
+    weight = reference.coord_weight(graph, options, mask, x.dtype)
     if chosen == "reference":
         update, _, shift = reference.egcl(
             h, x, graph, weights, options,
             edge_attr=edge_attr, node_attr=node_attr, edge_mask=mask, activation=activation,
         )  # fmt: skip
+        if shift is not None:
+            shift = composed.scale_shift(shift, weight, options)
+        act = activation or options.activation_fn()
+        new_h, new_x, new_v = composed.apply_updates(
+            h, x, v, update, shift, weights, act, residual
+        )
+    elif chosen == "cpu":
+        carry = carry_velocity and v is not None
+        new_h, moved, step = ops.layer(
+            h, x, graph, weights, options, v=v, edge_attr=edge_attr, edge_mask=mask,
+            node_attr=node_attr, coord_weight=weight, residual=residual, carry=carry,
+        )  # fmt: skip
+        new_x = moved if options.updates_coords or v is not None else x
+        new_v = step if carry else None
     else:
-        w_pq, b_pq, edge = weights.split(h.shape[1])
-        pq = F.linear(h, w_pq, b_pq)
-        m, total = ops.messages(pq, x, graph, edge, options, edge_attr, mask, chosen)
-        update = reference.node_model(h, m, node_attr, weights, act)
-        shift = None
-        if options.updates_coords:
-            shift = total * reference.coord_factor(graph, options, mask, x.dtype)
-
-    new_h = h + update if residual else update
+        new_h, new_x, new_v = composed.layer(
+            ops.messages, h, x, graph, weights, options, v=v, edge_attr=edge_attr,
+            edge_mask=mask, node_attr=node_attr, coord_weight=weight, residual=residual,
+            backend=chosen,
+        )  # fmt: skip
     if nodes is not None:
         new_h = new_h * nodes.unsqueeze(1).to(new_h.dtype)
-    if v is None:
-        return new_h, x if shift is None else x + shift, None
-    step = reference.velocity_gate(h, weights, act).to(v.dtype) * v
-    if nodes is not None:
-        step = step * nodes.unsqueeze(1)
-    if shift is not None:
-        step = step + shift
-    return new_h, x + step, step
+    return new_h, new_x, new_v if carry_velocity else None
 
 
 def explain(

@@ -172,10 +172,10 @@ class Graph:
         return self._cached("transpose", self._transpose)
 
     def inverse_degree(self, dtype: torch.dtype) -> Tensor:
-        """1 / max(degree, 1) as a column ``[N, 1]``; kept after the first call."""
+        """1 / max(degree, 1): ``[N]``; kept after the first call."""
         return self._cached(
             ("inverse_degree", dtype),
-            lambda: self.degree.clamp(min=1).to(dtype).reciprocal().unsqueeze(1),
+            lambda: self.degree.clamp(min=1).to(dtype).reciprocal(),
         )
 
     def sorted_senders(self) -> Tensor:

@@ -51,7 +51,7 @@ def egcl(
     -------
     (update, messages, shift)
         ``update [N, O]``: the node MLP's output, without residual; ``messages [N, H]``: the sum
-        of the messages; ``shift [N, D]``: the scaled coordinate update, None without a head.
+        of the messages; ``shift [N, D]``: the sum of the coordinate updates, None without a head.
     """
     act = activation or options.activation_fn()
     receiver, sender = graph.edge_index
@@ -68,8 +68,7 @@ def egcl(
     update = node_model(h, messages, node_attr, weights, act)
     if t is None:
         return update, messages, None
-    shift = segment_sum(t, receiver, h.shape[0])
-    return update, messages, shift * coord_factor(graph, options, edge_mask, shift.dtype)
+    return update, messages, segment_sum(t, receiver, h.shape[0])
 
 
 def messages(
@@ -168,13 +167,16 @@ def segment_sum(values: Tensor, index: Tensor, num_segments: int) -> Tensor:
     return out.scatter_add_(0, index.unsqueeze(1).expand_as(values), values)
 
 
-def coord_factor(
+def coord_weight(
     graph: Graph, options: Options, edge_mask: Tensor | None, dtype: torch.dtype
-) -> Tensor | float:
-    """What the summed coordinate updates are multiplied by: c, or c / max(sum of masks, 1)."""
-    if options.coord_agg == "sum":
-        return options.coord_scale
+) -> Tensor | None:
+    """What the mean multiplies a node's summed coordinate updates by: 1 / max(sum of masks, 1).
+
+    ``[N]``; None without a mean.
+    """
+    if options.coord_agg != "mean":
+        return None
     if edge_mask is None:
-        return options.coord_scale * graph.inverse_degree(dtype)
-    weight = segment_sum(edge_mask.reshape(-1, 1).to(dtype), graph.edge_index[0], graph.num_nodes)
-    return options.coord_scale / weight.clamp(min=1)
+        return graph.inverse_degree(dtype)
+    total = segment_sum(edge_mask.reshape(-1, 1).to(dtype), graph.edge_index[0], graph.num_nodes)
+    return total.squeeze(1).clamp(min=1).reciprocal()

@@ -198,6 +198,7 @@ class EGCLBase(nn.Module):
         node_attr: Tensor | None = None,
         edge_mask: Tensor | None = None,
         node_mask: Tensor | None = None,
+        carry_velocity: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         return functional.egcl(
             h,
@@ -211,6 +212,7 @@ class EGCLBase(nn.Module):
             node_mask=node_mask,
             v=v,
             residual=self.residual,
+            carry_velocity=carry_velocity,
             activation=self._activation(),
             backend=self.backend,
         )
@@ -336,6 +338,7 @@ class EGCLVel(EGCLBase):
             node_attr=node_attr,
             edge_mask=edge_mask,
             node_mask=node_mask,
+            carry_velocity=self.carry_velocity,
         )
         if not self.carry_velocity:
             return new_h, new_x

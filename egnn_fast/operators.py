@@ -1,0 +1,266 @@
+"""Makes an ordinary PyTorch operator of a kernel and its derivatives.
+
+An operator here is three: ``name``, its derivative ``name_backward`` and the derivative of that,
+``name_double_backward``; flat, tensors and scalars only. Each gets a fake for tracing and an
+autograd Function at the Autograd key, so that ``torch.compile``, ``torch.export``, ``torch.func``
+and ``opcheck`` see what they know. A third derivative raises: a raw kernel without a derivative of
+its own would silently be a constant to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+MAX_ORDER_MESSAGE = (
+    "egnn_fast: the fused operators support derivatives up to the second order; "
+    "for higher orders use backend='reference'"
+)
+FORWARD_MODE_MESSAGE = (
+    "egnn_fast: the fused operators have no forward-mode derivative (jvp, jacfwd, hessian); "
+    "use reverse mode (vjp, jacrev) or backend='reference'"
+)
+
+lib = torch.library.Library("egnn_fast", "DEF")
+
+
+class _Function(torch.autograd.Function):
+    """What all Functions here share: vmap by a loop, no forward mode."""
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        runs = [
+            cls.apply(*(_select(a, dim, k) for a, dim in zip(args, in_dims, strict=True)))
+            for k in range(info.batch_size)
+        ]
+        outputs = tuple(torch.stack(parts) for parts in zip(*runs, strict=True))
+        return outputs, (0,) * len(outputs)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(FORWARD_MODE_MESSAGE)
+
+
+def _select(argument: Any, dim: int | None, k: int) -> Any:
+    return argument.select(dim, k) if isinstance(dim, int) else argument
+
+
+class Operator:
+    """An operator with two derivatives; call it like a function.
+
+    Parameters
+    ----------
+    name : str
+        Within the namespace ``egnn_fast``.
+    inputs : str
+        The schema of the inputs: ``n_diff`` differentiable tensors, then other tensors up to
+        ``n_tensors``, then scalars.
+    outputs, kept : int
+        How many outputs take part in derivatives, and how many more are handed to
+        ``name_backward`` as they are (constants to every derivative).
+    fake : callable
+        Empty outputs for the inputs.
+    reached : callable
+        ``reached(needed, cotangents)``: which gradients among the needed ones exist, given the
+        outputs' cotangents, some of them None.
+    double_backward : callable
+        Takes ``(cotangents, *output cotangents, *kept, *inputs, needed, needed2)``; returns the
+        gradients that ``needed2`` marks among the output cotangents and differentiable inputs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        inputs: str,
+        *,
+        outputs: int,
+        kept: int,
+        n_diff: int,
+        n_tensors: int,
+        fake: Callable[..., tuple[Tensor, ...]],
+        reached: Callable[[Sequence[bool], Sequence[Tensor | None]], list[bool]],
+        double_backward: Callable[..., list[Tensor]],
+    ) -> None:
+        self.name, self.outputs, self.kept = name, outputs, kept
+        self.n_diff, self.n_tensors, self.reached = n_diff, n_tensors, reached
+        cotangents = "".join(f"Tensor? g_{k}, " for k in range(outputs))
+        constants = "".join(f"Tensor kept_{k}, " for k in range(kept))
+        lib.define(f"{name}({inputs}) -> ({', '.join(['Tensor'] * (outputs + kept))})")
+        lib.define(
+            f"{name}_backward({cotangents}{constants}{inputs}, bool[] needed) -> Tensor[]"
+        )
+        lib.define(
+            f"{name}_double_backward(Tensor?[] cotangents, {cotangents}{constants}{inputs}, "
+            "bool[] needed, bool[] needed2) -> Tensor[]"
+        )
+        space = torch.ops.egnn_fast
+        self.op = getattr(space, name).default
+        self.backward_op = getattr(space, f"{name}_backward").default
+        self.double_backward_op = getattr(space, f"{name}_double_backward").default
+        self.function = _first_order(self)
+        self.backward_function = _second_order(self)
+        self.double_backward_function = _last_order(self)
+        lib.impl(f"{name}_double_backward", double_backward, "CompositeExplicitAutograd")
+        lib.impl(name, self._autograd, "Autograd")
+        lib.impl(f"{name}_backward", self._backward_autograd, "Autograd")
+        lib.impl(f"{name}_double_backward", self._double_backward_autograd, "Autograd")
+        torch.library.register_fake(f"egnn_fast::{name}", fake, lib=lib)
+        torch.library.register_fake(
+            f"egnn_fast::{name}_backward", self._backward_fake, lib=lib
+        )
+        torch.library.register_fake(
+            f"egnn_fast::{name}_double_backward", self._double_backward_fake, lib=lib
+        )
+
+    def __call__(self, *args: Any) -> tuple[Tensor, ...]:
+        return transformable(self.function, self.op, *args)
+
+    def double_backward_flat(self, n_cotangents: int, *args: Any) -> list[Tensor]:
+        """The operator for a Function, which sees tensors only where they are no list."""
+        return self.double_backward_op(list(args[:n_cotangents]), *args[n_cotangents:])
+
+    def _autograd(self, *args: Any) -> tuple[Tensor, ...]:
+        run = self.function.apply if _wants_grad(*args) else self.function.forward
+        return run(*args)
+
+    def _backward_autograd(self, *args: Any) -> list[Tensor]:
+        function = self.backward_function
+        return list((function.apply if _wants_grad(*args) else function.forward)(*args))
+
+    def _double_backward_autograd(
+        self, cotangents: Sequence[Tensor | None], *args: Any
+    ) -> list[Tensor]:
+        function = self.double_backward_function
+        flat = (len(cotangents), *cotangents, *args)
+        return list((function.apply if _wants_grad(*flat) else function.forward)(*flat))
+
+    def _backward_fake(self, *args: Any) -> list[Tensor]:
+        first = self.outputs + self.kept
+        return _empty_like(args[first : first + self.n_diff], args[-1])
+
+    def _double_backward_fake(self, cotangents: Any, *args: Any) -> list[Tensor]:
+        first = self.outputs + self.kept
+        return _empty_like((*args[: self.outputs], *args[first : first + self.n_diff]), args[-1])
+
+
+def transformable(function: type[torch.autograd.Function], operator: Any, *args: Any) -> Any:
+    """Run an operator, by way of its Function where a torch.func transform is active.
+
+    The transforms take a Function apart level by level, but only if they meet it before the
+    dispatcher does.
+    """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return operator(*args)
+
+
+def _first_order(operator: Operator) -> type[_Function]:
+    outputs, n_diff, n_tensors = operator.outputs, operator.n_diff, operator.n_tensors
+
+    class Forward(_Function):
+        @staticmethod
+        def forward(*args: Any) -> tuple[Tensor, ...]:
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator.op(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            constants = output[outputs:]
+            ctx.mark_non_differentiable(*constants)
+            ctx.save_for_backward(*constants, *inputs[:n_tensors])
+            ctx.scalars = inputs[n_tensors:]
+            ctx.set_materialize_grads(False)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+            cotangents = grads[:outputs]
+            needed = operator.reached(ctx.needs_input_grad[:n_diff], cotangents)
+            none = (None,) * (n_tensors - n_diff + len(ctx.scalars))
+            if all(g is None for g in cotangents) or not any(needed):
+                return (None,) * n_diff + none
+            found = transformable(
+                operator.backward_function, operator.backward_op,
+                *cotangents, *ctx.saved_tensors, *ctx.scalars, needed,
+            )  # fmt: skip
+            return (*_spread(found, needed), *none)
+
+    Forward.__name__ = Forward.__qualname__ = f"EgnnFast_{operator.name}"
+    return Forward
+
+
+def _second_order(operator: Operator) -> type[_Function]:
+    outputs, kept, n_diff = operator.outputs, operator.kept, operator.n_diff
+    n_tensors = outputs + kept + operator.n_tensors
+
+    class Backward(_Function):
+        @staticmethod
+        def forward(*args: Any) -> tuple[Tensor, ...]:
+            with torch._C._AutoDispatchBelowAutograd():
+                return tuple(operator.backward_op(*args))
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.save_for_backward(*inputs[:n_tensors])
+            ctx.scalars = inputs[n_tensors:]
+            ctx.set_materialize_grads(False)
+
+        @staticmethod
+        def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+            saved = ctx.saved_tensors
+            first = outputs + kept
+            wanted = ctx.needs_input_grad
+            reached = operator.reached(wanted[first : first + n_diff], saved[:outputs])
+            needed2 = [*wanted[:outputs], *reached]
+            rest = (None,) * (n_tensors - first - n_diff + len(ctx.scalars))
+            if all(c is None for c in cotangents) or not any(needed2):
+                return (None,) * (first + n_diff) + rest
+            found = transformable(
+                operator.double_backward_function, operator.double_backward_flat,
+                len(cotangents), *cotangents, *saved, *ctx.scalars, needed2,
+            )  # fmt: skip
+            places = _spread(found, needed2)
+            return (*places[:outputs], *(None,) * kept, *places[outputs:], *rest)
+
+    Backward.__name__ = Backward.__qualname__ = f"EgnnFast_{operator.name}_backward"
+    return Backward
+
+
+def _last_order(operator: Operator) -> type[_Function]:
+    class DoubleBackward(_Function):
+        @staticmethod
+        def forward(*args: Any) -> tuple[Tensor, ...]:
+            with torch._C._AutoDispatchBelowAutograd():
+                return tuple(operator.double_backward_flat(*args))
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+            raise NotImplementedError(MAX_ORDER_MESSAGE)
+
+    name = f"EgnnFast_{operator.name}_double_backward"
+    DoubleBackward.__name__ = DoubleBackward.__qualname__ = name
+    return DoubleBackward
+
+
+def _spread(found: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+    """Put the gradients that were asked for in their places."""
+    rest = iter(found)
+    return [next(rest) if n else None for n in needed]
+
+
+def _empty_like(tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t, need in zip(tensors, needed, strict=True) if need]
+
+
+def _wants_grad(*args: Any) -> bool:
+    # a forward-mode tangent must meet its Function too, which refuses it
+    return forward_ad._current_level >= 0 or (
+        torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    )
