@@ -111,19 +111,27 @@ def as_mask(name: str, mask: Tensor | None, rows: int | None, like: Tensor) -> T
 
 
 def check_edge_weights(weights: EdgeWeights, options: Options, hidden: int, like: Tensor) -> None:
-    """Shapes, dtypes and presence of the split edge weights."""
-    shapes: dict[str, tuple[int, ...] | None] = {
-        "w_r": (hidden,),
-        "w_a": None if weights.w_a is None else (hidden, weights.w_a.shape[-1]),
-        "w2": (hidden, hidden),
-        "b2": (hidden,),
-        "w_g": (hidden,) if options.attention else None,
-        "b_g": (1,) if options.attention else None,
-        "w3": (hidden, hidden) if options.updates_coords else None,
-        "b3": (hidden,) if options.updates_coords else None,
-        "w_x": (hidden,) if options.updates_coords else None,
-    }
-    _check_weights(weights, shapes, like)
+    """Shapes, dtypes, devices and presence of the split edge weights."""
+    gate, head = options.attention, options.updates_coords
+    w_a = weights.w_a
+    if w_a is not None:
+        check_float("weights.w_a", w_a, 2)
+    _check_weights(
+        weights,
+        EdgeWeights._fields,
+        (
+            (hidden,),
+            None if w_a is None else (hidden, w_a.shape[1]),
+            (hidden, hidden),
+            (hidden,),
+            (hidden,) if gate else None,
+            (1,) if gate else None,
+            (hidden, hidden) if head else None,
+            (hidden,) if head else None,
+            (hidden,) if head else None,
+        ),
+        like,
+    )
 
 
 def check_layer_weights(
@@ -131,6 +139,8 @@ def check_layer_weights(
 ) -> int:
     """The same for a whole layer's weights; returns the edge-attribute width."""
     check_float("weights.edge_w1", weights.edge_w1, 2)
+    check_float("weights.node_w1", weights.node_w1, 2)
+    check_float("weights.node_w2", weights.node_w2, 2)
     hidden, width = weights.edge_w1.shape
     attrs = width - 2 * features - 1
     if attrs < 0:
@@ -138,37 +148,60 @@ def check_layer_weights(
             f"h: has {features} features, but the layer was built for fewer "
             f"(its edge MLP takes {width} inputs, 2 * features + 1 + edge attributes)"
         )
-    if weights.node_w1.shape[-1] != features + hidden + node_attrs:
-        expected = weights.node_w1.shape[-1] - hidden
+    inputs = weights.node_w1.shape[1]
+    if inputs != features + hidden + node_attrs:
         raise ValueError(
-            f"h and node_attr: expected {expected} features together as the node MLP takes, "
+            f"h and node_attr: expected {inputs - hidden} features together as the node MLP takes, "
             f"got {features} and {node_attrs}"
         )
-    att, head = options.attention, options.updates_coords
-    shapes: dict[str, tuple[int, ...] | None] = {
-        "edge_b1": (hidden,),
-        "edge_w2": (hidden, hidden),
-        "edge_b2": (hidden,),
-        "att_w": (1, hidden) if att else None,
-        "att_b": (1,) if att else None,
-        "coord_w1": (hidden, hidden) if head else None,
-        "coord_b1": (hidden,) if head else None,
-        "coord_w2": (1, hidden) if head else None,
-    }
-    _check_weights(weights, shapes, like)
+    out = weights.node_w2.shape[0]
+    gate, head, moving = options.attention, options.updates_coords, weights.vel_w1 is not None
+    _check_weights(
+        weights,
+        LayerWeights._fields,
+        (
+            (hidden, width),
+            (hidden,),
+            (hidden, hidden),
+            (hidden,),
+            (hidden, inputs),
+            (hidden,),
+            (out, hidden),
+            (out,),
+            (1, hidden) if gate else None,
+            (1,) if gate else None,
+            (hidden, hidden) if head else None,
+            (hidden,) if head else None,
+            (1, hidden) if head else None,
+            (hidden, features) if moving else None,
+            (hidden,) if moving else None,
+            (1, hidden) if moving else None,
+            (1,) if moving else None,
+        ),
+        like,
+    )
     return attrs
 
 
 def _check_weights(
-    weights: EdgeWeights | LayerWeights, shapes: dict[str, tuple[int, ...] | None], like: Tensor
+    weights: EdgeWeights | LayerWeights,
+    names: tuple[str, ...],
+    shapes: tuple[tuple[int, ...] | None, ...],
+    like: Tensor,
 ) -> None:
-    for name, shape in shapes.items():
-        value = getattr(weights, name)
+    # in every layer of every step: what is right must pass quickly
+    for name, value, shape in zip(names, weights, shapes, strict=True):
         if shape is None:
             if value is not None:
                 raise ValueError(f"weights.{name}: expected None with these options, got a tensor")
-            continue
-        if value is None:
+        elif value is None:
             raise ValueError(f"weights.{name}: expected shape {list(shape)}, got None")
-        check_shape(f"weights.{name}", value, shape)
-        check_like(f"weights.{name}", value, like, "x")
+        elif (
+            not isinstance(value, Tensor)
+            or value.shape != shape
+            or value.dtype is not like.dtype
+            or value.device != like.device
+        ):
+            check_float(f"weights.{name}", value, len(shape))
+            check_shape(f"weights.{name}", value, shape)
+            check_like(f"weights.{name}", value, like, "x")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -56,7 +57,7 @@ def _tensors(edge_index: EdgeIndexLike) -> tuple[Tensor, ...]:
     """The tensors whose identity and version stand for the edge list; none if it has no such."""
     if isinstance(edge_index, Tensor):
         tensors: tuple[Tensor, ...] = (edge_index,)
-    elif len(edge_index) == 2 and all(isinstance(row, Tensor) for row in edge_index):
+    elif isinstance(edge_index, Sequence) and all(isinstance(row, Tensor) for row in edge_index):
         tensors = tuple(edge_index)
     else:
         return ()
