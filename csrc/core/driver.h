@@ -59,7 +59,7 @@ class Packing {
 
   // w [outputs, inputs] with rows `stride` apart. Forward: a w^T; backward: a w.
   T* matrix(const T* w, int64_t stride, int outputs, int inputs, bool forward) {
-    if (w == nullptr) return nullptr;
+    if (w == nullptr || outputs == 0 || inputs == 0) return nullptr;
     const int k_count = forward ? inputs : outputs, columns = forward ? outputs : inputs;
     T* to = ws_.take<T>(k_count * round_up(columns, kernels_.width));
     jobs_.push_back(forward ? Job{w, 1, stride, k_count, columns, to}
