@@ -27,7 +27,7 @@ help:
 demo: setup
 	$(BIN)/egnn-fast info
 	$(BIN)/egnn-fast check
-	$(BIN)/egnn-fast train nbody --epochs 300 --out $(OUT)
+	$(BIN)/egnn-fast train nbody --epochs 300 --overwrite --out $(OUT)
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -39,10 +39,10 @@ void layer_backward(const egnn::LayerArgs& args) {
 
 bool sort_by_receiver(uintptr_t edges, int64_t num_edges, int64_t num_nodes, uintptr_t rowptr,
                       uintptr_t senders, uintptr_t perm) {
-  return egnn::sort_by_receiver(
-      reinterpret_cast<const int64_t*>(edges), num_edges, num_nodes,
-      reinterpret_cast<int64_t*>(rowptr), reinterpret_cast<int32_t*>(senders),
-      reinterpret_cast<int32_t*>(perm));
+  return egnn::sort_by_receiver(reinterpret_cast<const int64_t*>(edges), num_edges, num_nodes,
+                                reinterpret_cast<int64_t*>(rowptr),
+                                reinterpret_cast<int32_t*>(senders),
+                                reinterpret_cast<int32_t*>(perm));
 }
 
 }  // namespace

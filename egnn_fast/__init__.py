@@ -5,14 +5,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from egnn_fast.backends import BackendError, info, use_backend
-from egnn_fast.functional import egcl, egcl_messages
-from egnn_fast.graph import Graph
-from egnn_fast.options import EdgeWeights, LayerWeights, Options
-
 if TYPE_CHECKING:
     from egnn_fast import compat, nn
+    from egnn_fast.backends import BackendError, info, use_backend
+    from egnn_fast.functional import egcl, egcl_messages
+    from egnn_fast.graph import Graph
     from egnn_fast.nn import explain
+    from egnn_fast.options import EdgeWeights, LayerWeights, Options
 
 __version__ = "0.1.0"
 
@@ -32,12 +31,29 @@ __all__ = [
 ]
 
 
+# the module that each name comes from: loaded at first use, so that the command line starts
+# without PyTorch
+_HOMES = {
+    "Graph": "graph",
+    "Options": "options",
+    "EdgeWeights": "options",
+    "LayerWeights": "options",
+    "egcl": "functional",
+    "egcl_messages": "functional",
+    "use_backend": "backends",
+    "info": "backends",
+    "BackendError": "backends",
+    "explain": "nn",
+}
+
+
 def __getattr__(name: str) -> Any:
-    # loaded at first use, so that importing the package stays light
     if name in ("nn", "compat"):
         return import_module(f"egnn_fast.{name}")
-    if name == "explain":
-        return import_module("egnn_fast.nn").explain
+    if name in _HOMES:
+        value = getattr(import_module(f"egnn_fast.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -60,10 +60,10 @@ def messages_backward(g_m: Tensor | None, g_x: Tensor | None, *args: Any) -> lis
 
 def layer(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``egnn_fast::layer`` on the CPU."""
-    a, keep = _layer_record(args)
-    h, x, v = keep[:3]
+    a, _keep = _layer_record(args)
+    h, x, v = args[:3]
     n, dim = x.shape
-    has_head = keep[_LAYER.index("w_x")] is not None
+    has_head = args[_LAYER.index("w_x")] is not None
     moves = has_head or v is not None
     h_out = h.new_empty((n, a.out_features))
     x_out = x.new_empty((n if moves else 0, dim))
@@ -87,7 +87,7 @@ def layer_backward(
 ) -> list[Tensor]:
     """``egnn_fast::layer_backward`` on the CPU."""
     needed = args[-1]
-    a, keep = _layer_record(args)
+    a, _keep = _layer_record(args)
     cotangents = [None if g is None else g.contiguous() for g in (g_h, g_x, g_v, m, shift)]
     a.g_h_out, a.g_x_out, a.g_v_out, a.m, a.shift = map(_pointer, cotangents)
     found = [

@@ -13,8 +13,8 @@ __all__ = ["egcl", "egcl_messages", "explain"]
 
 
 def egcl_messages(
-    P: Tensor,  # noqa: N803 - the paper's and DESIGN's name
-    Q: Tensor,  # noqa: N803
+    P: Tensor,
+    Q: Tensor,
     x: Tensor,
     graph: Graph | EdgeIndexLike,
     weights: EdgeWeights,
@@ -187,9 +187,7 @@ def egcl(
         if shift is not None:
             shift = composed.scale_shift(shift, weight, options)
         act = activation or options.activation_fn()
-        new_h, new_x, new_v = composed.apply_updates(
-            h, x, v, update, shift, weights, act, residual
-        )
+        new_h, new_x, new_v = composed.apply_updates(h, x, v, update, shift, weights, act, residual)
     elif chosen == "cpu":
         carry = carry_velocity and v is not None
         new_h, moved, step = ops.layer(

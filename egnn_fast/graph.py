@@ -212,7 +212,8 @@ class Graph:
 
     def __repr__(self) -> str:
         kind = "complete, " if self.is_complete else ""
-        return f"Graph({kind}num_nodes={self.num_nodes}, num_edges={self.num_edges}, device={self.device})"
+        sizes = f"num_nodes={self.num_nodes}, num_edges={self.num_edges}"
+        return f"Graph({kind}{sizes}, device={self.device})"
 
 
 def as_edge_index(edge_index: EdgeIndexLike) -> Tensor:

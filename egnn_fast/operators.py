@@ -90,9 +90,7 @@ class Operator:
         cotangents = "".join(f"Tensor? g_{k}, " for k in range(outputs))
         constants = "".join(f"Tensor kept_{k}, " for k in range(kept))
         lib.define(f"{name}({inputs}) -> ({', '.join(['Tensor'] * (outputs + kept))})")
-        lib.define(
-            f"{name}_backward({cotangents}{constants}{inputs}, bool[] needed) -> Tensor[]"
-        )
+        lib.define(f"{name}_backward({cotangents}{constants}{inputs}, bool[] needed) -> Tensor[]")
         lib.define(
             f"{name}_double_backward(Tensor?[] cotangents, {cotangents}{constants}{inputs}, "
             "bool[] needed, bool[] needed2) -> Tensor[]"
@@ -109,14 +107,13 @@ class Operator:
         lib.impl(f"{name}_backward", self._backward_autograd, "Autograd")
         lib.impl(f"{name}_double_backward", self._double_backward_autograd, "Autograd")
         torch.library.register_fake(f"egnn_fast::{name}", fake, lib=lib)
-        torch.library.register_fake(
-            f"egnn_fast::{name}_backward", self._backward_fake, lib=lib
-        )
+        torch.library.register_fake(f"egnn_fast::{name}_backward", self._backward_fake, lib=lib)
         torch.library.register_fake(
             f"egnn_fast::{name}_double_backward", self._double_backward_fake, lib=lib
         )
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
+        """Run the operator: its outputs, the kept ones last."""
         return transformable(self.function, self.op, *args)
 
     def double_backward_flat(self, n_cotangents: int, *args: Any) -> list[Tensor]:

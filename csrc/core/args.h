@@ -26,16 +26,16 @@ struct Args {
   uintptr_t w_r = 0;        // [H], strided
   uintptr_t w_a = 0;        // [H, A], rows strided
   uintptr_t w2 = 0, b2 = 0;
-  uintptr_t w_g = 0, b_g = 0;           // gate
-  uintptr_t w3 = 0, b3 = 0, w_x = 0;    // coordinate head
-  uintptr_t rowptr = 0;                 // [N + 1], int64
-  uintptr_t senders = 0;                // [E], int32; absent for a complete graph
-  uintptr_t perm = 0;                   // [E], int32; absent where it is the identity
-  uintptr_t first = 0;                  // [N], int32; complete graphs only
+  uintptr_t w_g = 0, b_g = 0;         // gate
+  uintptr_t w3 = 0, b3 = 0, w_x = 0;  // coordinate head
+  uintptr_t rowptr = 0;               // [N + 1], int64
+  uintptr_t senders = 0;              // [E], int32; absent for a complete graph
+  uintptr_t perm = 0;                 // [E], int32; absent where it is the identity
+  uintptr_t first = 0;                // [N], int32; complete graphs only
 
   int activation = 0;  // 0 SiLU, 1 ReLU, 2 LeakyReLU
   double negative_slope = 0.01;
-  double norm = 0;   // 0 none, -1 detached |d| + 1e-8, k > 0: |d| + k
+  double norm = 0;  // 0 none, -1 detached |d| + 1e-8, k > 0: |d| + k
   bool tanh = false;
   double clamp = 0;  // 0: none
 
@@ -46,9 +46,9 @@ struct Args {
   uintptr_t g_w2 = 0, g_b2 = 0, g_w_g = 0, g_b_g = 0, g_w3 = 0, g_b3 = 0, g_w_x = 0;
 };
 
-// A whole layer: the edge pass of Args (its m and shift are outputs forward and inputs backward; pq,
-// w_r and w_a follow from h and w1) and the node-level parts around it.
-// Widths: F in, O out, B node attributes.
+// A whole layer: the edge pass of Args (its m and shift are outputs forward and inputs backward;
+// pq, w_r and w_a follow from h and w1) and the node-level parts around it. Widths: F in, O out, B
+// node attributes.
 struct LayerArgs : Args {
   int64_t in_features = 0;
   int64_t out_features = 0;
@@ -56,11 +56,11 @@ struct LayerArgs : Args {
   bool residual = false;
   double coord_scale = 1;
 
-  uintptr_t h = 0;             // [N, F]
-  uintptr_t v = 0;             // [N, D]
-  uintptr_t node_attr = 0;     // [N, B]
-  uintptr_t coord_weight = 0;  // [N]
-  uintptr_t w1 = 0, b1 = 0;    // [H, 2F + 1 + A], [H]
+  uintptr_t h = 0;                                               // [N, F]
+  uintptr_t v = 0;                                               // [N, D]
+  uintptr_t node_attr = 0;                                       // [N, B]
+  uintptr_t coord_weight = 0;                                    // [N]
+  uintptr_t w1 = 0, b1 = 0;                                      // [H, 2F + 1 + A], [H]
   uintptr_t node_w1 = 0, node_b1 = 0, node_w2 = 0, node_b2 = 0;  // [H, F + H + B], [O, H]
   uintptr_t vel_w1 = 0, vel_b1 = 0, vel_w2 = 0, vel_b2 = 0;      // [H, F], [H]
 

@@ -112,8 +112,8 @@ class Packing {
 // Sums of weight gradients: each task's accumulator is added to the total, in the order of tasks.
 template <class T>
 struct WeightSums {
-  int64_t size = 0;        // 0: nobody asked
-  T* per_task = nullptr;   // [wave][size]
+  int64_t size = 0;       // 0: nobody asked
+  T* per_task = nullptr;  // [wave][size]
   double* total = nullptr;
 
   static constexpr int64_t kSlice = 2048;

@@ -83,8 +83,8 @@ class EdgeForward {
  public:
   EdgeForward(const KernelTable<T>& kernels, Problem<T>& p, int threads)
       : kernels_(kernels), p_(p), threads_(threads) {
-    p.task_edges = std::max(task_length(p.edges),
-                            round_up(divide_up(p.edges, kMaxForwardTasks), kBlockEdges));
+    p.task_edges =
+        std::max(task_length(p.edges), round_up(divide_up(p.edges, kMaxForwardTasks), kBlockEdges));
     tasks_ = divide_up(p.edges, p.task_edges);
     scratch_size_ = round_up(kernels.forward_scratch(p), 16);
   }
@@ -164,8 +164,7 @@ class EdgeBackward {
     const int64_t count = std::min(wave_, tasks_ - begin);
     p_.wave_begin = begin;
     parallel_for(count, threads_, [&](int64_t k, int worker) {
-      kernels_.backward_task(p_, begin + k, sums.accumulator(k),
-                             scratch_ + worker * scratch_size_);
+      kernels_.backward_task(p_, begin + k, sums.accumulator(k), scratch_ + worker * scratch_size_);
     });
     const bool senders = p_.g_pq != nullptr || p_.g_coords != nullptr;
     const int64_t ranges = senders ? std::min<int64_t>(p_.nodes, 8 * threads_) : 0;
@@ -198,8 +197,8 @@ void want_gradients(const Args& a, bool first_weights, Problem<T>& p) {
   p.needs_w_x = p.g_shift != nullptr && a.g_w_x != 0;
   p.needs_w_g = p.attention && (a.g_w_g != 0 || a.g_b_g != 0);
   p.needs_first_weights = first_weights;
-  p.needs_first = first_weights || p.g_pq != nullptr || p.g_coords != nullptr ||
-                  p.g_edge_attr != nullptr;
+  p.needs_first =
+      first_weights || p.g_pq != nullptr || p.g_coords != nullptr || p.g_edge_attr != nullptr;
   p.needs_weights = first_weights || p.needs_w2 || p.needs_w3 || p.needs_w_x || p.needs_w_g;
 }
 

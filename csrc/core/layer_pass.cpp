@@ -20,7 +20,9 @@ Args edge_args(const LayerArgs& a) {
 template <class T>
 NodeProblem<T> describe_nodes(const LayerArgs& a, const KernelTable<T>& kernels) {
   NodeProblem<T> n{};
-  const auto padded = [&](int64_t count) { return static_cast<int>(round_up(count, kernels.width)); };
+  const auto padded = [&](int64_t count) {
+    return static_cast<int>(round_up(count, kernels.width));
+  };
   n.nodes = a.num_nodes;
   n.in = static_cast<int>(a.in_features);
   n.hidden = static_cast<int>(a.hidden);
@@ -81,8 +83,7 @@ void pack_backward(const LayerArgs& a, NodeProblem<T>& n, Packing<T>& packing) {
   n.w_j_back = packing.matrix(w1 + n.in, width1, n.hidden, n.in, false);
   n.w_h_back = packing.matrix(node_w1, node_width, n.hidden, n.in, false);
   n.w_m_back = packing.matrix(node_w1 + n.in, node_width, n.hidden, n.hidden, false);
-  n.w_b_back =
-      packing.matrix(node_w1 + n.in + n.hidden, node_width, n.hidden, n.attrs, false);
+  n.w_b_back = packing.matrix(node_w1 + n.in + n.hidden, node_width, n.hidden, n.attrs, false);
   n.w_out_back = packing.matrix(in<T>(a.node_w2), n.hidden, n.out, n.hidden, false);
   n.w_v_back = packing.matrix(in<T>(a.vel_w1), n.in, n.hidden, n.in, false);
 }
@@ -171,9 +172,8 @@ void place_sums(const LayerArgs& a, const KernelTable<T>& kernels, NodeProblem<T
   n.at_pq.j = n.at_pq.i + matrix(n.hidden, n.ld_in);
   n.at_pq.bias = n.at_pq.j + matrix(n.hidden, n.ld_in);
   n.at_pq.size = n.at_pq.bias + n.ld_hidden;
-  n.needs_weights = a.g_node_w1 != 0 || a.g_node_b1 != 0 || a.g_node_w2 != 0 ||
-                    a.g_node_b2 != 0 || a.g_vel_w1 != 0 || a.g_vel_b1 != 0 || a.g_vel_w2 != 0 ||
-                    a.g_vel_b2 != 0;
+  n.needs_weights = a.g_node_w1 != 0 || a.g_node_b1 != 0 || a.g_node_w2 != 0 || a.g_node_b2 != 0 ||
+                    a.g_vel_w1 != 0 || a.g_vel_b1 != 0 || a.g_vel_w2 != 0 || a.g_vel_b2 != 0;
 }
 
 template <class T>

@@ -26,8 +26,8 @@ class Workspace {
   // Within plan(): room for `count` elements, null in the first round.
   template <class T>
   T* take(int64_t count) {
-    const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment *
-                          kAlignment;
+    const int64_t bytes =
+        (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
     char* piece = block_ == nullptr ? nullptr : block_ + used_;
     used_ += bytes;
     return reinterpret_cast<T*>(piece);

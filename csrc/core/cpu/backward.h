@@ -1,4 +1,5 @@
-// The gradients of one task's edges: the block is run again, then back through it (DESIGN section 2).
+// The gradients of one task's edges: the block is run again, then back through it (DESIGN section
+// 2).
 #pragma once
 
 #include "block.h"
@@ -31,12 +32,12 @@ inline int64_t backward_scratch(const Problem<T>& p) {
 // The tiles of a worker, [kBlockRows, ld] each.
 template <class T>
 struct Tiles {
-  T *a1, *d1;      // first activation and its derivative
-  T *n, *d2;       // second; d2 becomes g_z2
-  T* m;            // the message: gate * mask * n (n itself where both are 1)
-  T *a3, *g_z3;    // the head's activation; w_x * derivative, then g_z3
-  T* g_m;          // gradient of the message
-  T *d, *g_d;      // coordinate differences and their gradients, [rows, D]
+  T *a1, *d1;    // first activation and its derivative
+  T *n, *d2;     // second; d2 becomes g_z2
+  T* m;          // the message: gate * mask * n (n itself where both are 1)
+  T *a3, *g_z3;  // the head's activation; w_x * derivative, then g_z3
+  T* g_m;        // gradient of the message
+  T *d, *g_d;    // coordinate differences and their gradients, [rows, D]
 
   Tiles(const Problem<T>& p, T* scratch) {
     Carver<T> carve{scratch};
@@ -135,8 +136,8 @@ inline void message_gradient(const Problem<T>& p, const Block<T>& blk, Tiles<T>&
   const int full = p.hidden / kWidth<T>, rest = p.hidden - full * kWidth<T>;
   const bool head = p.g_shift != nullptr;
   if (head) {
-    gemm(t.g_z3, p.ld, blk.count, p.w3_backward, p.hidden, p.vectors, Start::kZero, kNone<T>,
-         t.g_m, p.ld);
+    gemm(t.g_z3, p.ld, blk.count, p.w3_backward, p.hidden, p.vectors, Start::kZero, kNone<T>, t.g_m,
+         p.ld);
     if (p.g_m == nullptr) return;
   }
   for (int b = 0; b < blk.count; ++b) {
@@ -236,7 +237,8 @@ inline void backward_block(const Problem<T>& p, Block<T>& blk, Tiles<T>& t, T* g
       weight_gemm(t.g_z3, ld, message, ld, count, p.hidden, p.vectors, sums + p.at.w3, ld);
       add_columns(t.g_z3, ld, kNone<T>, count, p.vectors, sums + p.at.b3);
     }
-    if (p.needs_w_x) add_columns(t.a3, ld, static_cast<const T*>(g_s), count, p.vectors, sums + p.at.w_x);
+    if (p.needs_w_x)
+      add_columns(t.a3, ld, static_cast<const T*>(g_s), count, p.vectors, sums + p.at.w_x);
   }
   back_to_second(p, blk, t, g_mask, sums);
   if (p.g_edge_mask != nullptr) {

@@ -164,8 +164,12 @@ struct RowSink {
   int64_t size;
 
   RowSink(const Problem<T>& p, int64_t slot, int64_t begin_, int64_t end_)
-      : rowptr(p.rowptr), begin(begin_), end(end_), partials(p.partials + 2 * slot * p.partial_size),
-        rows(p.partial_rows + slot), size(p.partial_size) {
+      : rowptr(p.rowptr),
+        begin(begin_),
+        end(end_),
+        partials(p.partials + 2 * slot * p.partial_size),
+        rows(p.partial_rows + slot),
+        size(p.partial_size) {
     rows->row[0] = rows->row[1] = -1;
     for (int64_t k = 0; k < 2 * size; ++k) partials[k] = 0;
   }

@@ -61,10 +61,10 @@ struct Problem {
   bool needs_weights, needs_first_weights, needs_w2, needs_w3, needs_w_x, needs_w_g;
   WeightOffsets at;
   // per task of the tasks in flight (a wave)
-  int64_t wave_begin;  // first task of the wave
-  T* g_z1;             // [wave][task_edges][ld]
-  T* g_d;              // [wave][task_edges][D]
-  T* g_coords_sent;    // [N, D]
+  int64_t wave_begin;       // first task of the wave
+  T* g_z1;                  // [wave][task_edges][ld]
+  T* g_d;                   // [wave][task_edges][D]
+  T* g_coords_sent;         // [N, D]
   uint32_t* sender_keys;    // [wave][task_edges]: senders, ascending
   uint16_t* sender_places;  // [wave][task_edges]: the task's edges in that order
 };
@@ -90,7 +90,7 @@ struct NodeProblem {
   T *w_i, *w_j, *w_h, *w_m, *w_b, *w_out, *w_v;
   T *w_i_back, *w_j_back, *w_h_back, *w_m_back, *w_b_back, *w_out_back, *w_v_back;
 
-  T* pq;      // [N + spare, 2 ld_hidden]
+  T* pq;         // [N + spare, 2 ld_hidden]
   T *m, *shift;  // the edge pass's sums [N, H], [N, D]
   T *h_out, *x_out, *v_out;
 

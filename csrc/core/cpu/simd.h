@@ -33,16 +33,14 @@ template <>
 struct Simd<float> {
   typedef float V __attribute__((vector_size(kVectorBytes)));
   typedef int32_t I __attribute__((vector_size(kVectorBytes)));
-  typedef float Unaligned
-      __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+  typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
 };
 
 template <>
 struct Simd<double> {
   typedef double V __attribute__((vector_size(kVectorBytes)));
   typedef int64_t I __attribute__((vector_size(kVectorBytes)));
-  typedef double Unaligned
-      __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+  typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
 };
 
 template <class T>
