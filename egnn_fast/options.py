@@ -104,7 +104,7 @@ def _check_number(name: str, value: object, positive: bool = False) -> None:
 
 
 class EdgeWeights(NamedTuple):
-    """Weights of the edge pass, the first linear already split (DESIGN: P and Q at the nodes).
+    """Weights of the edge pass, the first linear already split (CONTRIBUTING.md, "The algorithm").
 
     With H hidden and A edge-attribute features, in ``torch.nn.Linear`` layout:
     ``w_r [H]``, ``w_a [H, A]`` or None, ``w2 [H, H]``, ``b2 [H]``; with attention ``w_g [H]``,

@@ -1,5 +1,5 @@
-// The gradients of one task's edges: the block is run again, then back through it (DESIGN section
-// 2).
+// The gradients of one task's edges: the block is run again, then back through it (the formulas are
+// in CONTRIBUTING.md, "The algorithm").
 #pragma once
 
 #include "block.h"
