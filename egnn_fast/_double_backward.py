@@ -45,7 +45,7 @@ def messages(
     towards = [next(spread) if n else None for n in needed]
 
     totals = [
-        torch.zeros_like(t) if need else None
+        t.new_zeros(t.shape) if need else None
         for t, need in zip([g_m, g_x, *inputs], needed2, strict=True)
     ]
     receiver, sender = graph.receivers, graph.sorted_senders()
@@ -118,12 +118,17 @@ def layer(edge_pass: EdgePass) -> Callable[..., list[Tensor]]:
                     value = value + (g * output).sum()
             found = _second(value, leaves[3:], towards, leaves, needed2)
         return [
-            torch.zeros_like(t) if grad is None else grad.detach()
-            for t, grad, need in zip([*g_out, *inputs], found, needed2, strict=True)
-            if need
+            _own(t, grad) for t, grad, n in zip([*g_out, *inputs], found, needed2, strict=True) if n
         ]
 
     return double_backward
+
+
+def _own(tensor: Any, grad: Tensor | None) -> Tensor:
+    """A gradient of the tensor's shape in memory of its own, dense, as the operator's fake says."""
+    if grad is None:
+        return tensor.new_zeros(tensor.shape)
+    return grad.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _options(activation: str, slope: float, norm: float, tanh: bool, clamp: float) -> Options:
