@@ -25,6 +25,9 @@ FORWARD_MODE_MESSAGE = (
     "use reverse mode (vjp, jacrev) or backend='reference'"
 )
 
+Tensors = Sequence[Tensor | None]
+Reached = Callable[[Sequence[bool], Tensors, Tensors], list[bool]]
+
 lib = torch.library.Library("egnn_fast", "DEF")
 
 
@@ -65,8 +68,8 @@ class Operator:
     fake : callable
         Empty outputs for the inputs.
     reached : callable
-        ``reached(needed, cotangents)``: which gradients among the needed ones exist, given the
-        outputs' cotangents, some of them None.
+        ``reached(needed, cotangents, inputs)``: which gradients among the needed ones exist,
+        given the outputs' cotangents and the differentiable inputs, some of each None.
     double_backward : callable
         Takes ``(cotangents, *output cotangents, *kept, *inputs, needed, needed2)``; returns the
         gradients that ``needed2`` marks among the output cotangents and differentiable inputs.
@@ -82,7 +85,7 @@ class Operator:
         n_diff: int,
         n_tensors: int,
         fake: Callable[..., tuple[Tensor, ...]],
-        reached: Callable[[Sequence[bool], Sequence[Tensor | None]], list[bool]],
+        reached: Reached,
         double_backward: Callable[..., list[Tensor]],
     ) -> None:
         self.name, self.outputs, self.kept = name, outputs, kept
@@ -174,14 +177,15 @@ def _first_order(operator: Operator) -> type[_Function]:
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-            cotangents = grads[:outputs]
-            needed = operator.reached(ctx.needs_input_grad[:n_diff], cotangents)
+            cotangents, saved = grads[:outputs], ctx.saved_tensors
+            inputs = saved[operator.kept : operator.kept + n_diff]
+            needed = operator.reached(ctx.needs_input_grad[:n_diff], cotangents, inputs)
             none = (None,) * (n_tensors - n_diff + len(ctx.scalars))
             if all(g is None for g in cotangents) or not any(needed):
                 return (None,) * n_diff + none
             found = transformable(
                 operator.backward_function, operator.backward_op,
-                *cotangents, *ctx.saved_tensors, *ctx.scalars, needed,
+                *cotangents, *saved, *ctx.scalars, needed,
             )  # fmt: skip
             return (*_spread(found, needed), *none)
 
@@ -210,7 +214,8 @@ def _second_order(operator: Operator) -> type[_Function]:
             saved = ctx.saved_tensors
             first = outputs + kept
             wanted = ctx.needs_input_grad
-            reached = operator.reached(wanted[first : first + n_diff], saved[:outputs])
+            diff = slice(first, first + n_diff)
+            reached = operator.reached(wanted[diff], saved[:outputs], saved[diff])
             needed2 = [*wanted[:outputs], *reached]
             rest = (None,) * (n_tensors - first - n_diff + len(ctx.scalars))
             if all(c is None for c in cotangents) or not any(needed2):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from egnn_fast import _cpu, _double_backward, _sorting
 from egnn_fast.graph import Graph, check_index_range
-from egnn_fast.operators import Operator, lib
+from egnn_fast.operators import Operator, Tensors, lib
 from egnn_fast.options import EdgeWeights, LayerWeights, Options
 
 _GRAPH = "Tensor rowptr, Tensor? senders, Tensor? perm, Tensor? first"
@@ -44,7 +44,7 @@ def _where(names: Sequence[str], prefixes: tuple[str, ...]) -> tuple[bool, ...]:
 _HEAD = _where(MESSAGES_DIFF, ("w3", "b3", "w_x"))
 
 
-def _messages_reached(needed: Sequence[bool], cotangents: Sequence[Tensor | None]) -> list[bool]:
+def _messages_reached(needed: Sequence[bool], cotangents: Tensors, inputs: Tensors) -> list[bool]:
     # the coordinate head's weights have a gradient only if X is used
     uses_x = cotangents[1] is not None
     return [need and (uses_x or not head) for need, head in zip(needed, _HEAD, strict=True)]
@@ -58,15 +58,27 @@ def _messages_fake(pq: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 _PHI_H = _where(LAYER_DIFF, ("node_",))
 _MOVES = _where(LAYER_DIFF, ("v", "coord_"))
+_EDGES = _where(LAYER_DIFF, ("edge_", "att_"))
+_X = _where(LAYER_DIFF, ("x",))
+_COORD_W2 = LAYER_DIFF.index("coord_w2")
 
 
-def _layer_reached(needed: Sequence[bool], cotangents: Sequence[Tensor | None]) -> list[bool]:
+def _layer_reached(needed: Sequence[bool], cotangents: Tensors, inputs: Tensors) -> list[bool]:
     # officially, too, parameters that the loss does not reach have no gradient
     features = cotangents[0] is not None
     moves = cotangents[1] is not None or cotangents[2] is not None
+    # without a coordinate head only the velocity moves a node: no edge does
+    edges = features or inputs[_COORD_W2] is not None
+    place = edges or cotangents[1] is not None
     return [
-        need and (features or not phi_h) and (moves or not move)
-        for need, phi_h, move in zip(needed, _PHI_H, _MOVES, strict=True)
+        need
+        and (features or not in_phi_h)
+        and (moves or not in_move)
+        and (edges or not in_edge)
+        and (place or not is_x)
+        for need, in_phi_h, in_move, in_edge, is_x in zip(
+            needed, _PHI_H, _MOVES, _EDGES, _X, strict=True
+        )
     ]
 
 
