@@ -59,8 +59,9 @@ class Case:
         H, D and A.
     mask : {None, "binary", "soft"}
         The edge mask: none, zeros and ones, or numbers in (0, 1).
-    features, node_attrs, velocity, node_mask, residual
-        What :meth:`layer` adds to the edge pass; without residual the layer has F + 1 outputs.
+    features, node_attrs, velocity, carry, node_mask, residual
+        What :meth:`layer` adds to the edge pass; without residual the layer has F + 1 outputs,
+        with carry the new velocity is one.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Case:
     features: int = 5
     node_attrs: int = 0
     velocity: bool = False
+    carry: bool = False
     node_mask: bool = False
     residual: bool = True
 
@@ -183,13 +185,14 @@ class Case:
         def run(leaves: dict[str, Tensor], backend: str, order: int) -> Outputs:
             edges, t, _ = _shuffled(graph, leaves, h, order)
             weights = LayerWeights(**{name: t[name] for name in shapes})
-            new_h, new_x, _ = functional.egcl(
+            new_h, new_x, new_v = functional.egcl(
                 t["h"], t["x"], edges, weights, self.options,
                 edge_attr=t.get("edge_attr"), node_attr=t.get("node_attr"),
                 edge_mask=t.get("edge_mask"), node_mask=t.get("node_mask"),
-                v=t.get("v"), residual=self.residual, backend=backend,
+                v=t.get("v"), residual=self.residual, carry_velocity=self.carry, backend=backend,
             )  # fmt: skip
-            return {"h": new_h, "x": new_x}
+            out = {"h": new_h, "x": new_x}
+            return out if new_v is None else out | {"v": new_v}
 
         return Problem(leaves, run)
 
@@ -262,7 +265,12 @@ def check_cases(quick: bool) -> tuple[Case, ...]:
     cases = (
         Case("plain, H 16"),
         Case(
-            "edge attributes, soft mask, velocity", attrs=4, mask="soft", velocity=True, hidden=33
+            "edge attributes, soft mask, velocity",
+            attrs=4,
+            mask="soft",
+            velocity=True,
+            carry=True,
+            hidden=33,
         ),
         Case(
             "attention, tanh, unit norm, mean",

@@ -97,15 +97,33 @@ def _block_bounds() -> Iterator[Case]:
 
 CASES = (*_widths(), *_single_options(), *_degrees(), *_block_bounds())
 # whole layers: the node MLP, mean, scale, velocity and node masks around the edge pass
-LAYER_CASES = (
+LAYER_CASES: tuple[Case, ...] = (
     *check_cases(quick=False),
     *(
         Case(
             f"layer {name}", attrs=k % 2, options=options, mask=(None, "binary", "soft")[k % 3],
-            node_attrs=k % 4, velocity=k % 3 > 0, node_mask=k % 2 == 0, residual=k % 5 > 0,
+            node_attrs=k % 4, velocity=k % 3 > 0, carry=k % 3 == 1, node_mask=k % 2 == 0,
+            residual=k % 5 > 0,
         )
         for k, (name, options) in enumerate(SINGLE_OPTIONS.items())
     ),
+    *(
+        Case(
+            f"layer F{features} H{hidden} B{node_attrs} N{nodes}", nodes=nodes, edges=5 * nodes,
+            features=features, hidden=hidden, node_attrs=node_attrs, attrs=1, velocity=True,
+            carry=True, mask="soft", residual=residual,
+        )
+        for features, hidden, node_attrs, nodes, residual in (
+            (1, 8, 0, 3, True), (2, 33, 1, 47, False), (16, 16, 0, 48, True), (7, 1, 3, 49, False),
+            (64, 64, 0, 97, True), (33, 20, 9, 100, False), (128, 40, 1, 145, True),
+            (1, 64, 0, 500, True), (40, 7, 0, 700, False),
+        )
+    ),
+    Case("layer complete", "complete", sizes=(5,) * 60, attrs=2, velocity=True, features=64,
+         hidden=64),
+    Case("layer of a hub", "hub", 300, 3000, attrs=1, velocity=True, carry=True, mask="soft",
+         options=EVERYTHING, node_attrs=2, node_mask=True),
+    Case("layer without edges", nodes=50, edges=0, attrs=1, velocity=True, carry=True),
 )  # fmt: skip
 # run on every instruction set: remainders of every vector width, every option, every graph
 ISA_CASES = (
