@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -13,7 +14,7 @@ from egnn_fast.graph import EdgeIndexLike, Graph
 
 
 class _Entry(NamedTuple):
-    versions: tuple[int, ...]
+    states: tuple[tuple[int, int, torch.Size], ...]
     second: weakref.ref[Tensor] | None
     num_nodes: int
     graph: Graph
@@ -26,26 +27,27 @@ _entries = WeakTensorKeyDictionary()
 def graph_of(edge_index: EdgeIndexLike, num_nodes: int) -> Graph:
     """The graph of an edge list, sorted at the first call with it.
 
-    The same tensor (or pair of tensors) is recognised by identity, and an edit in place by
-    PyTorch's version counter. Lists of numbers and inference tensors keep no such counter and
-    are sorted at each call.
+    The same tensor (or pair of tensors) is recognised by identity, an edit in place by PyTorch's
+    version counter, and other memory under the tensor (``tensor.data = ...``) by its address.
+    Lists of numbers and inference tensors keep no such counter and are sorted at each call.
+    Writing through a NumPy view leaves no trace: pass a new tensor then.
     """
     tensors = _tensors(edge_index)
     if not tensors:
         return Graph.from_edge_index(edge_index, num_nodes)
-    versions = tuple(t._version for t in tensors)
+    states = tuple((t._version, t.data_ptr(), t.shape) for t in tensors)
     second = tensors[1] if len(tensors) > 1 else None
     entry: _Entry | None = _entries.get(tensors[0])
     if (
         entry is not None
-        and entry.versions == versions
+        and entry.states == states
         and entry.num_nodes == num_nodes
         and (entry.second is None if second is None else _refers(entry.second, second))
     ):
         return entry.graph
     graph = Graph.from_edge_index(edge_index, num_nodes)
     reference = None if second is None else weakref.ref(second)
-    _entries[tensors[0]] = _Entry(versions, reference, num_nodes, graph)
+    _entries[tensors[0]] = _Entry(states, reference, num_nodes, graph)
     return graph
 
 
