@@ -59,6 +59,7 @@ def curve(history: History, config: Config, path: Path) -> None:
             textcoords="offset points",
             horizontalalignment="right",
             fontsize=9,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )
     best = history.best
     if best is not None:
