@@ -94,8 +94,8 @@ def layer_backward(
         torch.empty(t.shape, dtype=t.dtype) if need else None
         for t, need in zip(args[:_N_LAYER], needed, strict=True)
     ]
-    # what the cotangents do not reach is not written
-    features, moves = g_h is not None, g_x is not None or g_v is not None
+    # what the cotangents do not reach is not written; one without elements reaches nothing
+    features, moves = a.g_h_out != 0, a.g_x_out != 0 or a.g_v_out != 0
     for name, attribute, tensor in zip(_LAYER, _LAYER_GRADS, found, strict=True):
         if tensor is None:
             continue

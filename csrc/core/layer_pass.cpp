@@ -36,7 +36,7 @@ NodeProblem<T> describe_nodes(const LayerArgs& a, const KernelTable<T>& kernels)
   n.activation = a.activation;
   n.slope = static_cast<T>(a.negative_slope);
   n.residual = a.residual;
-  n.velocity = a.vel_w1 != 0;
+  n.velocity = a.vel_b2 != 0;  // of its weights the one that is never empty
   n.shifts = a.w_x != 0;
   n.h = in<T>(a.h);
   n.x = in<T>(a.x);

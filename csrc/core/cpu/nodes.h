@@ -17,6 +17,7 @@ inline int64_t node_scratch(const NodeProblem<T>& p) {
 // A block's rows of a [N, columns] array as a tile with padded rows.
 template <class T>
 inline void read_rows(const T* from, int64_t begin, int rows, int columns, int ld, T* tile) {
+  if (columns == 0) return;  // an empty array has no address
   for (int b = 0; b < rows; ++b) {
     memcpy(tile + b * ld, from + (begin + b) * columns, columns * sizeof(T));
     for (int c = columns; c < ld; ++c) tile[b * ld + c] = 0;
@@ -25,6 +26,7 @@ inline void read_rows(const T* from, int64_t begin, int rows, int columns, int l
 
 template <class T>
 inline void write_rows(const T* tile, int ld, int64_t begin, int rows, int columns, T* to) {
+  if (columns == 0) return;
   for (int b = 0; b < rows; ++b) {
     memcpy(to + (begin + b) * columns, tile + b * ld, columns * sizeof(T));
   }

@@ -1,0 +1,52 @@
+"""Defects that were found once, each with what it looked like."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import FUSED_BACKENDS
+from torch import Tensor
+
+from egnn_fast import Graph, Options, functional
+from egnn_fast.options import LayerWeights
+
+pytestmark = pytest.mark.native
+every_backend = pytest.mark.parametrize("backend", FUSED_BACKENDS)
+
+
+def random_weights(features: int, hidden: int, out: int, attrs: int) -> dict[str, Tensor]:
+    """Weights of a layer with a coordinate head and velocity, named as in LayerWeights."""
+    shapes = {
+        "edge_w1": (hidden, 2 * features + 1), "edge_b1": (hidden,),
+        "edge_w2": (hidden, hidden), "edge_b2": (hidden,),
+        "node_w1": (hidden, features + hidden + attrs), "node_b1": (hidden,),
+        "node_w2": (out, hidden), "node_b2": (out,),
+        "coord_w1": (hidden, hidden), "coord_b1": (hidden,), "coord_w2": (1, hidden),
+        "vel_w1": (hidden, features), "vel_b1": (hidden,),
+        "vel_w2": (1, hidden), "vel_b2": (1,),
+    }  # fmt: skip
+    return {name: torch.randn(s, dtype=torch.float64) / 3 for name, s in shapes.items()}
+
+
+@every_backend
+@pytest.mark.parametrize(("features", "out"), [(0, 2), (2, 0), (0, 0)])
+@pytest.mark.usefixtures("poison")
+def test_no_features(features: int, out: int, backend: str) -> None:
+    """An empty tensor has no address: velocity MLP and cotangents were taken for absent."""
+    leaves = random_weights(features, 5, out, attrs=2)
+    for name, width in (("h", features), ("x", 3), ("v", 3), ("node_attr", 2)):
+        leaves[name] = torch.randn(7, width, dtype=torch.float64)
+    graph = Graph.complete([4, 3])
+
+    def run(backend: str) -> list[Tensor]:
+        t = {name: value.clone().requires_grad_() for name, value in leaves.items()}
+        weights = LayerWeights(**{n: t[n] for n in LayerWeights._fields if n in t})
+        h, x, _ = functional.egcl(
+            t["h"], t["x"], graph, weights, Options(), v=t["v"], node_attr=t["node_attr"],
+            residual=False, backend=backend,
+        )  # fmt: skip
+        loss = h.square().sum() + x.square().sum()
+        return [h, x, *torch.autograd.grad(loss, list(t.values()))]
+
+    for found, right in zip(run(backend), run("reference"), strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-12)
