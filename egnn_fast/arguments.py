@@ -113,6 +113,7 @@ def as_mask(name: str, mask: Tensor | None, rows: int | None, like: Tensor) -> T
 def check_edge_weights(weights: EdgeWeights, options: Options, hidden: int, like: Tensor) -> None:
     """Shapes, dtypes, devices and presence of the split edge weights."""
     gate, head = options.attention, options.updates_coords
+    _check_hidden("P", hidden)
     w_a = weights.w_a
     if w_a is not None:
         check_float("weights.w_a", w_a, 2)
@@ -142,6 +143,7 @@ def check_layer_weights(
     check_float("weights.node_w1", weights.node_w1, 2)
     check_float("weights.node_w2", weights.node_w2, 2)
     hidden, width = weights.edge_w1.shape
+    _check_hidden("weights.edge_w1", hidden)
     attrs = width - 2 * features - 1
     if attrs < 0:
         raise ValueError(
@@ -181,6 +183,11 @@ def check_layer_weights(
         like,
     )
     return attrs
+
+
+def _check_hidden(name: str, hidden: int) -> None:
+    if hidden < 1:
+        raise ValueError(f"{name}: expected a hidden width of at least 1, got {hidden}")
 
 
 def _check_weights(

@@ -50,3 +50,17 @@ def test_no_features(features: int, out: int, backend: str) -> None:
 
     for found, right in zip(run(backend), run("reference"), strict=True):
         torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", *FUSED_BACKENDS])
+def test_no_hidden_units(backend: str) -> None:
+    """The edge pass returned memory that nobody had written."""
+    x, graph = torch.randn(7, 3, dtype=torch.float64), Graph.complete([4, 3])
+    w = {n: t for n, t in random_weights(2, 0, 2, attrs=0).items() if not n.startswith("vel_")}
+    with pytest.raises(
+        ValueError, match=r"weights\.edge_w1: expected a hidden width of at least 1"
+    ):
+        functional.egcl(x[:, :2], x, graph, LayerWeights(**w), Options(), backend=backend)
+    edge = LayerWeights(**w).split(2)[2]
+    with pytest.raises(ValueError, match="P: expected a hidden width of at least 1"):
+        functional.egcl_messages(x[:, :0], x[:, :0], x, graph, edge, Options(), backend=backend)
