@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
 import torch
 from cases import FUSED_BACKENDS
@@ -50,6 +55,35 @@ def test_no_features(features: int, out: int, backend: str) -> None:
 
     for found, right in zip(run(backend), run("reference"), strict=True):
         torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-12)
+
+
+CHILD = """
+import os, torch
+from egnn_fast._cases import Case
+
+problem = Case("fork", nodes=300, edges=3000, hidden=32).layer(torch.float32)
+torch.set_num_threads(2)
+torch.randn(2_000_000).exp()  # PyTorch's threads run before the first call of a kernel
+pid = os.fork()
+if pid == 0:
+    problem.run(problem.leaves, "cpu", 0)
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork on Windows")
+def test_first_call_in_a_forked_child() -> None:
+    """It waited for threads that had not come along, unless the parent had called as well."""
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            out, _ = process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    assert out.strip() == "7"
 
 
 @pytest.mark.parametrize("backend", ["reference", *FUSED_BACKENDS])

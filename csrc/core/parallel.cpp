@@ -20,6 +20,11 @@ using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 std::atomic<bool> in_forked_child{false};
 
+// libgomp's threads do not survive a fork, and waiting for them would hang. Watched from the start:
+// PyTorch may have started them before the first call comes here.
+[[maybe_unused]] const int watches_forks =
+    pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
+
 #if defined(__linux__)
 int find_openmp(dl_phdr_info* info, size_t, void* found) {
   const char* name = info->dlpi_name;
@@ -40,8 +45,6 @@ int find_openmp(dl_phdr_info* info, size_t, void* found) {
 #endif
 
 GompParallel find_gomp_parallel() {
-  // libgomp's threads do not survive a fork, and waiting for them would hang
-  pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
   void* symbol = dlsym(RTLD_DEFAULT, "GOMP_parallel");
 #if defined(__linux__)
   if (symbol == nullptr) dl_iterate_phdr(find_openmp, &symbol);
