@@ -13,6 +13,7 @@ from cases import FUSED_BACKENDS
 from torch import Tensor
 
 from egnn_fast import Graph, Options, functional
+from egnn_fast._cases import Case
 from egnn_fast.options import LayerWeights
 
 pytestmark = pytest.mark.native
@@ -84,6 +85,16 @@ def test_first_call_in_a_forked_child() -> None:
             os.killpg(process.pid, signal.SIGKILL)
             raise
     assert out.strip() == "7"
+
+
+@every_backend
+@pytest.mark.parametrize("options", [Options(coord_norm=1e-60), Options(coord_clamp=1e-60)])
+def test_options_below_the_smallest_float(options: Options, backend: str) -> None:
+    """Rounded to 0 in float32, they were taken for none."""
+    problem = Case("tiny", options=options).edge_pass(torch.float32)
+    right = problem.run(problem.leaves, "reference", 0)["X"]
+    found = problem.run(problem.leaves, backend, 0)["X"]
+    assert torch.allclose(found, right, rtol=1e-4, atol=1e-30)
 
 
 @pytest.mark.parametrize("backend", ["reference", *FUSED_BACKENDS])

@@ -2,9 +2,18 @@
 // memory, packing weights and running.
 #pragma once
 
+#include <limits>
+
 #include "driver.h"
 
 namespace egnn {
+
+// An option for which 0 means none: what float cannot hold must not become that.
+template <class T>
+T option(double value) {
+  const T rounded = static_cast<T>(value);
+  return rounded == 0 && value != 0 ? std::numeric_limits<T>::denorm_min() : rounded;
+}
 
 template <class T>
 Problem<T> describe(const Args& a, const KernelTable<T>& kernels) {
@@ -27,8 +36,8 @@ Problem<T> describe(const Args& a, const KernelTable<T>& kernels) {
   p.edge_mask = in<T>(a.edge_mask);
   p.activation = a.activation;
   p.slope = static_cast<T>(a.negative_slope);
-  p.norm = static_cast<T>(a.norm);
-  p.clamp = static_cast<T>(a.clamp);
+  p.norm = option<T>(a.norm);
+  p.clamp = option<T>(a.clamp);
   p.tanh = a.tanh;
   p.attention = a.w_g != 0;
   p.head = a.w_x != 0;
