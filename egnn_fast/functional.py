@@ -78,7 +78,7 @@ def egcl_messages(
     mask = _edge_mask(edge_mask, graph, x)
     chosen = backends.select(backend, _call(x, P.shape[1], options.activation))
     if chosen == "reference":
-        receiver, sender = graph.edge_index
+        receiver, sender = graph.shared_edge_index()
         return reference.messages(
             P, Q, x, receiver, sender, weights, options, edge_attr=edge_attr, edge_mask=mask
         )
@@ -171,7 +171,7 @@ def egcl(
     nodes = arguments.as_mask("node_mask", node_mask, h.shape[0], x)
     mask = _edge_mask(edge_mask, graph, x)
     if nodes is not None:
-        receiver, sender = graph.edge_index
+        receiver, sender = graph.shared_edge_index()
         between = nodes[receiver] * nodes[sender]
         mask = between if mask is None else mask * between
         v = None if v is None else v * nodes.unsqueeze(1)

@@ -154,7 +154,11 @@ class Graph:
 
     @property
     def edge_index(self) -> Tensor:
-        """The edges ``[2, E]``, int64, in the user's order; kept after the first call."""
+        """The edges ``[2, E]``, int64, in the user's order; the caller's own copy."""
+        return self.shared_edge_index().clone()
+
+    def shared_edge_index(self) -> Tensor:
+        """The same, kept after the first call; not to be written to."""
         return self._cached("edge_index", self._edge_index)
 
     @property

@@ -54,7 +54,7 @@ def egcl(
         of the messages; ``shift [N, D]``: the sum of the coordinate updates, None without a head.
     """
     act = activation or options.activation_fn()
-    receiver, sender = graph.edge_index
+    receiver, sender = graph.shared_edge_index()
     d = x[receiver] - x[sender]
     r = (d * d).sum(dim=1, keepdim=True)
     parts = [h[receiver], h[sender], r]
@@ -178,5 +178,6 @@ def coord_weight(
         return None
     if edge_mask is None:
         return graph.inverse_degree(dtype)
-    total = segment_sum(edge_mask.reshape(-1, 1).to(dtype), graph.edge_index[0], graph.num_nodes)
+    receiver = graph.shared_edge_index()[0]
+    total = segment_sum(edge_mask.reshape(-1, 1).to(dtype), receiver, graph.num_nodes)
     return total.squeeze(1).clamp(min=1).reciprocal()

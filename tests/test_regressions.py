@@ -109,3 +109,9 @@ def test_no_hidden_units(backend: str) -> None:
     edge = LayerWeights(**w).split(2)[2]
     with pytest.raises(ValueError, match="P: expected a hidden width of at least 1"):
         functional.egcl_messages(x[:, :0], x[:, :0], x, graph, edge, Options(), backend=backend)
+
+
+def test_writing_to_an_edge_index_that_a_graph_gave_does_not_change_the_graph() -> None:
+    graph = Graph.from_edge_index(torch.tensor([[0, 1], [1, 0]]), 2)
+    graph.edge_index.zero_()
+    assert graph.edge_index.tolist() == [[0, 1], [1, 0]]
