@@ -22,7 +22,9 @@ FUSED_BACKENDS = tuple(
 )
 DTYPES = (torch.float64, torch.float32)
 
-EVERYTHING = Options(attention=True, coord_norm=0.7, coord_tanh=True, coord_clamp=0.05)
+EVERYTHING = Options(
+    attention=True, coord_norm=0.7, coord_tanh=True, coord_clamp=0.05, coord_scale=0.6
+)
 SINGLE_OPTIONS = {
     "default": Options(),
     "relu": Options(activation="relu"),
