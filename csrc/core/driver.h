@@ -43,10 +43,10 @@ T* out(uintptr_t address) {
 }
 
 template <class T>
-void zero(T* memory, int64_t count, int threads) {
-  if (memory == nullptr || count == 0) return;
-  constexpr int64_t kPiece = int64_t{1} << 18;
-  parallel_for(divide_up(count, kPiece), threads, [&](int64_t k, int) {
+void add_zero(Schedule& schedule, T* memory, int64_t count) {
+  if (memory == nullptr) return;
+  constexpr int64_t kPiece = int64_t{1} << 16;
+  schedule.add(divide_up(count, kPiece), [=](int64_t k, int) {
     std::memset(memory + k * kPiece, 0, std::min(kPiece, count - k * kPiece) * sizeof(T));
   });
 }
@@ -83,14 +83,15 @@ class Packing {
     return to;
   }
 
-  void run(int threads) {
-    parallel_for(static_cast<int64_t>(jobs_.size()), threads, [&](int64_t k, int) {
-      const Job& job = jobs_[k];
+  void add_to(Schedule& schedule) const {
+    const KernelTable<T>& kernels = kernels_;
+    schedule.add(static_cast<int64_t>(jobs_.size()), [&kernels, jobs = jobs_](int64_t k, int) {
+      const Job& job = jobs[k];
       if (job.k_count != 0) {
-        kernels_.pack(job.from, job.k_stride, job.column_stride, job.k_count, job.columns, job.to);
+        kernels.pack(job.from, job.k_stride, job.column_stride, job.k_count, job.columns, job.to);
         return;
       }
-      const int64_t padded = round_up(job.columns, kernels_.width);
+      const int64_t padded = round_up(job.columns, kernels.width);
       for (int64_t c = 0; c < padded; ++c) {
         job.to[c] = job.from != nullptr && c < job.columns ? job.from[c * job.k_stride] : T(0);
       }
@@ -130,8 +131,6 @@ struct WeightSums {
     std::memset(sums, 0, size * sizeof(T));
     return sums;
   }
-
-  void clear() { std::memset(total, 0, size * sizeof(double)); }
 
   void add(int64_t slice, int64_t tasks) const {
     const int64_t to = std::min((slice + 1) * kSlice, size);

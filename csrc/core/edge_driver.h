@@ -104,13 +104,15 @@ class EdgeForward {
     scratch_ = ws.take<T>(threads_ * scratch_size_);
   }
 
-  void run() {
-    zero(p_.m, p_.nodes * p_.hidden, threads_);
-    if (p_.head) zero(p_.shift, p_.nodes * p_.dim, threads_);
-    parallel_for(tasks_, threads_, [&](int64_t task, int worker) {
+  void add_to(Schedule& schedule) {
+    add_zero(schedule, p_.m, p_.nodes * p_.hidden);
+    if (p_.head) add_zero(schedule, p_.shift, p_.nodes * p_.dim);
+    schedule.add(tasks_, [this](int64_t task, int worker) {
       kernels_.forward_task(p_, task, scratch_ + worker * scratch_size_);
     });
-    add_partials(p_, tasks_, p_.m, p_.hidden, p_.head ? p_.shift : static_cast<T*>(nullptr));
+    schedule.add(1, [this](int64_t, int) {
+      add_partials(p_, tasks_, p_.m, p_.hidden, p_.head ? p_.shift : static_cast<T*>(nullptr));
+    });
   }
 
  private:
@@ -152,34 +154,36 @@ class EdgeBackward {
     scratch_ = ws.take<T>(threads_ * scratch_size_);
   }
 
-  void run() {
-    zero(p_.g_pq, p_.nodes * p_.pq_stride, threads_);
-    zero(p_.g_coords, p_.nodes * p_.dim, threads_);
-    zero(p_.g_coords_sent, p_.nodes * p_.dim, threads_);
-    sums.clear();
+  void add_to(Schedule& schedule) {
+    add_zero(schedule, p_.g_pq, p_.nodes * p_.pq_stride);
+    add_zero(schedule, p_.g_coords, p_.nodes * p_.dim);
+    add_zero(schedule, p_.g_coords_sent, p_.nodes * p_.dim);
+    add_zero(schedule, sums.total, sums.size);
     if (tasks_ == 0) {
-      zero(p_.g_edge_attr, p_.edges * p_.attrs, threads_);
-      zero(p_.g_edge_mask, p_.edges, threads_);
+      add_zero(schedule, p_.g_edge_attr, p_.edges * p_.attrs);
+      add_zero(schedule, p_.g_edge_mask, p_.edges);
     }
-    for (int64_t begin = 0; begin < tasks_; begin += wave_) run_wave(begin);
+    for (int64_t begin = 0; begin < tasks_; begin += wave_) add_wave(schedule, begin);
     if (p_.g_coords == nullptr) return;
-    for (int64_t k = 0; k < p_.nodes * p_.dim; ++k) p_.g_coords[k] += p_.g_coords_sent[k];
+    schedule.add(1, [this](int64_t, int) {
+      for (int64_t k = 0; k < p_.nodes * p_.dim; ++k) p_.g_coords[k] += p_.g_coords_sent[k];
+    });
   }
 
   WeightSums<T> sums;
 
  private:
-  void run_wave(int64_t begin) {
+  void add_wave(Schedule& schedule, int64_t begin) {
     const int64_t count = std::min(wave_, tasks_ - begin);
-    p_.wave_begin = begin;
-    parallel_for(count, threads_, [&](int64_t k, int worker) {
-      kernels_.backward_task(p_, begin + k, sums.accumulator(k), scratch_ + worker * scratch_size_);
+    schedule.add(count, [this, begin](int64_t k, int worker) {
+      kernels_.backward_task(p_, begin, begin + k, sums.accumulator(k),
+                             scratch_ + worker * scratch_size_);
     });
     const bool senders = p_.g_pq != nullptr || p_.g_coords != nullptr;
     const int64_t ranges = senders ? std::min<int64_t>(p_.nodes, 8 * threads_) : 0;
-    parallel_for(ranges + sums.slices() + 1, threads_, [&](int64_t k, int) {
+    schedule.add(ranges + sums.slices() + 1, [this, begin, count, ranges](int64_t k, int) {
       if (k < ranges) {
-        kernels_.sender_sums(p_, count, p_.nodes * k / ranges, p_.nodes * (k + 1) / ranges);
+        kernels_.sender_sums(p_, begin, count, p_.nodes * k / ranges, p_.nodes * (k + 1) / ranges);
       } else if (k == ranges) {
         add_partials(p_, count, p_.g_pq, p_.pq_stride, p_.g_coords);
       } else {

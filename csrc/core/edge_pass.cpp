@@ -13,13 +13,15 @@ void run_forward(const Args& a) {
   p.shift = out<T>(a.shift);
   EdgeForward<T> pass(kernels, p, threads);
   Workspace ws;
+  Schedule schedule;
   ws.plan([&](bool last) {
     Packing<T> packing(kernels, ws);
     pack_edge_weights(a, p, false, packing);
     pass.reserve(ws);
-    if (last) packing.run(threads);
+    if (last) packing.add_to(schedule);
   });
-  pass.run();
+  pass.add_to(schedule);
+  schedule.run(threads);
 }
 
 template <class T>
@@ -33,13 +35,15 @@ void run_backward(const Args& a) {
   want_gradients(a, a.g_w_r != 0 || a.g_w_a != 0, p);
   EdgeBackward<T> pass(kernels, p, threads);
   Workspace ws;
+  Schedule schedule;
   ws.plan([&](bool last) {
     Packing<T> packing(kernels, ws);
     pack_edge_weights(a, p, true, packing);
     pass.reserve(ws);
-    if (last) packing.run(threads);
+    if (last) packing.add_to(schedule);
   });
-  pass.run();
+  pass.add_to(schedule);
+  schedule.run(threads);
   deliver_edge_weights(a, p, pass.sums);
   deliver_first_columns(p, pass.sums, out<T>(a.g_w_r), 1, out<T>(a.g_w_a), a.attr_dim);
 }

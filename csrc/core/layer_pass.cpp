@@ -88,11 +88,11 @@ void pack_backward(const LayerArgs& a, NodeProblem<T>& n, Packing<T>& packing) {
   n.w_v_back = packing.matrix(in<T>(a.vel_w1), n.in, n.hidden, n.in, false);
 }
 
-// Runs body(begin, end, worker) over blocks of nodes.
+// A step that runs body(begin, end, worker) over blocks of nodes.
 template <class Body>
-void for_node_blocks(int64_t nodes, int threads, const Body& body) {
+void add_node_blocks(Schedule& schedule, int64_t nodes, const Body& body) {
   const int64_t length = task_length(nodes);
-  parallel_for(divide_up(nodes, length), threads, [&](int64_t task, int worker) {
+  schedule.add(divide_up(nodes, length), [=](int64_t task, int worker) {
     const int64_t last = std::min(nodes, (task + 1) * length);
     for (int64_t begin = task * length; begin < last; begin += kBlockEdges) {
       body(begin, std::min<int64_t>(begin + kBlockEdges, last), worker);
@@ -100,22 +100,23 @@ void for_node_blocks(int64_t nodes, int threads, const Body& body) {
   });
 }
 
-// The same with a weight accumulator a task: body(begin, end, worker, accumulator).
+// The same with a weight accumulator a task, body(begin, end, worker, accumulator): steps for each
+// wave of tasks. `sums` must outlive the schedule.
 template <class T, class Body>
-void sum_node_blocks(int64_t nodes, int64_t wave, int threads, WeightSums<T>& sums,
-                     const Body& body) {
+void add_node_sums(Schedule& schedule, int64_t nodes, int64_t wave, const WeightSums<T>& sums,
+                   const Body& body) {
   const int64_t length = task_length(nodes), tasks = divide_up(nodes, length);
-  sums.clear();
+  add_zero(schedule, sums.total, sums.size);
   for (int64_t first = 0; first < tasks; first += wave) {
     const int64_t count = std::min(wave, tasks - first);
-    parallel_for(count, threads, [&](int64_t k, int worker) {
+    schedule.add(count, [=, &sums](int64_t k, int worker) {
       T* accumulator = sums.accumulator(k);
       const int64_t last = std::min(nodes, (first + k + 1) * length);
       for (int64_t begin = (first + k) * length; begin < last; begin += kBlockEdges) {
         body(begin, std::min<int64_t>(begin + kBlockEdges, last), worker, accumulator);
       }
     });
-    parallel_for(sums.slices(), threads, [&](int64_t k, int) { sums.add(k, count); });
+    schedule.add(sums.slices(), [=, &sums](int64_t k, int) { sums.add(k, count); });
   }
 }
 
@@ -134,6 +135,7 @@ void run_forward(const LayerArgs& a) {
   const int64_t scratch_size = round_up(kernels.node_scratch(n), 16);
   T* scratch = nullptr;
   Workspace ws;
+  Schedule schedule;
   ws.plan([&](bool last) {
     Packing<T> packing(kernels, ws);
     pack_edge_weights(edge, p, false, packing);
@@ -141,16 +143,17 @@ void run_forward(const LayerArgs& a) {
     n.pq = ws.take<T>((n.nodes + kSpareRows) * p.pq_stride);
     scratch = ws.take<T>(threads * scratch_size);
     pass.reserve(ws);
-    if (last) packing.run(threads);
+    if (last) packing.add_to(schedule);
   });
   p.pq = n.pq;
-  for_node_blocks(n.nodes, threads, [&](int64_t begin, int64_t end, int worker) {
+  add_node_blocks(schedule, n.nodes, [&](int64_t begin, int64_t end, int worker) {
     kernels.node_pq(n, begin, end, scratch + worker * scratch_size);
   });
-  pass.run();
-  for_node_blocks(n.nodes, threads, [&](int64_t begin, int64_t end, int worker) {
+  pass.add_to(schedule);
+  add_node_blocks(schedule, n.nodes, [&](int64_t begin, int64_t end, int worker) {
     kernels.node_update(n, begin, end, scratch + worker * scratch_size);
   });
+  schedule.run(threads);
 }
 
 template <class T>
@@ -240,6 +243,7 @@ void run_backward(const LayerArgs& a) {
   const int64_t scratch_size = round_up(kernels.node_scratch(n), 16);
   T *scratch = nullptr, *g_m = nullptr, *g_shift = nullptr;
   Workspace ws;
+  Schedule schedule;
   ws.plan([&](bool last) {
     Packing<T> packing(kernels, ws);
     pack_edge_weights(edge, p, true, packing);
@@ -253,7 +257,7 @@ void run_backward(const LayerArgs& a) {
     update.reserve(ws, node_wave);
     first.reserve(ws, node_wave);
     pass.reserve(ws);
-    if (last) packing.run(threads);
+    if (last) packing.add_to(schedule);
   });
   n.g_m = g_m;
   n.g_shift = g_shift;
@@ -262,22 +266,25 @@ void run_backward(const LayerArgs& a) {
   p.g_shift = p.g_shift != nullptr ? g_shift : nullptr;
   p.g_pq = p.g_pq != nullptr ? n.g_pq : nullptr;
 
-  sum_node_blocks(n.nodes, node_wave, threads, update,
-                  [&](int64_t begin, int64_t end, int worker, T* sums) {
-                    T* own = scratch + worker * scratch_size;
-                    kernels.node_pq(n, begin, end, own);
-                    kernels.node_update_back(n, begin, end, own, sums);
-                  });
-  pass.run();
+  add_node_sums(schedule, n.nodes, node_wave, update,
+                [&](int64_t begin, int64_t end, int worker, T* sums) {
+                  T* own = scratch + worker * scratch_size;
+                  kernels.node_pq(n, begin, end, own);
+                  kernels.node_update_back(n, begin, end, own, sums);
+                });
+  pass.add_to(schedule);
   if (needs_pq) {
-    sum_node_blocks(n.nodes, node_wave, threads, first,
-                    [&](int64_t begin, int64_t end, int worker, T* sums) {
-                      kernels.node_pq_back(n, begin, end, scratch + worker * scratch_size, sums);
-                    });
+    add_node_sums(schedule, n.nodes, node_wave, first,
+                  [&](int64_t begin, int64_t end, int worker, T* sums) {
+                    kernels.node_pq_back(n, begin, end, scratch + worker * scratch_size, sums);
+                  });
   }
   if (p.g_coords != nullptr && n.g_x_out != nullptr) {
-    for (int64_t k = 0; k < n.nodes * n.dim; ++k) p.g_coords[k] += n.g_x_out[k];
+    schedule.add(1, [&](int64_t, int) {
+      for (int64_t k = 0; k < n.nodes * n.dim; ++k) p.g_coords[k] += n.g_x_out[k];
+    });
   }
+  schedule.run(threads);
   deliver_edge_weights(edge, p, pass.sums);
   deliver_node_weights(a, n, update, first);
   if (T* w1 = out<T>(a.g_w1)) {

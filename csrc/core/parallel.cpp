@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 #include <pthread.h>
+#include <sched.h>
 
 #include <atomic>
 #include <cstring>
@@ -57,43 +58,78 @@ GompParallel gomp_parallel() {
   return found;
 }
 
-struct Region {
-  int64_t count;
-  TaskFn fn;
-  void* context;
-  std::atomic<int64_t> next{0};
-  std::atomic<int> workers{0};
-};
+inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
 
-void run_worker(void* data) {
-  auto& region = *static_cast<Region*>(data);
-  const int worker = region.workers.fetch_add(1, std::memory_order_relaxed);
-  for (;;) {
-    const int64_t task = region.next.fetch_add(1, std::memory_order_relaxed);
-    if (task >= region.count) return;
-    region.fn(region.context, task, worker);
+// Waits until `done` has reached `count`; leaves the core to others if that takes long.
+void wait_for(const std::atomic<int64_t>& done, int64_t count) {
+  constexpr int kSpins = 2000;
+  for (int spins = 0; done.load(std::memory_order_acquire) < count; ++spins) {
+    if (spins < kSpins) {
+      relax();
+    } else {
+      sched_yield();
+    }
   }
 }
 
 }  // namespace
 
-void parallel_for(int64_t count, int threads, TaskFn fn, void* context) {
-  if (count <= 0) return;
-  const GompParallel gomp = gomp_parallel();
-  if (threads > count) threads = static_cast<int>(count);
+struct Region {
+  // on cache lines of their own: all threads write to them
+  struct alignas(64) Counters {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+
+  explicit Region(const std::vector<Schedule::Step>& steps_)
+      : steps(steps_), counters(steps_.size()) {}
+
+  const std::vector<Schedule::Step>& steps;
+  std::vector<Counters> counters;
+  std::atomic<int> workers{0};
+
+  static void work(void* data) {
+    auto& region = *static_cast<Region*>(data);
+    const int worker = region.workers.fetch_add(1, std::memory_order_relaxed);
+    for (size_t k = 0; k < region.steps.size(); ++k) {
+      const Schedule::Step& step = region.steps[k];
+      Counters& counters = region.counters[k];
+      for (;;) {
+        const int64_t task = counters.next.fetch_add(1, std::memory_order_relaxed);
+        if (task >= step.count) break;
+        step.body(task, worker);
+        counters.done.fetch_add(1, std::memory_order_release);
+      }
+      wait_for(counters.done, step.count);
+    }
+  }
+};
+
+void Schedule::run(int threads) const {
+  int64_t most = 0;
+  for (const Step& step : steps_) most = step.count > most ? step.count : most;
+  if (threads > most) threads = static_cast<int>(most);
   if (threads <= 1 || in_forked_child.load(std::memory_order_relaxed)) {
-    for (int64_t task = 0; task < count; ++task) fn(context, task, 0);
+    for (const Step& step : steps_) {
+      for (int64_t task = 0; task < step.count; ++task) step.body(task, 0);
+    }
     return;
   }
-  Region region{count, fn, context};
+  const GompParallel gomp = gomp_parallel();
+  Region region(steps_);
   if (gomp != nullptr) {
-    gomp(run_worker, &region, static_cast<unsigned>(threads), 0);
+    gomp(Region::work, &region, static_cast<unsigned>(threads), 0);
     return;
   }
   std::vector<std::thread> pool;
   pool.reserve(threads - 1);
-  for (int k = 1; k < threads; ++k) pool.emplace_back(run_worker, &region);
-  run_worker(&region);
+  for (int k = 1; k < threads; ++k) pool.emplace_back(Region::work, &region);
+  Region::work(&region);
   for (auto& thread : pool) thread.join();
 }
 

@@ -1,26 +1,35 @@
-// Splits work over the OpenMP threads that the process has already, without linking a runtime.
+// Runs steps of work on the OpenMP threads that the process has already, without linking a runtime.
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
+#include <functional>
+#include <utility>
+#include <vector>
 
 namespace egnn {
 
-using TaskFn = void (*)(void* context, int64_t task, int worker);
+// Steps one after the other, the tasks of a step in any order on any thread: results must not
+// depend on it. One parallel region serves all steps, and a step waits for tasks, not for threads:
+// a thread that the system keeps from running holds nothing up unless it has taken a task.
+class Schedule {
+ public:
+  // (task from 0 to count - 1, worker from 0 to threads - 1)
+  using Body = std::function<void(int64_t task, int worker)>;
 
-// Runs tasks 0 .. count-1, each once, on at most `threads` workers (numbered from 0). Which worker
-// takes which task is left to chance: results must not depend on it.
-void parallel_for(int64_t count, int threads, TaskFn fn, void* context);
+  void add(int64_t count, Body body) {
+    if (count > 0) steps_.push_back({count, std::move(body)});
+  }
 
-template <class F>
-void parallel_for(int64_t count, int threads, F&& body) {
-  parallel_for(
-      count, threads,
-      [](void* context, int64_t task, int worker) {
-        (*static_cast<typename std::remove_reference<F>::type*>(context))(task, worker);
-      },
-      const_cast<void*>(static_cast<const void*>(&body)));
-}
+  void run(int threads) const;
+
+ private:
+  struct Step {
+    int64_t count;
+    Body body;
+  };
+  friend struct Region;
+  std::vector<Step> steps_;
+};
 
 // The runtime that threads come from: "OpenMP of the process" or "std::thread".
 const char* thread_source();

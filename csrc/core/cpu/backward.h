@@ -291,10 +291,11 @@ inline void sort_senders(const int32_t* senders, int count, int64_t nodes, uint3
 }
 
 template <class T, int act>
-inline void backward_task(const Problem<T>& p, int64_t task, T* sums, T* scratch) {
+inline void backward_task(const Problem<T>& p, int64_t wave_begin, int64_t task, T* sums,
+                          T* scratch) {
   Tiles<T> tiles(p, scratch);
   Block<T> blk;
-  const int64_t slot = task - p.wave_begin;
+  const int64_t slot = task - wave_begin;
   const int64_t begin = task * p.task_edges;
   const int64_t end = begin + p.task_edges < p.edges ? begin + p.task_edges : p.edges;
   if ((p.g_pq != nullptr || p.g_coords != nullptr) && p.senders != nullptr) {

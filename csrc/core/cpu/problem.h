@@ -61,7 +61,6 @@ struct Problem {
   bool needs_weights, needs_first_weights, needs_w2, needs_w3, needs_w_x, needs_w_g;
   WeightOffsets at;
   // per task of the tasks in flight (a wave)
-  int64_t wave_begin;       // first task of the wave
   T* g_z1;                  // [wave][task_edges][ld]
   T* g_d;                   // [wave][task_edges][D]
   T* g_coords_sent;         // [N, D]
@@ -117,9 +116,11 @@ struct KernelTable {
   void (*pack)(const T* w, int64_t k_stride, int64_t column_stride, int k_count, int columns,
                T* out);
   void (*forward_task)(const Problem<T>&, int64_t task, T* scratch);
-  void (*backward_task)(const Problem<T>&, int64_t task, T* sums, T* scratch);
+  // `wave_begin` is the first task of those in flight
+  void (*backward_task)(const Problem<T>&, int64_t wave_begin, int64_t task, T* sums, T* scratch);
   // adds what the wave's `tasks` tasks found to senders in [begin, end)
-  void (*sender_sums)(const Problem<T>&, int64_t tasks, int64_t begin, int64_t end);
+  void (*sender_sums)(const Problem<T>&, int64_t wave_begin, int64_t tasks, int64_t begin,
+                      int64_t end);
   WeightOffsets (*weight_offsets)(const Problem<T>&);
   int weight_rows;  // rows that a weight gradient's accumulator has to spare
   // nodes [begin, end), at most kBlockEdges of them; `sums` is the task's accumulator

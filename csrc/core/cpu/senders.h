@@ -21,9 +21,10 @@ EGNN_INLINE void add_edge(const Problem<T>& p, int64_t place, int64_t sender) {
 }
 
 template <class T>
-inline void sorted_sums(const Problem<T>& p, int64_t tasks, int64_t begin, int64_t end) {
+inline void sorted_sums(const Problem<T>& p, int64_t wave_begin, int64_t tasks, int64_t begin,
+                        int64_t end) {
   for (int64_t slot = 0; slot < tasks; ++slot) {
-    const int64_t first = (p.wave_begin + slot) * p.task_edges;
+    const int64_t first = (wave_begin + slot) * p.task_edges;
     const int64_t count = first + p.task_edges < p.edges ? p.task_edges : p.edges - first;
     const uint32_t* keys = p.sender_keys + slot * 2 * p.task_edges;
     const uint16_t* places = p.sender_places + slot * 2 * p.task_edges;
@@ -44,8 +45,9 @@ inline void sorted_sums(const Problem<T>& p, int64_t tasks, int64_t begin, int64
 
 // Complete components: the senders of a receiver are consecutive, so are the edges.
 template <class T>
-inline void complete_sums(const Problem<T>& p, int64_t tasks, int64_t begin, int64_t end) {
-  const int64_t first = p.wave_begin * p.task_edges;
+inline void complete_sums(const Problem<T>& p, int64_t wave_begin, int64_t tasks, int64_t begin,
+                          int64_t end) {
+  const int64_t first = wave_begin * p.task_edges;
   int64_t last = first + tasks * p.task_edges;
   if (last > p.edges) last = p.edges;
   for (int64_t row = find_row(p.rowptr, p.nodes, first); row < p.nodes && p.rowptr[row] < last;
@@ -65,11 +67,12 @@ inline void complete_sums(const Problem<T>& p, int64_t tasks, int64_t begin, int
 }
 
 template <class T>
-inline void sender_sums(const Problem<T>& p, int64_t tasks, int64_t begin, int64_t end) {
+inline void sender_sums(const Problem<T>& p, int64_t wave_begin, int64_t tasks, int64_t begin,
+                        int64_t end) {
   if (p.senders != nullptr) {
-    sorted_sums(p, tasks, begin, end);
+    sorted_sums(p, wave_begin, tasks, begin, end);
   } else {
-    complete_sums(p, tasks, begin, end);
+    complete_sums(p, wave_begin, tasks, begin, end);
   }
 }
 
