@@ -19,8 +19,8 @@ from egnn_fast.options import EdgeWeights, LayerWeights, Options
 Outputs = dict[str, Tensor]
 
 
-# a problem runs as given (order 0), or with its edges and hidden units shuffled
-ORDERS = 4
+# a problem runs as given (order 0), or with its nodes, edges and hidden units shuffled
+ORDERS = 6
 # which axes of a tensor count hidden units
 _HIDDEN_ROWS = {
     "w_r", "w_a", "b2", "b3", "w_x", "w_g",
@@ -28,6 +28,8 @@ _HIDDEN_ROWS = {
 }  # fmt: skip
 _HIDDEN_COLUMNS = {"P", "Q", "att_w", "coord_w2", "vel_w2", "node_w2"}
 _HIDDEN_BOTH = {"w2", "w3", "edge_w2", "coord_w1"}
+_NODE_ROWS = {"P", "Q", "h", "x", "v", "node_attr", "node_mask"}
+_EDGE_ROWS = {"edge_attr", "edge_mask"}
 
 
 class Problem(NamedTuple):
@@ -143,7 +145,8 @@ class Case:
             }
 
         def run(leaves: dict[str, Tensor], backend: str, order: int) -> Outputs:
-            edges, t, units = _shuffled(graph, leaves, h, order)
+            shuffle = _Shuffle(graph, h, order)
+            t, edges = shuffle.leaves(leaves), shuffle.graph
             weights = EdgeWeights(
                 t["w_r"], t.get("w_a"), t["w2"], t["b2"],
                 *(t.get(name) for name in ("w_g", "b_g", "w3", "b3", "w_x")),
@@ -152,8 +155,7 @@ class Case:
                 t["P"], t["Q"], t["x"], edges, weights, self.options,
                 edge_attr=t.get("edge_attr"), edge_mask=t.get("edge_mask"), backend=backend,
             )  # fmt: skip
-            m = m[:, units.argsort()]
-            return {"M": m} if x is None else {"M": m, "X": x}
+            return shuffle.outputs({"M": m} if x is None else {"M": m, "X": x})
 
         return Problem(leaves, run)
 
@@ -183,7 +185,8 @@ class Case:
             leaves["node_mask"] = draw.mask(self.num_nodes, "soft")
 
         def run(leaves: dict[str, Tensor], backend: str, order: int) -> Outputs:
-            edges, t, _ = _shuffled(graph, leaves, h, order)
+            shuffle = _Shuffle(graph, h, order)
+            t, edges = shuffle.leaves(leaves), shuffle.graph
             weights = LayerWeights(**{name: t[name] for name in shapes})
             new_h, new_x, new_v = functional.egcl(
                 t["h"], t["x"], edges, weights, self.options,
@@ -192,7 +195,7 @@ class Case:
                 v=t.get("v"), residual=self.residual, carry_velocity=self.carry, backend=backend,
             )  # fmt: skip
             out = {"h": new_h, "x": new_x}
-            return out if new_v is None else out | {"v": new_v}
+            return shuffle.outputs(out if new_v is None else out | {"v": new_v})
 
         return Problem(leaves, run)
 
@@ -208,33 +211,51 @@ class Case:
         return inputs
 
 
-def _shuffled(
-    graph: Graph, leaves: dict[str, Tensor], hidden: int, order: int
-) -> tuple[Graph, dict[str, Tensor], Tensor]:
-    """The same problem in another order of edges and hidden units; the latter is returned too."""
-    if order == 0:
-        return graph, leaves, torch.arange(hidden)
-    draw = torch.Generator().manual_seed(order)
-    place = torch.randperm(graph.num_edges, generator=draw)
-    units = torch.randperm(hidden, generator=draw)
-    shuffled = {}
-    for name, t in leaves.items():
-        if name in ("edge_attr", "edge_mask"):
-            t = t[place]
-        elif name in _HIDDEN_ROWS:
-            t = t[units]
-        elif name in _HIDDEN_COLUMNS:
-            t = t[:, units]
-        elif name in _HIDDEN_BOTH:
-            t = t[units][:, units]
-        elif name == "node_w1":
+class _Shuffle:
+    """The same problem with its nodes, edges and hidden units in another order."""
+
+    def __init__(self, graph: Graph, hidden: int, order: int) -> None:
+        self.order, self.graph, self.hidden = order, graph, hidden
+        if order == 0:
+            return
+        draw = torch.Generator().manual_seed(order)
+        self.nodes = torch.randperm(graph.num_nodes, generator=draw)
+        self.edges = torch.randperm(graph.num_edges, generator=draw)
+        self.units = torch.randperm(hidden, generator=draw)
+        renamed = self.nodes.argsort()[graph.edge_index[:, self.edges]]
+        self.graph = Graph.from_edge_index(renamed, graph.num_nodes)
+
+    def leaves(self, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs and weights in the new order."""
+        if self.order == 0:
+            return leaves
+        return {name: self._leaf(name, t, leaves) for name, t in leaves.items()}
+
+    def outputs(self, outputs: Outputs) -> Outputs:
+        """Outputs back in the old order."""
+        if self.order == 0:
+            return outputs
+        back = {name: t[self.nodes.argsort()] for name, t in outputs.items()}
+        return {k: t[:, self.units.argsort()] if k == "M" else t for k, t in back.items()}
+
+    def _leaf(self, name: str, t: Tensor, leaves: dict[str, Tensor]) -> Tensor:
+        units = self.units
+        if name in _NODE_ROWS:
+            t = t[self.nodes]
+        elif name in _EDGE_ROWS:
+            t = t[self.edges]
+        if name in _HIDDEN_ROWS:
+            return t[units]
+        if name in _HIDDEN_COLUMNS:
+            return t[:, units]
+        if name in _HIDDEN_BOTH:
+            return t[units][:, units]
+        if name == "node_w1":
             features = leaves["h"].shape[1]
             columns = torch.arange(t.shape[1])
-            columns[features : features + hidden] = features + units
-            t = t[units][:, columns]
-        shuffled[name] = t
-    edges = Graph.from_edge_index(graph.edge_index[:, place], graph.num_nodes)
-    return edges, shuffled, units
+            columns[features : features + self.hidden] = features + units
+            return t[units][:, columns]
+        return t
 
 
 class _Draw:
@@ -307,7 +328,7 @@ def check_cases(quick: bool) -> tuple[Case, ...]:
         *cases,
         Case("H 64", hidden=64, nodes=200, edges=4097, attrs=1),
         Case("H 128, D 8, degrees by a power law", "power", 150, 2000, hidden=128, dim=8),
-        Case("H 1, D 1", hidden=1, dim=1),
+        Case("H 5, D 1", hidden=5, dim=1),
         Case("D 16, sum", dim=16, hidden=20, options=Options(coord_agg="sum")),
         Case("one hub of 5,000 edges", "hub", 50, 5000, hidden=32, mask="soft"),
         Case("complete, H 64", "complete", sizes=(5,) * 40, hidden=64, attrs=2, velocity=True),

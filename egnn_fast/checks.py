@@ -22,6 +22,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -44,6 +45,7 @@ SYMMETRIES = ("rotation", "reflection", "translation", "permutation")
 FLOAT64_BOUND = 1e-11
 # two roundings of an operand at either end of a sum, in units of the last place
 ULPS = 4
+THREADED_EDGES = 2000  # enough for several tasks, so for several threads
 
 
 @dataclass(frozen=True)
@@ -155,13 +157,15 @@ def run(
     rows: list[Row] = []
     for case in check_cases(quick) if fused else ():
         say(case.name)
-        for dtype in chosen:
-            rows += compare(case.layer(dtype), case.name, fused, dtype)
+        with nullcontext() if case.edges >= THREADED_EDGES else _one_thread():
+            for dtype in chosen:
+                rows += compare(case.layer(dtype), case.name, fused, dtype)
     moved: list[EquivarianceRow] = []
     for dim in DIMS:
         say(f"equivariance, D {dim}")
-        for dtype in chosen:
-            moved += equivariance(names, dtype, dim)
+        with _one_thread():
+            for dtype in chosen:
+                moved += equivariance(names, dtype, dim)
     return Report(tuple(rows), tuple(moved), missing, time.perf_counter() - start)
 
 
@@ -170,9 +174,10 @@ def compare(
 ) -> Iterator[Row]:
     """Rows for one problem in one dtype: each backend's quantities against the reference's."""
     exact = Problem({k: t.double() for k, t in problem.leaves.items()}, problem.run)
-    truth = evaluate(exact, "reference")
     orders = 0 if dtype == torch.float64 else ORDERS
-    plain = [evaluate(problem, "reference", order) for order in range(orders)]
+    with _one_thread():
+        truth = evaluate(exact, "reference")
+        plain = [evaluate(problem, "reference", order) for order in range(orders)]
     for backend in backends:
         found = evaluate(problem, backend)
         for quantity in QUANTITIES:
@@ -228,7 +233,7 @@ def bound(dtype: torch.dtype, plain: Sequence[float]) -> float:
     """The largest error that passes, given those of plain PyTorch in the same dtype.
 
     Its roundings may happen to cancel in one run, so several runs, equal but for the order of
-    edges and hidden units, say what its error is.
+    nodes, edges and hidden units, say what its error is.
     """
     if dtype == torch.float64:
         return FLOAT64_BOUND
@@ -262,7 +267,9 @@ def equivariance(
         plain = [_deviation(case, symmetry, dtype, "reference", k) for k in range(ORDERS)]
         for backend in backends:
             error = _deviation(case, symmetry, dtype, backend)
-            yield EquivarianceRow(backend, _name(dtype), dim, symmetry, error, bound(dtype, plain))
+            yield EquivarianceRow(
+                backend, _name(dtype), case.dim, symmetry, error, bound(dtype, plain)
+            )
 
 
 def _deviation(
@@ -298,6 +305,17 @@ def _deviation(
     right = transform(here.run(here.leaves, backend, order))
     found = there.run(inputs, backend, order)
     return max(relative_error(found[name], right[name]) for name in right)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For small problems: several threads would wait for each other longest."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _resolve(names: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:

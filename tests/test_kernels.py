@@ -38,6 +38,23 @@ FULL = Case(
 )  # fmt: skip
 
 
+def with_dtypes(*faces: tuple[str, Sequence[Case]]) -> pytest.MarkDecorator:
+    """Parametrise by face, case and dtype.
+
+    With one hidden unit sums are so ill-conditioned that a float32 error says nothing.
+    """
+    return pytest.mark.parametrize(
+        ("face", "case", "dtype"),
+        [
+            pytest.param(face, case, dtype, id=f"{case.name}-{str(dtype)[6:]}")
+            for face, cases in faces
+            for case in cases
+            for dtype in DTYPES
+            if dtype == torch.float64 or case.hidden > 1
+        ],
+    )
+
+
 def problem_of(case: Case, face: str, dtype: torch.dtype) -> Problem:
     problem: Problem = getattr(case, face)(dtype)
     return problem
@@ -54,22 +71,20 @@ def assert_passed(rows: Sequence[Row]) -> None:
 
 
 @every_backend
-@every_dtype
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@with_dtypes(("edge_pass", CASES))
 @pytest.mark.usefixtures("poison")
-def test_edge_pass(case: Case, dtype: torch.dtype, backend: str) -> None:
+def test_edge_pass(face: str, case: Case, dtype: torch.dtype, backend: str) -> None:
     with kernel_calls(forward=1, backward=1):
-        rows = list(checks.compare(case.edge_pass(dtype), case.name, [backend], dtype))
+        rows = list(checks.compare(problem_of(case, face, dtype), case.name, [backend], dtype))
     assert_passed(rows)
 
 
 @every_backend
-@every_dtype
-@pytest.mark.parametrize("case", LAYER_CASES, ids=lambda case: case.name)
+@with_dtypes(("layer", LAYER_CASES))
 @pytest.mark.usefixtures("poison")
-def test_layer(case: Case, dtype: torch.dtype, backend: str) -> None:
+def test_layer(face: str, case: Case, dtype: torch.dtype, backend: str) -> None:
     with kernel_calls():
-        rows = list(checks.compare(case.layer(dtype), case.name, [backend], dtype))
+        rows = list(checks.compare(problem_of(case, face, dtype), case.name, [backend], dtype))
     assert_passed(rows)
 
 
@@ -102,14 +117,7 @@ def test_all_combinations_of_options(activation: str, attention: bool, backend: 
     assert_passed(rows)
 
 
-@every_dtype
-@pytest.mark.parametrize(
-    ("face", "case"),
-    [
-        *(pytest.param("edge_pass", case, id=case.name) for case in ISA_CASES),
-        *(pytest.param("layer", case, id=case.name) for case in LAYER_CASES),
-    ],
-)
+@with_dtypes(("edge_pass", ISA_CASES), ("layer", LAYER_CASES))
 def test_every_instruction_set(face: str, case: Case, dtype: torch.dtype) -> None:
     core = _native.core
     assert core is not None, _native.load_error
