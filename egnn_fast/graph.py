@@ -70,8 +70,7 @@ class Graph:
         """
         edges = as_edge_index(edge_index)
         check_count("num_nodes", num_nodes)
-        if edges.shape[1] > INT32_MAX:
-            raise ValueError(f"edge_index: at most 2**31 - 1 edges, got {edges.shape[1]}")
+        check_edge_count(edges)
         if validate:
             check_index_range(edges, num_nodes)
         rowptr, senders, perm, is_sorted = _sorting.sort_by_receiver(edges, num_nodes)
@@ -257,6 +256,12 @@ def check_index_range(edges: Tensor, num_nodes: int) -> None:
         raise IndexError(f"edge_index: indices must not be negative, got {low}")
     if high >= num_nodes:
         raise IndexError(f"edge_index: indices must be below num_nodes = {num_nodes}, got {high}")
+
+
+def check_edge_count(edges: Tensor) -> None:
+    """Raise ValueError unless 32 bits suffice to number the edges."""
+    if edges.shape[1] > INT32_MAX:
+        raise ValueError(f"edge_index: at most 2**31 - 1 edges, got {edges.shape[1]}")
 
 
 def check_count(name: str, value: object) -> None:

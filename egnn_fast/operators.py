@@ -36,6 +36,8 @@ class _Function(torch.autograd.Function):
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        if info.batch_size == 0:
+            raise ValueError("egnn_fast: vmap needs a batch of at least 1, got 0")
         runs = [
             cls.apply(*(_select(a, dim, k) for a, dim in zip(args, in_dims, strict=True)))
             for k in range(info.batch_size)

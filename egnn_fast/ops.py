@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from egnn_fast import _cpu, _double_backward, _sorting
-from egnn_fast.graph import Graph, check_index_range
+from egnn_fast.graph import Graph, check_count, check_edge_count, check_index_range
 from egnn_fast.operators import Operator, Tensors, lib
 from egnn_fast.options import EdgeWeights, LayerWeights, Options
 
@@ -208,6 +208,8 @@ def graph_in_trace(edge_index: Tensor, num_nodes: int) -> Graph:
 
 
 def _sort_by_receiver(edge_index: Tensor, num_nodes: int) -> tuple[Tensor, Tensor, Tensor]:
+    check_edge_count(edge_index)
+    check_count("num_nodes", num_nodes)
     check_index_range(edge_index, num_nodes)
     return _sorting.sort_by_receiver(edge_index, num_nodes)[:3]
 

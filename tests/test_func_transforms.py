@@ -280,3 +280,12 @@ def test_ensembles_of_models(backend: str) -> None:
         right = model(leaves["h"], leaves["x"], graph)
         assert checks.relative_error(h[k], right[0]) <= checks.FLOAT64_BOUND
         assert checks.relative_error(x[k], right[1]) <= checks.FLOAT64_BOUND
+
+
+@every_face
+@every_backend
+def test_vmap_over_nothing_is_refused(face: str, backend: str) -> None:
+    loss, leaves = loss_of(face, backend)
+    batch = torch.empty(0, *leaves["x"].shape, dtype=leaves["x"].dtype)
+    with pytest.raises(ValueError, match="batch of at least 1"):
+        vmap(lambda x: loss({**leaves, "x": x}))(batch)
