@@ -48,7 +48,7 @@ def _widths() -> Iterator[Case]:
         dim, attrs = (3, 1, 16, 2, 8)[k % 5], (0, 1, 4)[k % 3]
         yield Case(f"H{hidden} D{dim} A{attrs}", hidden=hidden, dim=dim, attrs=attrs, mask="soft")
     for dim, attrs in itertools.product((1, 2, 3, 8, 16), (0, 1, 4)):
-        yield Case(f"H16 D{dim} A{attrs}", dim=dim, attrs=attrs, options=EVERYTHING)
+        yield Case(f"all options, D{dim} A{attrs}", dim=dim, attrs=attrs, options=EVERYTHING)
 
 
 def _single_options() -> Iterator[Case]:
