@@ -18,6 +18,7 @@ from egnn_fast import BackendError, Options, _native, backends, functional
 from egnn_fast._cases import Case
 from egnn_fast.options import LayerWeights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CASE = Case("backends", nodes=6, edges=20, features=3)
 
 

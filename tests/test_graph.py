@@ -19,6 +19,7 @@ from egnn_fast import Graph, Options, _native, _sorting, edge_cache, functional
 from egnn_fast._cases import Case
 from egnn_fast.options import LayerWeights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 settings.register_profile("egnn_fast", deadline=None, max_examples=40)
 settings.load_profile("egnn_fast")
 
