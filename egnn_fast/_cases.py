@@ -64,6 +64,8 @@ class Case:
     features, node_attrs, velocity, carry, node_mask, residual
         What :meth:`layer` adds to the edge pass; without residual the layer has F + 1 outputs,
         with carry the new velocity is one.
+    seed : int
+        Other numbers for the same shapes.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Case:
     carry: bool = False
     node_mask: bool = False
     residual: bool = True
+    seed: int = 2
 
     @property
     def num_nodes(self) -> int:
@@ -124,7 +127,7 @@ class Case:
 
     def edge_pass(self, dtype: torch.dtype) -> Problem:
         """The fused operator alone: every input and weight of ``functional.egcl_messages``."""
-        graph, draw, h = self.build_graph(), _Draw(dtype), self.hidden
+        graph, draw, h = self.build_graph(), _Draw(dtype, self.seed), self.hidden
         leaves = {
             "P": draw.normal(self.num_nodes, h),
             "Q": draw.normal(self.num_nodes, h),
@@ -161,7 +164,8 @@ class Case:
 
     def layer(self, dtype: torch.dtype, relabel: Tensor | None = None) -> Problem:
         """A whole layer: every input and weight of ``functional.egcl``."""
-        graph, draw, h, f = self.build_graph(relabel), _Draw(dtype), self.hidden, self.features
+        graph, draw = self.build_graph(relabel), _Draw(dtype, self.seed)
+        h, f = self.hidden, self.features
         out = f if self.residual else f + 1
         shapes: dict[str, tuple[int, ...]] = {
             "edge_w1": (h, 2 * f + 1 + self.attrs), "edge_b1": (h,),
@@ -261,9 +265,9 @@ class _Shuffle:
 class _Draw:
     """Random tensors: the same numbers for every dtype, but for their rounding."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, seed: int) -> None:
         self.dtype = dtype
-        self.generator = torch.Generator().manual_seed(2)
+        self.generator = torch.Generator().manual_seed(seed)
 
     def normal(self, *shape: int) -> Tensor:
         return self._rounded(torch.randn(shape, generator=self.generator, dtype=torch.float64))

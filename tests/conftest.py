@@ -7,9 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 from egnn_fast import _native, backends
+
+# the same examples in each run, so that a change is to blame for a failure
+settings.register_profile("egnn_fast", deadline=None, max_examples=40, derandomize=True)
+settings.register_profile("thorough", deadline=None, max_examples=1000)
+settings.load_profile("egnn_fast")
 
 
 @pytest.fixture(autouse=True)

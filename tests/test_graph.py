@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,8 +20,6 @@ from egnn_fast._cases import Case
 from egnn_fast.options import LayerWeights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-settings.register_profile("egnn_fast", deadline=None, max_examples=40)
-settings.load_profile("egnn_fast")
 
 
 @st.composite
