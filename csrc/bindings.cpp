@@ -1,8 +1,11 @@
 // The extension module egnn_fast._core: the core's functions for Python. Tensors arrive as
-// addresses in an Args record; the GIL is released while a kernel runs.
+// addresses (0: absent), in the order of the lists below; the GIL is released while a kernel runs.
+// The records are filled by a few calls rather than field by field: a small graph's layer takes
+// some tens of microseconds, and each Python call is a noticeable part of one.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <atomic>
 
 #include "core/parallel.h"
@@ -13,27 +16,141 @@ namespace py = pybind11;
 
 namespace {
 
+using egnn::Args;
+using egnn::LayerArgs;
+
+template <size_t n>
+using Addresses = std::array<uintptr_t, n>;
+using Scalars = std::tuple<bool, int, double, double, bool, double>;
+
 // how often each kernel ran: tests assert that nothing quietly went another way
 std::atomic<int64_t> forward_calls{0};
 std::atomic<int64_t> backward_calls{0};
 
-void forward(const egnn::Args& args) {
-  egnn::forward(args);
+template <size_t n, class Record>
+void assign(Record& record, uintptr_t Record::* const (&fields)[n], const Addresses<n>& values) {
+  for (size_t k = 0; k < n; ++k) record.*fields[k] = values[k];
+}
+
+void set_scalars(Args& a, const Scalars& scalars) {
+  std::tie(a.is_double, a.activation, a.negative_slope, a.norm, a.tanh, a.clamp) = scalars;
+}
+
+Args make_args(const Addresses<17>& tensors, const std::array<int64_t, 9>& sizes,
+               const Scalars& scalars) {
+  static constexpr uintptr_t Args::* kTensors[] = {
+      &Args::pq,  &Args::x,      &Args::edge_attr, &Args::edge_mask, &Args::w_r,  &Args::w_a,
+      &Args::w2,  &Args::b2,     &Args::w_g,       &Args::b_g,       &Args::w3,   &Args::b3,
+      &Args::w_x, &Args::rowptr, &Args::senders,   &Args::perm,      &Args::first};
+  Args a;
+  assign(a, kTensors, tensors);
+  a.threads = static_cast<int>(sizes[0]);
+  a.num_nodes = sizes[1];
+  a.hidden = sizes[2];
+  a.coord_dim = sizes[3];
+  a.attr_dim = sizes[4];
+  a.attr_rows = sizes[5];
+  a.mask_rows = sizes[6];
+  a.w_r_stride = sizes[7];
+  a.w_a_stride = sizes[8];
+  set_scalars(a, scalars);
+  return a;
+}
+
+LayerArgs make_layer_args(const Addresses<28>& tensors, const std::array<int64_t, 10>& sizes,
+                          const Scalars& scalars, double coord_scale, bool residual) {
+  using L = LayerArgs;
+  static constexpr uintptr_t L::* kTensors[] = {&L::h,
+                                                &L::x,
+                                                &L::v,
+                                                &L::edge_attr,
+                                                &L::edge_mask,
+                                                &L::node_attr,
+                                                &L::coord_weight,
+                                                &L::w1,
+                                                &L::b1,
+                                                &L::w2,
+                                                &L::b2,
+                                                &L::node_w1,
+                                                &L::node_b1,
+                                                &L::node_w2,
+                                                &L::node_b2,
+                                                &L::w_g,
+                                                &L::b_g,
+                                                &L::w3,
+                                                &L::b3,
+                                                &L::w_x,
+                                                &L::vel_w1,
+                                                &L::vel_b1,
+                                                &L::vel_w2,
+                                                &L::vel_b2,
+                                                &L::rowptr,
+                                                &L::senders,
+                                                &L::perm,
+                                                &L::first};
+  LayerArgs a;
+  assign(a, kTensors, tensors);
+  a.threads = static_cast<int>(sizes[0]);
+  a.num_nodes = sizes[1];
+  a.in_features = sizes[2];
+  a.hidden = sizes[3];
+  a.out_features = sizes[4];
+  a.coord_dim = sizes[5];
+  a.attr_dim = sizes[6];
+  a.node_attr_dim = sizes[7];
+  a.attr_rows = sizes[8];
+  a.mask_rows = sizes[9];
+  set_scalars(a, scalars);
+  a.coord_scale = coord_scale;
+  a.residual = residual;
+  return a;
+}
+
+void forward(Args& a, const Addresses<2>& outputs) {
+  static constexpr uintptr_t Args::* kOutputs[] = {&Args::m, &Args::shift};
+  assign(a, kOutputs, outputs);
+  const py::gil_scoped_release release;
+  egnn::forward(a);
   ++forward_calls;
 }
 
-void backward(const egnn::Args& args) {
-  egnn::backward(args);
+void backward(Args& a, const Addresses<2>& cotangents, const Addresses<13>& gradients) {
+  static constexpr uintptr_t Args::* kCotangents[] = {&Args::g_m, &Args::g_shift};
+  static constexpr uintptr_t Args::* kGradients[] = {
+      &Args::g_pq,  &Args::g_coords, &Args::g_edge_attr, &Args::g_edge_mask, &Args::g_w_r,
+      &Args::g_w_a, &Args::g_w2,     &Args::g_b2,        &Args::g_w_g,       &Args::g_b_g,
+      &Args::g_w3,  &Args::g_b3,     &Args::g_w_x};
+  assign(a, kCotangents, cotangents);
+  assign(a, kGradients, gradients);
+  const py::gil_scoped_release release;
+  egnn::backward(a);
   ++backward_calls;
 }
 
-void layer_forward(const egnn::LayerArgs& args) {
-  egnn::layer_forward(args);
+void layer_forward(LayerArgs& a, const Addresses<6>& outputs) {
+  using L = LayerArgs;
+  static constexpr uintptr_t L::* kOutputs[] = {&L::h_out, &L::x_out, &L::v_out,
+                                                &L::m,     &L::shift, &L::kept};
+  assign(a, kOutputs, outputs);
+  const py::gil_scoped_release release;
+  egnn::layer_forward(a);
   ++forward_calls;
 }
 
-void layer_backward(const egnn::LayerArgs& args) {
-  egnn::layer_backward(args);
+void layer_backward(LayerArgs& a, const Addresses<6>& cotangents, const Addresses<24>& gradients) {
+  using L = LayerArgs;
+  static constexpr uintptr_t L::* kCotangents[] = {&L::g_h_out, &L::g_x_out, &L::g_v_out,
+                                                   &L::m,       &L::shift,   &L::kept};
+  static constexpr uintptr_t L::* kGradients[] = {
+      &L::g_h,         &L::g_coords,       &L::g_v,       &L::g_edge_attr, &L::g_edge_mask,
+      &L::g_node_attr, &L::g_coord_weight, &L::g_w1,      &L::g_b1,        &L::g_w2,
+      &L::g_b2,        &L::g_node_w1,      &L::g_node_b1, &L::g_node_w2,   &L::g_node_b2,
+      &L::g_w_g,       &L::g_b_g,          &L::g_w3,      &L::g_b3,        &L::g_w_x,
+      &L::g_vel_w1,    &L::g_vel_b1,       &L::g_vel_w2,  &L::g_vel_b2};
+  assign(a, kCotangents, cotangents);
+  assign(a, kGradients, gradients);
+  const py::gil_scoped_release release;
+  egnn::layer_backward(a);
   ++backward_calls;
 }
 
@@ -48,115 +165,33 @@ bool sort_by_receiver(uintptr_t edges, int64_t num_edges, int64_t num_nodes, uin
 }  // namespace
 
 PYBIND11_MODULE(_core, module) {
-  using egnn::Args;
-  module.doc() = "C++ kernels of egnn_fast; see csrc/core/args.h for the fields of Args.";
-  py::class_<Args> args(module, "Args");
-  args.def(py::init<>());
-#define EGNN_FIELD(name) args.def_readwrite(#name, &Args::name)
-  EGNN_FIELD(is_double);
-  EGNN_FIELD(threads);
-  EGNN_FIELD(num_nodes);
-  EGNN_FIELD(hidden);
-  EGNN_FIELD(coord_dim);
-  EGNN_FIELD(attr_dim);
-  EGNN_FIELD(attr_rows);
-  EGNN_FIELD(mask_rows);
-  EGNN_FIELD(w_r_stride);
-  EGNN_FIELD(w_a_stride);
-  EGNN_FIELD(pq);
-  EGNN_FIELD(x);
-  EGNN_FIELD(edge_attr);
-  EGNN_FIELD(edge_mask);
-  EGNN_FIELD(w_r);
-  EGNN_FIELD(w_a);
-  EGNN_FIELD(w2);
-  EGNN_FIELD(b2);
-  EGNN_FIELD(w_g);
-  EGNN_FIELD(b_g);
-  EGNN_FIELD(w3);
-  EGNN_FIELD(b3);
-  EGNN_FIELD(w_x);
-  EGNN_FIELD(rowptr);
-  EGNN_FIELD(senders);
-  EGNN_FIELD(perm);
-  EGNN_FIELD(first);
-  EGNN_FIELD(activation);
-  EGNN_FIELD(negative_slope);
-  EGNN_FIELD(norm);
-  EGNN_FIELD(tanh);
-  EGNN_FIELD(clamp);
-  EGNN_FIELD(m);
-  EGNN_FIELD(shift);
-  EGNN_FIELD(g_m);
-  EGNN_FIELD(g_shift);
-  EGNN_FIELD(g_pq);
-  EGNN_FIELD(g_coords);
-  EGNN_FIELD(g_edge_attr);
-  EGNN_FIELD(g_edge_mask);
-  EGNN_FIELD(g_w_r);
-  EGNN_FIELD(g_w_a);
-  EGNN_FIELD(g_w2);
-  EGNN_FIELD(g_b2);
-  EGNN_FIELD(g_w_g);
-  EGNN_FIELD(g_b_g);
-  EGNN_FIELD(g_w3);
-  EGNN_FIELD(g_b3);
-  EGNN_FIELD(g_w_x);
-#undef EGNN_FIELD
+  module.doc() = "C++ kernels of egnn_fast; see csrc/core/args.h for the fields of the records.";
+  py::class_<Args>(module, "Args")
+      .def(py::init(&make_args), py::arg("tensors"), py::arg("sizes"), py::arg("scalars"));
+  py::class_<LayerArgs>(module, "LayerArgs")
+      .def(py::init(&make_layer_args), py::arg("tensors"), py::arg("sizes"), py::arg("scalars"),
+           py::arg("coord_scale"), py::arg("residual"));
 
-  using egnn::LayerArgs;
-  py::class_<LayerArgs, Args> layer(module, "LayerArgs");
-  layer.def(py::init<>());
-#define EGNN_FIELD(name) layer.def_readwrite(#name, &LayerArgs::name)
-  EGNN_FIELD(in_features);
-  EGNN_FIELD(out_features);
-  EGNN_FIELD(node_attr_dim);
-  EGNN_FIELD(residual);
-  EGNN_FIELD(coord_scale);
-  EGNN_FIELD(h);
-  EGNN_FIELD(v);
-  EGNN_FIELD(node_attr);
-  EGNN_FIELD(coord_weight);
-  EGNN_FIELD(w1);
-  EGNN_FIELD(b1);
-  EGNN_FIELD(node_w1);
-  EGNN_FIELD(node_b1);
-  EGNN_FIELD(node_w2);
-  EGNN_FIELD(node_b2);
-  EGNN_FIELD(vel_w1);
-  EGNN_FIELD(vel_b1);
-  EGNN_FIELD(vel_w2);
-  EGNN_FIELD(vel_b2);
-  EGNN_FIELD(h_out);
-  EGNN_FIELD(x_out);
-  EGNN_FIELD(v_out);
-  EGNN_FIELD(g_h_out);
-  EGNN_FIELD(g_x_out);
-  EGNN_FIELD(g_v_out);
-  EGNN_FIELD(g_h);
-  EGNN_FIELD(g_v);
-  EGNN_FIELD(g_node_attr);
-  EGNN_FIELD(g_coord_weight);
-  EGNN_FIELD(g_w1);
-  EGNN_FIELD(g_b1);
-  EGNN_FIELD(g_node_w1);
-  EGNN_FIELD(g_node_b1);
-  EGNN_FIELD(g_node_w2);
-  EGNN_FIELD(g_node_b2);
-  EGNN_FIELD(g_vel_w1);
-  EGNN_FIELD(g_vel_b1);
-  EGNN_FIELD(g_vel_w2);
-  EGNN_FIELD(g_vel_b2);
-#undef EGNN_FIELD
+  module.def("forward", &forward, py::arg("args"), py::arg("outputs"));
+  module.def("backward", &backward, py::arg("args"), py::arg("cotangents"), py::arg("gradients"));
+  module.def("layer_forward", &layer_forward, py::arg("args"), py::arg("outputs"));
+  module.def("layer_backward", &layer_backward, py::arg("args"), py::arg("cotangents"),
+             py::arg("gradients"));
+  module.def("layer_kept_size", &egnn::layer_kept_size, py::arg("args"), py::arg("num_edges"),
+             "Elements of the buffer in which a layer's forward can keep for its backward.");
 
   const auto release = py::call_guard<py::gil_scoped_release>();
-  module.def("forward", &forward, py::arg("args"), release);
-  module.def("backward", &backward, py::arg("args"), release);
-  module.def("layer_forward", &layer_forward, py::arg("args"), release);
-  module.def("layer_backward", &layer_backward, py::arg("args"), release);
   module.def("sort_by_receiver", &sort_by_receiver, py::arg("edges"), py::arg("num_edges"),
              py::arg("num_nodes"), py::arg("rowptr"), py::arg("senders"), py::arg("perm"), release,
              "Stable counting sort by receiver; returns whether the edges were sorted already.");
+  module.def(
+      "silu",
+      [](uintptr_t from, uintptr_t to, int64_t count, bool is_double, int threads, int repeats) {
+        egnn::silu(from, to, count, is_double, threads, repeats);
+      },
+      py::arg("src"), py::arg("dst"), py::arg("count"), py::arg("is_double"), py::arg("threads"),
+      py::arg("repeats"), release,
+      "dst = silu(src), each thread's share `repeats` times over: the rate that benchmarks use.");
   module.def(
       "calls", [] { return py::make_tuple(forward_calls.load(), backward_calls.load()); },
       "How often (forward, backward) ran in this process.");

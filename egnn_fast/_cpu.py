@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,17 +12,22 @@ from egnn_fast import _native
 
 _ACTIVATION_CODES = {"silu": 0, "relu": 1, "leaky_relu": 2}
 _N_DIFF = 13
-# the record's names of the layer's inputs and of their gradients, in the operator's order
+# the layer's differentiable inputs in the operator's order, which is the record's too
 _LAYER = (
     "h", "x", "v", "edge_attr", "edge_mask", "node_attr", "coord_weight",
     "w1", "b1", "w2", "b2", "node_w1", "node_b1", "node_w2", "node_b2", "w_g", "b_g",
     "w3", "b3", "w_x", "vel_w1", "vel_b1", "vel_w2", "vel_b2",
 )  # fmt: skip
-_LAYER_GRADS = tuple(f"g_{'coords' if name == 'x' else name}" for name in _LAYER)
-# what only the coordinates' cotangents reach
-_MOVING = ("v", "coord_weight", "w3", "b3", "w_x", "vel_w1", "vel_b1", "vel_w2", "vel_b2")
-_GRAPH = ("rowptr", "senders", "perm", "first")
 _N_LAYER = len(_LAYER)
+_W1, _NODE_W2, _W_X = map(_LAYER.index, ("w1", "node_w2", "w_x"))
+_PHI_H = tuple(k for k, name in enumerate(_LAYER) if name.startswith("node_"))
+# what only the coordinates' cotangents reach
+_MOVING = tuple(
+    map(
+        _LAYER.index,
+        ("v", "coord_weight", "w3", "b3", "w_x", "vel_w1", "vel_b1", "vel_w2", "vel_b2"),
+    )
+)
 
 
 def messages(*args: Any) -> tuple[Tensor, Tensor]:
@@ -30,9 +36,8 @@ def messages(*args: Any) -> tuple[Tensor, Tensor]:
     n, width = pq.shape
     m = pq.new_empty((n, width // 2))
     shift = x.new_empty((n if args[12] is not None else 0, x.shape[1]))
-    a, _keep = _record(args)
-    a.m, a.shift = m.data_ptr(), shift.data_ptr()
-    _core().forward(a)
+    record, _keep = _record(args)
+    _core().forward(record, (m.data_ptr(), shift.data_ptr()))
     return m, shift
 
 
@@ -42,38 +47,31 @@ def messages_backward(g_m: Tensor | None, g_x: Tensor | None, *args: Any) -> lis
     has_head = args[12] is not None
     if g_m is None and (g_x is None or not has_head):
         return [torch.zeros_like(t) for t, n in zip(args[:_N_DIFF], needed, strict=True) if n]
-    a, _keep = _record(args)
-    g_m = None if g_m is None else g_m.contiguous()
-    g_x = None if g_x is None else g_x.contiguous()
-    a.g_m, a.g_shift = _pointer(g_m), _pointer(g_x)
-    found = [
-        torch.empty(t.shape, dtype=t.dtype) if need else None
-        for t, need in zip(args[:_N_DIFF], needed, strict=True)
-    ]
-    (
-        a.g_pq, a.g_coords, a.g_edge_attr, a.g_edge_mask, a.g_w_r, a.g_w_a, a.g_w2, a.g_b2,
-        a.g_w_g, a.g_b_g, a.g_w3, a.g_b3, a.g_w_x,
-    ) = map(_pointer, found)  # fmt: skip
-    _core().backward(a)
+    record, _keep = _record(args)
+    cotangents = _contiguous((g_m, g_x))
+    found = _empty_gradients(args[:_N_DIFF], needed)
+    _core().backward(record, _addresses(cotangents), _addresses(found))
     return [t for t in found if t is not None]
 
 
 def layer(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``egnn_fast::layer`` on the CPU."""
-    a, _keep = _layer_record(args)
+    record, _keep = _layer_record(args)
     h, x, v = args[:3]
+    w1, node_w2 = args[_W1], args[_NODE_W2]
     n, dim = x.shape
-    has_head = args[_LAYER.index("w_x")] is not None
+    has_head = args[_W_X] is not None
     moves = has_head or v is not None
-    h_out = h.new_empty((n, a.out_features))
+    h_out = h.new_empty((n, node_w2.shape[0]))
     x_out = x.new_empty((n if moves else 0, dim))
     v_out = x.new_empty((n if args[-1] else 0, dim))
-    m = h.new_empty((n, a.hidden))
+    m = h.new_empty((n, w1.shape[0]))
     shift = x.new_empty((n if has_head else 0, dim))
-    a.h_out, a.m, a.shift = h_out.data_ptr(), m.data_ptr(), shift.data_ptr()
-    a.x_out = x_out.data_ptr() if moves else 0
-    a.v_out = v_out.data_ptr() if args[-1] else 0
-    _core().layer_forward(a)
+    outputs = (
+        h_out.data_ptr(), x_out.data_ptr() if moves else 0, v_out.data_ptr() if args[-1] else 0,
+        m.data_ptr(), shift.data_ptr(), 0,
+    )  # fmt: skip
+    _core().layer_forward(record, outputs)
     return h_out, x_out, v_out, m, shift
 
 
@@ -86,64 +84,42 @@ def layer_backward(
     *args: Any,
 ) -> list[Tensor]:
     """``egnn_fast::layer_backward`` on the CPU."""
-    needed = args[-1]
-    a, _keep = _layer_record(args)
-    cotangents = [None if g is None else g.contiguous() for g in (g_h, g_x, g_v, m, shift)]
-    a.g_h_out, a.g_x_out, a.g_v_out, a.m, a.shift = map(_pointer, cotangents)
-    found = [
-        torch.empty(t.shape, dtype=t.dtype) if need else None
-        for t, need in zip(args[:_N_LAYER], needed, strict=True)
-    ]
+    record, _keep = _layer_record(args)
+    cotangents = _contiguous((g_h, g_x, g_v, m, shift))
+    given = _addresses(cotangents)
+    found = _empty_gradients(args[:_N_LAYER], args[-1])
+    places = _addresses(found)
     # what the cotangents do not reach is not written; one without elements reaches nothing
-    features, moves = a.g_h_out != 0, a.g_x_out != 0 or a.g_v_out != 0
-    for name, attribute, tensor in zip(_LAYER, _LAYER_GRADS, found, strict=True):
-        if tensor is None:
-            continue
-        if (name.startswith("node_") and not features) or (name in _MOVING and not moves):
+    unreached = (() if given[0] else _PHI_H) + (() if given[1] or given[2] else _MOVING)
+    for k in unreached:
+        tensor = found[k]
+        if tensor is not None:
             tensor.zero_()
-        else:
-            setattr(a, attribute, tensor.data_ptr())
-    _core().layer_backward(a)
+            places[k] = 0
+    _core().layer_backward(record, [*given, 0], places)
     return [t for t in found if t is not None]
 
 
 def _layer_record(args: tuple[Any, ...]) -> tuple[Any, list[Tensor | None]]:
     """The layer's argument record, and the tensors that must outlive the call."""
-    t: list[Any] = [v if v is None else v.contiguous() for v in args[: _N_LAYER + 4]]
+    t = _contiguous(args[: _N_LAYER + 4])
     activation, slope, norm, tanh, clamp, scale, residual = args[_N_LAYER + 4 : _N_LAYER + 11]
-    h, x, _, edge_attr, edge_mask, node_attr, _, w1 = t[:8]
-    node_w2 = t[_LAYER.index("node_w2")]
-    a = _core().LayerArgs()
-    for name, tensor in zip(_LAYER + _GRAPH, t, strict=True):
-        if tensor is not None:
-            setattr(a, name, tensor.data_ptr())
-    a.is_double = h.dtype == torch.float64
-    a.threads = torch.get_num_threads()
-    a.num_nodes, a.in_features = h.shape
-    a.out_features, a.hidden = node_w2.shape
-    a.coord_dim = x.shape[1]
-    a.attr_dim = w1.shape[1] - 2 * h.shape[1] - 1
-    a.node_attr_dim = 0 if node_attr is None else node_attr.shape[1]
-    a.attr_rows = -1 if edge_attr is None else edge_attr.shape[0]
-    a.mask_rows = -1 if edge_mask is None else edge_mask.shape[0]
-    a.activation = _ACTIVATION_CODES[activation]
-    a.negative_slope, a.norm, a.tanh, a.clamp = slope, norm, tanh, clamp
-    a.coord_scale, a.residual = scale, residual
-    return a, t
-
-
-def _core() -> Any:
-    if _native.core is None:
-        raise RuntimeError(_native.load_error)
-    return _native.core
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    h, x, _, edge_attr, edge_mask, node_attr, _, w1 = args[:8]
+    n, features = h.shape
+    hidden, width = w1.shape
+    sizes = (
+        torch.get_num_threads(), n, features, hidden, args[_NODE_W2].shape[0], x.shape[1],
+        width - 2 * features - 1,
+        0 if node_attr is None else node_attr.shape[1],
+        -1 if edge_attr is None else edge_attr.shape[0],
+        -1 if edge_mask is None else edge_mask.shape[0],
+    )  # fmt: skip
+    scalars = (h.dtype is torch.float64, _ACTIVATION_CODES[activation], slope, norm, tanh, clamp)
+    return _core().LayerArgs(_addresses(t), sizes, scalars, scale, residual), t
 
 
 def _record(args: tuple[Any, ...]) -> tuple[Any, list[Tensor | None]]:
-    """The kernels' argument record, and the tensors that must outlive the call."""
+    """The edge pass's argument record, and the tensors that must outlive the call."""
     activation, slope, norm, tanh, clamp = args[17:22]
     # w_r and w_a are columns of the first linear's weight: read in place, by their row stride
     t = [
@@ -151,21 +127,34 @@ def _record(args: tuple[Any, ...]) -> tuple[Any, list[Tensor | None]]:
         for k, v in enumerate(args[:17])
     ]
     pq, x, edge_attr, edge_mask, w_r, w_a = t[:6]
-    core = _core()
-    a = core.Args()
-    a.is_double = pq.dtype == torch.float64
-    a.threads = torch.get_num_threads()
-    a.num_nodes, a.hidden = pq.shape[0], pq.shape[1] // 2
-    a.coord_dim = x.shape[1]
-    a.attr_dim = 0 if w_a is None else w_a.shape[1]
-    a.attr_rows = -1 if edge_attr is None else edge_attr.shape[0]
-    a.mask_rows = -1 if edge_mask is None else edge_mask.shape[0]
-    a.w_r_stride = w_r.stride(0)
-    a.w_a_stride = 0 if w_a is None else w_a.stride(0)
-    (
-        a.pq, a.x, a.edge_attr, a.edge_mask, a.w_r, a.w_a, a.w2, a.b2, a.w_g, a.b_g, a.w3, a.b3,
-        a.w_x, a.rowptr, a.senders, a.perm, a.first,
-    ) = map(_pointer, t)  # fmt: skip
-    a.activation = _ACTIVATION_CODES[activation]
-    a.negative_slope, a.norm, a.tanh, a.clamp = slope, norm, tanh, clamp
-    return a, t
+    sizes = (
+        torch.get_num_threads(), pq.shape[0], pq.shape[1] // 2, x.shape[1],
+        0 if w_a is None else w_a.shape[1],
+        -1 if edge_attr is None else edge_attr.shape[0],
+        -1 if edge_mask is None else edge_mask.shape[0],
+        w_r.stride(0),
+        0 if w_a is None else w_a.stride(0),
+    )  # fmt: skip
+    scalars = (pq.dtype is torch.float64, _ACTIVATION_CODES[activation], slope, norm, tanh, clamp)
+    return _core().Args(_addresses(t), sizes, scalars), t
+
+
+def _contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]
+
+
+def _empty_gradients(tensors: Sequence[Any], needed: Sequence[bool]) -> list[Tensor | None]:
+    return [
+        torch.empty(t.shape, dtype=t.dtype) if need else None
+        for t, need in zip(tensors, needed, strict=True)
+    ]
+
+
+def _core() -> Any:
+    if _native.core is None:
+        raise RuntimeError(_native.load_error)
+    return _native.core

@@ -58,4 +58,19 @@ void backward(const Args& args) {
   args.is_double ? run_backward<double>(args) : run_backward<float>(args);
 }
 
+void silu(uintptr_t from, uintptr_t to, int64_t count, bool is_double, int threads, int repeats) {
+  const auto run = [&](const auto& kernels, auto zero) {
+    using T = decltype(zero);
+    Schedule schedule;
+    schedule.add(threads, [&](int64_t k, int) {
+      const int64_t begin = count * k / threads, end = count * (k + 1) / threads;
+      for (int r = 0; r < repeats; ++r) {
+        kernels.silu(in<T>(from) + begin, out<T>(to) + begin, end - begin);
+      }
+    });
+    schedule.run(threads);
+  };
+  is_double ? run(kernel_table<double>(), 0.0) : run(kernel_table<float>(), 0.0f);
+}
+
 }  // namespace egnn

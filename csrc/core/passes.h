@@ -15,6 +15,12 @@ void backward(const Args& args);
 void layer_forward(const LayerArgs& args);
 void layer_backward(const LayerArgs& args);
 
+// Elements of LayerArgs::kept.
+int64_t layer_kept_size(const LayerArgs& args, int64_t num_edges);
+
+// to = silu(from), a share a thread, `repeats` times over.
+void silu(uintptr_t from, uintptr_t to, int64_t count, bool is_double, int threads, int repeats);
+
 // Names: "portable", "avx2", "avx512". The one in use is the best that the machine has, unless
 // EGNN_FAST_CPU_ISA or set_instruction_set says otherwise.
 std::vector<std::string> supported_instruction_sets();

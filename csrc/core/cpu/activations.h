@@ -10,7 +10,7 @@ enum Activation : int { kSilu = 0, kRelu = 1, kLeakyRelu = 2 };
 
 template <class T, int kind>
 EGNN_INLINE Vec<T> activate(Vec<T> z, T slope) {
-  if (kind == kSilu) return z * reciprocal(1 + exp_clamped(-z));
+  if (kind == kSilu) return z * reciprocal(1 + exp_minus(z));
   // the comparisons are written so that NaN passes through
   if (kind == kRelu) return z < 0 ? splat(T(0)) : z;
   return z > 0 ? z : z * slope;
@@ -20,7 +20,7 @@ EGNN_INLINE Vec<T> activate(Vec<T> z, T slope) {
 template <class T, int kind>
 EGNN_INLINE void activate_both(Vec<T> z, T slope, Vec<T>& value, Vec<T>& derivative) {
   if (kind == kSilu) {
-    const Vec<T> gate = reciprocal(1 + exp_clamped(-z));
+    const Vec<T> gate = reciprocal(1 + exp_minus(z));
     value = z * gate;
     derivative = gate + value * (1 - gate);
   } else if (kind == kRelu) {

@@ -50,6 +50,15 @@ inline int64_t find_row(const int64_t* rowptr, int64_t nodes, int64_t edge) {
   return low;
 }
 
+// Rows of Q come from anywhere in memory: they are asked for this many edges ahead.
+constexpr int kAhead = 8;
+
+template <class T>
+EGNN_INLINE void prefetch_sender(const Problem<T>& p, const Block<T>& blk, int b) {
+  const T* row = p.pq + blk.sender[b] * p.pq_stride + p.pq_stride / 2;
+  for (int c = 0; c < p.hidden; c += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(row + c);
+}
+
 // Fills indices, mask and geometry of edges [begin, begin + count); `row` walks along. d [rows, D].
 template <class T>
 inline void gather_block(const Problem<T>& p, int64_t begin, int count, int64_t& row, Block<T>& blk,
@@ -66,6 +75,7 @@ inline void gather_block(const Problem<T>& p, int64_t begin, int count, int64_t&
       blk.sender[b] = static_cast<int32_t>(j + (j >= row));
     }
     blk.edge[b] = p.perm != nullptr ? p.perm[e] : e;
+    if (b < kAhead) prefetch_sender(p, blk, b);
   }
   for (int b = count; b < kBlockRows; ++b) {
     blk.receiver[b] = blk.receiver[0];
@@ -99,6 +109,7 @@ inline void first_layer(const Problem<T>& p, const Block<T>& blk, T* a, T* deriv
   const int full = p.pq_padded ? p.vectors : p.hidden / kWidth<T>;
   const int rest = p.pq_padded ? 0 : p.hidden - full * kWidth<T>;
   for (int b = 0; b < blk.count; ++b) {
+    if (b + kAhead < blk.count) prefetch_sender(p, blk, b + kAhead);
     const T* pi = p.pq + blk.receiver[b] * p.pq_stride;
     const T* qj = p.pq + blk.sender[b] * p.pq_stride + p.pq_stride / 2;
     const T* attr = blk.attr[b];

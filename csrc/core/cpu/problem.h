@@ -128,6 +128,7 @@ struct KernelTable {
   void (*node_update)(const NodeProblem<T>&, int64_t begin, int64_t end, T* scratch);
   void (*node_update_back)(const NodeProblem<T>&, int64_t begin, int64_t end, T* scratch, T* sums);
   void (*node_pq_back)(const NodeProblem<T>&, int64_t begin, int64_t end, T* scratch, T* sums);
+  void (*silu)(const T* from, T* to, int64_t count);
 };
 
 namespace portable {

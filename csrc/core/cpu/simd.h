@@ -133,54 +133,134 @@ EGNN_INLINE Vec<double> reciprocal(Vec<double> v) {
 #endif
 }
 
-// exp(v), v clamped to the range of normal results; NaN gives a finite number.
-EGNN_INLINE Vec<float> exp_clamped(Vec<float> v) {
-  using I = typename Simd<float>::I;
-  v = v < -87.0f ? splat(-87.0f) : v;
-  v = v > 87.0f ? splat(87.0f) : v;
-  // adding 1.5 * 2^23 leaves the nearest integer in the low bits
-  const Vec<float> magic = v * 1.44269504f + 12582912.0f;
-  const Vec<float> n = magic - 12582912.0f;
-  Vec<float> f = v - n * 0.693359375f;
-  f = f + n * 2.12194440e-4f;
-  Vec<float> p = splat(1.9875691500e-4f);
-  p = p * f + 1.3981999507e-3f;
-  p = p * f + 8.3334519073e-3f;
-  p = p * f + 4.1665795894e-2f;
-  p = p * f + 1.6666665459e-1f;
-  p = p * f + 5.0000001201e-1f;
-  p = p * (f * f) + f;
-  p = p + 1.0f;
-  const I bits = ((I)magic) << 23;
-  return (Vec<float>)((I)p + bits);
+// The smaller and the larger of a bound and v; NaN in v passes through.
+template <class T>
+EGNN_INLINE Vec<T> at_most(T bound, Vec<T> v) {
+  return v > bound ? splat(bound) : v;
 }
 
-EGNN_INLINE Vec<double> exp_clamped(Vec<double> v) {
-  using I = typename Simd<double>::I;
-  v = v < -708.0 ? splat(-708.0) : v;
-  v = v > 708.0 ? splat(708.0) : v;
-  const Vec<double> magic = v * 1.4426950408889634 + 6755399441055744.0;
-  const Vec<double> n = magic - 6755399441055744.0;
-  Vec<double> f = v - n * 6.93147180369123816490e-01;
-  f = f - n * 1.90821492927058770002e-10;
-  // Taylor to degree 13: below 1 ulp for |f| <= ln 2 / 2
-  Vec<double> p = splat(1.0 / 6227020800.0);
-  p = p * f + 1.0 / 479001600.0;
-  p = p * f + 1.0 / 39916800.0;
-  p = p * f + 1.0 / 3628800.0;
-  p = p * f + 1.0 / 362880.0;
-  p = p * f + 1.0 / 40320.0;
-  p = p * f + 1.0 / 5040.0;
-  p = p * f + 1.0 / 720.0;
-  p = p * f + 1.0 / 120.0;
-  p = p * f + 1.0 / 24.0;
-  p = p * f + 1.0 / 6.0;
-  p = p * f + 0.5;
-  p = p * (f * f) + f;
-  p = p + 1.0;
-  const I bits = ((I)magic) << 52;
-  return (Vec<double>)((I)p + bits);
+template <class T>
+EGNN_INLINE Vec<T> at_least(T bound, Vec<T> v) {
+  return v < bound ? splat(bound) : v;
 }
+
+#if defined(__AVX512F__)
+template <>
+EGNN_INLINE Vec<float> at_most<float>(float bound, Vec<float> v) {
+  return (Vec<float>)_mm512_min_ps(_mm512_set1_ps(bound), (__m512)v);
+}
+template <>
+EGNN_INLINE Vec<double> at_most<double>(double bound, Vec<double> v) {
+  return (Vec<double>)_mm512_min_pd(_mm512_set1_pd(bound), (__m512d)v);
+}
+#elif defined(__AVX2__)
+template <>
+EGNN_INLINE Vec<float> at_most<float>(float bound, Vec<float> v) {
+  return (Vec<float>)_mm256_min_ps(_mm256_set1_ps(bound), (__m256)v);
+}
+template <>
+EGNN_INLINE Vec<float> at_least<float>(float bound, Vec<float> v) {
+  return (Vec<float>)_mm256_max_ps(_mm256_set1_ps(bound), (__m256)v);
+}
+template <>
+EGNN_INLINE Vec<double> at_most<double>(double bound, Vec<double> v) {
+  return (Vec<double>)_mm256_min_pd(_mm256_set1_pd(bound), (__m256d)v);
+}
+template <>
+EGNN_INLINE Vec<double> at_least<double>(double bound, Vec<double> v) {
+  return (Vec<double>)_mm256_max_pd(_mm256_set1_pd(bound), (__m256d)v);
+}
+#endif
+
+// e^-v. From v = -87 (float) or -708 (double) down it stays at its value there, so that 1 + e^-v
+// and its reciprocal are normal numbers.
+#if defined(__AVX512F__)
+
+// 2^f for 0 <= f < 1, relative error 8e-8 (minimax).
+EGNN_INLINE Vec<float> exp2_fraction(Vec<float> f) {
+  Vec<float> p = splat(1.8775767e-3f);
+  p = p * f + 8.9893401e-3f;
+  p = p * f + 5.5826318e-2f;
+  p = p * f + 2.4015362e-1f;
+  p = p * f + 6.9315307e-1f;
+  return p * f + 9.9999993e-1f;
+}
+
+// The same to 1e-17.
+EGNN_INLINE Vec<double> exp2_fraction(Vec<double> f) {
+  Vec<double> p = splat(6.3014781174337789e-10);
+  p = p * f + 6.5386085534992547e-9;
+  p = p * f + 1.0258188854184174e-7;
+  p = p * f + 1.3207697492090331e-6;
+  p = p * f + 1.5253231141364263e-5;
+  p = p * f + 0.00015403509283703691;
+  p = p * f + 0.0013333558734919515;
+  p = p * f + 0.0096181290972450296;
+  p = p * f + 0.055504108665901198;
+  p = p * f + 0.24022650695904278;
+  p = p * f + 0.69314718055994653;
+  return p * f + 1.0;
+}
+
+EGNN_INLINE Vec<float> exp_minus(Vec<float> v) {
+  const __m512 t = (__m512)at_most(126.0f, v * -1.44269504f);
+  // t - floor(t); scalef multiplies by 2^floor(t)
+  const Vec<float> p = exp2_fraction((Vec<float>)_mm512_reduce_ps(t, 0x9));
+  return (Vec<float>)_mm512_scalef_ps((__m512)p, t);
+}
+
+EGNN_INLINE Vec<double> exp_minus(Vec<double> v) {
+  const __m512d t = (__m512d)at_most(1022.0, v * -1.4426950408889634);
+  const Vec<double> p = exp2_fraction((Vec<double>)_mm512_reduce_pd(t, 0x9));
+  return (Vec<double>)_mm512_scalef_pd((__m512d)p, t);
+}
+#else
+
+// 2^f for -1/2 <= f <= 1/2, relative error 8e-8.
+EGNN_INLINE Vec<float> exp2_centred(Vec<float> f) {
+  Vec<float> p = splat(1.3276472e-3f);
+  p = p * f + 9.6755413e-3f;
+  p = p * f + 5.5507133e-2f;
+  p = p * f + 2.4022120e-1f;
+  p = p * f + 6.9314697e-1f;
+  return p * f + 1.00000007f;
+}
+
+// The same to 1e-17.
+EGNN_INLINE Vec<double> exp2_centred(Vec<double> f) {
+  Vec<double> p = splat(4.4558179083360645e-10);
+  p = p * f + 7.074194297288521e-9;
+  p = p * f + 1.0178057087733941e-7;
+  p = p * f + 1.3215432535912376e-6;
+  p = p * f + 1.5252733841556773e-5;
+  p = p * f + 0.00015403530463724354;
+  p = p * f + 0.0013333558146406471;
+  p = p * f + 0.0096181291075872567;
+  p = p * f + 0.055504108664821627;
+  p = p * f + 0.2402265069591016;
+  p = p * f + 0.69314718055994531;
+  return p * f + 1.0;
+}
+
+EGNN_INLINE Vec<float> exp_minus(Vec<float> v) {
+  using I = typename Simd<float>::I;
+  v = at_most(87.0f, at_least(-87.0f, v));
+  // adding 1.5 * 2^23 leaves the nearest integer in the low bits
+  const Vec<float> magic = v * -1.44269504f + 12582912.0f;
+  const Vec<float> f = v * -1.44269504f - (magic - 12582912.0f);
+  const I bits = ((I)magic) << 23;
+  return (Vec<float>)((I)exp2_centred(f) + bits);
+}
+
+EGNN_INLINE Vec<double> exp_minus(Vec<double> v) {
+  using I = typename Simd<double>::I;
+  v = at_most(708.0, at_least(-708.0, v));
+  const Vec<double> magic = v * -1.4426950408889634 + 6755399441055744.0;
+  const Vec<double> f = v * -1.4426950408889634 - (magic - 6755399441055744.0);
+  const I bits = ((I)magic) << 52;
+  return (Vec<double>)((I)exp2_centred(f) + bits);
+}
+#endif
 
 }  // namespace EGNN_ISA
 }  // namespace egnn
