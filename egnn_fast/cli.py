@@ -216,6 +216,67 @@ def _pivot(
     return table
 
 
+@app.command()
+def bench(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few cases, few samples: under a minute.")
+    ] = False,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A case of --list, or a pattern such as 'growth-*'; may be repeated.",
+            show_default="all",
+        ),
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to compare with: reference, official, compile, egnn-pytorch, "
+            "egnn-pytorch-sparse; may be repeated.",
+            show_default="all installed",
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Threads of PyTorch and of the kernels.", show_default="PyTorch's"),
+    ] = None,
+    repeats: Annotated[
+        int | None,
+        typer.Option(help="Samples of each median.", show_default="7; 3 with --quick"),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for results.json and pictures.")] = Path(
+        "runs/bench"
+    ),
+    show_list: Annotated[bool, typer.Option("--list", help="Show the cases and exit.")] = False,
+) -> None:
+    """Time the kernels beside plain PyTorch and other packages, once a check has passed.
+
+    Exits with 1 if a check fails; what fails it is not timed.
+    """
+    from egnn_fast.bench.command import command, show_cases
+
+    console = Console(highlight=False)
+    if show_list:
+        show_cases(console)
+        return
+    try:
+        passed = command(
+            console,
+            patterns=case,
+            against=against,
+            quick=quick,
+            threads=threads,
+            repeats=repeats,
+            out=out,
+        )
+    except KeyboardInterrupt:
+        message = f"stopped: {out / 'results.json'} has the cases that were done"
+        console.print(Text(message, style="yellow"), soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from None
+    if not passed:
+        raise typer.Exit(1)
+
+
 def _default(field: str) -> str:
     return str(getattr(Config, field))
 

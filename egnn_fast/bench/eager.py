@@ -1,0 +1,106 @@
+"""The layer written the official code's way, on the weights of a layer of this package.
+
+Unsplit first linear on the concatenation, sums by ``scatter_add_``, a mean that counts its
+neighbours at each call. It is a baseline: only what the benchmarks use is here.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from egnn_fast.graph import Graph
+from egnn_fast.nn.layers import EGCLBase
+
+
+class OfficialLayer(nn.Module):
+    """``E_GCL`` as published, without normalised differences, masks and node attributes.
+
+    Parameters
+    ----------
+    layer : EGCLBase
+        The layer whose submodules it runs, shared, not copied.
+    edges : Tensor [2, E]
+        Receivers and senders, as the official layer takes them.
+    order : Tensor [E], optional
+        Where the edges stand in another order: the user's number of each.
+    """
+
+    def __init__(self, layer: EGCLBase, edges: Tensor, order: Tensor | None = None) -> None:
+        super().__init__()
+        self.edges, self.order = edges, order
+        options = layer.options
+        if options.coord_norm is not None or options.coord_agg == "sum":
+            raise ValueError("layer: the benchmarks' eager layer knows plain differences and means")
+        self.clamp, self.residual = options.coord_clamp, layer.residual
+        parts = layer._modules
+        self.edge_mlp: Any = parts["edge_mlp"]
+        self.node_mlp: Any = parts["node_mlp"]
+        self.att_mlp: Any = parts.get("att_mlp")
+        self.coord_mlp: Any = parts.get("coord_mlp")
+        self.coord_mlp_vel: Any = parts.get("coord_mlp_vel")
+
+    def forward(
+        self,
+        h: Tensor,
+        x: Tensor,
+        graph: Graph,
+        v: Tensor | None = None,
+        *,
+        edge_attr: Tensor | None = None,
+        node_attr: None = None,
+        edge_mask: None = None,
+        node_mask: None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`egnn_fast.nn.EGCLVel.forward`, but on the layer's own edges."""
+        row, col = self.edges
+        difference = x[row] - x[col]
+        radial = torch.sum(difference**2, 1, keepdim=True)
+        inputs = [h[row], h[col], radial]
+        if edge_attr is not None:
+            inputs.append(edge_attr if self.order is None else edge_attr[self.order])
+        message = self.edge_mlp(torch.cat(inputs, dim=1))
+        if self.att_mlp is not None:
+            message = message * self.att_mlp(message)
+        moved = x
+        if self.coord_mlp is not None:
+            shift = difference * self.coord_mlp(message)
+            if self.clamp is not None:
+                shift = torch.clamp(shift, -self.clamp, self.clamp)
+            moved = x + _segment_mean(shift, row, len(x))
+        if self.coord_mlp_vel is not None and v is not None:
+            moved = moved + self.coord_mlp_vel(h) * v
+        aggregated = _segment_sum(message, row, len(h))
+        update = self.node_mlp(torch.cat([h, aggregated], dim=1))
+        return (h + update if self.residual else update), moved
+
+
+def official(module: nn.Module, edges: Tensor, order: Tensor | None = None) -> nn.Module:
+    """A copy of a layer or network whose layers run the official way on ``edges [2, E]``.
+
+    ``order [E]``: see :class:`OfficialLayer`.
+    """
+    module = copy.deepcopy(module)
+    if isinstance(module, EGCLBase):
+        return OfficialLayer(module, edges, order)
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, EGCLBase):
+                parent.add_module(name, OfficialLayer(child, edges, order))
+    return module
+
+
+def _segment_sum(values: Tensor, index: Tensor, segments: int) -> Tensor:
+    out = values.new_full((segments, values.shape[1]), 0)
+    return out.scatter_add_(0, index.unsqueeze(-1).expand(-1, values.shape[1]), values)
+
+
+def _segment_mean(values: Tensor, index: Tensor, segments: int) -> Tensor:
+    index = index.unsqueeze(-1).expand(-1, values.shape[1])
+    total = values.new_full((segments, values.shape[1]), 0).scatter_add_(0, index, values)
+    count = values.new_full((segments, values.shape[1]), 0)
+    count.scatter_add_(0, index, torch.ones_like(values))
+    return total / count.clamp(min=1)

@@ -1,0 +1,160 @@
+"""Pictures of a run: speed and memory against E, and the roofline."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from egnn_fast.bench.cases import FUSED, INFERENCE, TRAINING
+from egnn_fast.bench.results import CaseResult, Results
+from egnn_fast.experiments.io import write_atomic
+
+DPI = 150
+COLORS = {
+    FUSED: "#d1495b",
+    "reference": "#9aa5b1",
+    "official": "#2f6fb5",
+    "compile": "#3c8d63",
+    "egnn-pytorch": "#8e5ea2",
+    "egnn-pytorch-sparse": "#c08a2e",
+}
+_MARKERS = {INFERENCE: "o", TRAINING: "s"}
+_SERIES = "growth-"
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """Write ``speed.png``, ``memory.png`` and ``roofline.png``; those that have data.
+
+    Returns
+    -------
+    list of Path
+        What was written.
+    """
+    written = []
+    for name, picture in (("speed", _speed), ("memory", _memory), ("roofline", _roofline)):
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.add_subplot()
+        path = folder / f"{name}.png"
+        if not picture(axes, results):
+            path.unlink(missing_ok=True)  # of an earlier run with other cases
+            continue
+        env = results.environment
+        axes.grid(which="major", alpha=0.25)
+        axes.legend(fontsize=8, framealpha=1)
+        figure.supxlabel(
+            f"{env.cpu}, {env.instruction_set}, {env.threads} threads, torch {env.torch}, "
+            f"{env.date}",
+            fontsize=7,
+        )
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=DPI)
+        write_atomic(path, buffer.getbuffer())
+        written.append(path)
+    return written
+
+
+def _speed(axes: Axes, results: Results) -> bool:
+    """Edges per second; lines through the series of growing graphs."""
+
+    def rate(result: CaseResult, peer: str, measured: str) -> float | None:
+        row = result.time(measured, peer)
+        return None if row is None else result.edges / row.median_s
+
+    drawn = False
+    for peer in COLORS:
+        for measured in (INFERENCE, TRAINING):
+            label = f"{peer}, {measured}"
+            drawn |= _against_edges(axes, results, label, peer, measured, rate)
+    axes.set(xlabel="edges", ylabel="edges per second", title="Speed of a layer")
+    return drawn
+
+
+def _memory(axes: Axes, results: Results) -> bool:
+    """Peak growth of the process in forward + backward."""
+
+    def peak(result: CaseResult, peer: str, _: str) -> float | None:
+        row = result.peak(peer)
+        return None if row is None or row.peak_bytes is None else row.peak_bytes / 1e6
+
+    drawn = False
+    for peer in COLORS:
+        drawn |= _against_edges(axes, results, peer, peer, TRAINING, peak)
+    title = "Peak extra memory of forward + backward"
+    axes.set(xlabel="edges", ylabel="MB", title=title)
+    return drawn
+
+
+def _against_edges(
+    axes: Axes,
+    results: Results,
+    label: str,
+    peer: str,
+    measured: str,
+    value: Callable[[CaseResult, str, str], float | None],
+) -> bool:
+    """Points of single layers of any size, a line through the series; False without any."""
+    single = [result for result in results.cases if result.layers == 1]
+    found = [(result, value(result, peer, measured)) for result in single]
+    points = sorted(
+        (result.edges, y, result.name) for result, y in found if y is not None and y > 0
+    )
+    if not points:
+        return False
+    style = {"color": COLORS[peer], "markersize": 5, "marker": _MARKERS[measured]}
+    line = "-" if measured == INFERENCE else "--"
+    series = [(e, y) for e, y, name in points if name.startswith(_SERIES)]
+    others = [(e, y) for e, y, name in points if not name.startswith(_SERIES)]
+    if series:
+        axes.loglog(*zip(*series, strict=True), linestyle=line, label=label, **style)
+    if others:
+        axes.loglog(
+            *zip(*others, strict=True),
+            linestyle="none",
+            alpha=0.5,
+            label="_" if series else label,
+            **style,
+        )
+    return True
+
+
+def _roofline(axes: Axes, results: Results) -> bool:
+    """GFLOP/s against flop per byte, under the BLAS's rate and the memory's."""
+    points = [
+        (result, row)
+        for result in results.cases
+        for row in result.times
+        if row.measured == INFERENCE and row.gflops is not None and row.peer in COLORS
+    ]
+    if not points or not results.rates:
+        return False
+    intensity = np.geomspace(0.5, 4 * max(result.flop_per_byte for result, _ in points), 100)
+    for rates, style in zip(results.rates, ("-", "--", ":", "-.") * 4, strict=False):
+        ceiling = np.minimum(rates.blas_gflops, rates.copy_gb * intensity)
+        label = f"BLAS and memory, {rates.dtype}, H = {rates.hidden}"
+        axes.loglog(intensity, ceiling, style, color="black", linewidth=1, label=label)
+    named: set[str] = set()
+    for result, row in points:
+        assert row.gflops is not None
+        axes.loglog(
+            result.flop_per_byte,
+            row.gflops,
+            "o",
+            color=COLORS[row.peer],
+            label="_" if row.peer in named else row.peer,
+        )
+        named.add(row.peer)
+        if row.peer == FUSED and not result.name.startswith(_SERIES):
+            axes.annotate(
+                result.name,
+                (result.flop_per_byte, row.gflops),
+                xytext=(4, 4),
+                textcoords="offset points",
+                fontsize=7,
+            )
+    axes.set(xlabel="flop per byte", ylabel="GFLOP/s", title="Roofline, forward")
+    return True

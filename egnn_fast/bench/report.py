@@ -1,0 +1,159 @@
+"""A run told on a terminal."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from egnn_fast.bench.cases import CASES, FUSED, TRAINING
+from egnn_fast.bench.peers import PEERS
+from egnn_fast.bench.results import CaseResult, Environment, Finding, Results, TimeRow
+
+
+def seconds(value: float) -> str:
+    """With a unit that leaves one to three digits before the point."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}" if value < 1000 * size else f"{value:.0f} {unit}"
+    return f"{value / 1e-6:.3g} µs"
+
+
+def size(value: float) -> str:
+    """Bytes in MB or GB."""
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
+
+
+def ratio(value: float) -> str:
+    """How many times slower, one digit behind the point below ten and beyond."""
+    return f"{value:.2f}x" if value < 2 else f"{value:.1f}x"
+
+
+def environment(found: Environment) -> str:
+    """One line."""
+    commit = "" if found.commit is None else f", commit {found.commit}"
+    return (
+        f"{found.cpu}, {found.instruction_set}, {found.threads} threads, "
+        f"torch {found.torch}, egnn_fast {found.egnn_fast}{commit}, {found.date}"
+    )
+
+
+def listing() -> Table:
+    """The table of cases."""
+    table = Table("case", "N", "E", "what", box=SIMPLE_HEAD, padding=0)
+    for case in CASES:
+        name = Text(case.name, style="bold" if case.quick else "")
+        table.add_row(name, f"{case.num_nodes:,}", f"{case.num_edges:,}", Text(case.about))
+    table.caption = "bold: part of --quick"
+    table.caption_justify = "left"
+    return table
+
+
+def report(results: Results) -> RenderableType:
+    """Times, memory, goals, and what was left out."""
+    parts: list[RenderableType] = [Text(environment(results.environment)), *_rates(results)]
+    parts.append(_times(results))
+    if results.findings:
+        parts.append(_findings(results.findings))
+    parts += _notes(results)
+    return Group(*parts)
+
+
+def _rates(results: Results) -> list[RenderableType]:
+    lines = []
+    for row in results.rates:
+        silu = "unknown" if row.silu_g is None else f"{row.silu_g:.1f} G/s"
+        lines.append(
+            Text(
+                f"floor, {row.dtype}, H = {row.hidden}: products {row.blas_gflops:.0f} GFLOP/s, "
+                f"SiLU {silu}; copy {row.copy_gb:.0f} GB/s"
+            )
+        )
+    return list(lines)
+
+
+def _times(results: Results) -> Table:
+    # a ratio is this peer's time over that of egnn_fast
+    table = Table("case", "pass", "peer", box=SIMPLE_HEAD, padding=0)
+    for column in ("median", "spread", "ratio", "GFLOP/s", "of floor", "peak memory"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for result in results.cases:
+        _case_rows(table, result)
+        table.add_section()
+    return table
+
+
+def _case_rows(table: Table, result: CaseResult) -> None:
+    if not result.check.passed:
+        error = "not finite" if result.check.error is None else f"{result.check.error:.1e}"
+        what = f"FAILED: {result.check.tensor} is off by {error}, allowed {result.check.bound:.1e}"
+        table.add_row(result.name, Text(what, style="bold red"), FUSED)
+        return
+    named = result.name
+    shown: set[str] = set()
+    for row in result.times:
+        memory = ""
+        if row.measured == TRAINING:
+            memory = _peak(result, row.peer)
+            shown.add(row.peer)
+        table.add_row(named, row.measured, *_time_cells(row), memory)
+        named = ""
+    for found in result.memory:
+        if found.peer not in shown:
+            blanks = ("", "", "", "", "")
+            table.add_row(named, TRAINING, found.peer, *blanks, _peak(result, found.peer))
+            named = ""
+
+
+def _time_cells(row: TimeRow) -> tuple[str, ...]:
+    differs = PEERS[row.peer].differs if row.peer in PEERS else ""
+    return (
+        row.peer + (" *" if differs else ""),
+        seconds(row.median_s),
+        f"{(row.upper_quartile_s - row.lower_quartile_s) / row.median_s:.0%}",
+        "" if row.ratio is None or row.peer == FUSED else ratio(row.ratio),
+        "" if row.gflops is None else f"{row.gflops:.3g}",
+        "" if row.floor_share is None else f"{row.floor_share:.0%}",
+    )
+
+
+def _peak(result: CaseResult, peer: str) -> str:
+    row = result.peak(peer)
+    if row is None or row.peak_bytes is None:
+        return ""
+    return f"{size(row.peak_bytes)} ({row.node_tensors:.1f} N·H)"
+
+
+def _findings(found: list[Finding]) -> Table:
+    table = Table(title="Goals", title_justify="left", box=SIMPLE_HEAD, padding=0)
+    table.add_column("case")
+    table.add_column("figure")
+    for column in ("measured", "goal"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for finding in found:
+        sign = "≥" if finding.at_least else "≤"
+        digits = ".3g" if finding.value < 1000 else ",.0f"
+        table.add_row(
+            finding.case,
+            finding.what,
+            Text(f"{finding.value:{digits}} {finding.unit}", "green" if finding.met else "yellow"),
+            f"{sign} {finding.goal:{digits}} {finding.unit}",
+        )
+    return table
+
+
+def _notes(results: Results) -> list[RenderableType]:
+    notes = [
+        "spread: interquartile range over median; ratio: time over that of egnn_fast",
+        "peak memory: growth of a fresh process's resident size; N·H: as many node tensors",
+    ]
+    peers = {row.peer for result in results.cases for row in result.times}
+    notes += [f"* {n}: {PEERS[n].differs}" for n in PEERS if n in peers and PEERS[n].differs]
+    reasons: dict[str, list[str]] = {}
+    for result in results.cases:
+        skipped = {f"memory of {m.peer}": m.skipped for m in result.memory if m.skipped}
+        for name, why in {**result.left_out, **skipped}.items():
+            reasons.setdefault(f"{name}: {why}", []).append(result.name)
+    notes += [f"left out, {why} ({', '.join(names)})" for why, names in reasons.items()]
+    return [Text(note, style="dim") for note in notes]

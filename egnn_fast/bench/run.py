@@ -1,0 +1,157 @@
+"""A run: check, time in turn, measure memory; one case after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from egnn_fast.bench import check as checking
+from egnn_fast.bench import floor, measure, memory, peers, problems
+from egnn_fast.bench.cases import BACKWARD, FUSED, Case
+from egnn_fast.bench.findings import findings
+from egnn_fast.bench.results import (
+    CaseResult,
+    CheckRow,
+    Environment,
+    MemoryRow,
+    RateRow,
+    Results,
+    TimeRow,
+    finite,
+)
+
+Tell = Callable[[str], None]
+
+
+def run(
+    cases: Sequence[Case],
+    *,
+    against: Sequence[str] | None = None,
+    repeats: int = 7,
+    quick: bool = False,
+    tell: Tell = lambda line: None,
+    save: Callable[[Results], None] = lambda results: None,
+) -> Results:
+    """Measure cases on the threads that PyTorch has.
+
+    Parameters
+    ----------
+    cases : sequence of Case
+        What to measure.
+    against : sequence of str, optional
+        Peers; by default those of each case that can run here.
+    repeats : int
+        Samples of each function.
+    quick : bool
+        Leave out the peers that take a minute to compile, and check on smaller graphs.
+    tell : callable
+        Told what is being done.
+    save : callable
+        Given the results after each case.
+
+    Raises
+    ------
+    UsageError
+        A peer does not exist or cannot run here.
+    """
+    peers.check_names(against)
+    results = Results(Environment.here(), quick, repeats)
+    for case in cases:
+        tell(f"{case.name}: checking")
+        # the rates first: they are part of what the case's floor is counted with
+        rates = _rates(case, results) if case.passes else None
+        result = start(case, quick)
+        results.cases.append(result)
+        chosen, result.left_out = peers.chosen(case, against, quick)
+        if result.check.passed:
+            if rates is not None:
+                tell(f"{case.name}: timing {', '.join(peer.name for peer in chosen)}")
+                _time(case, result, chosen, rates, repeats)
+            for name in case.memory:
+                tell(f"{case.name}: memory of {name}")
+                result.memory.append(_memory(case, name))
+        results.findings = findings(results.cases)
+        save(results)
+    return results
+
+
+def start(case: Case, quick: bool = False) -> CaseResult:
+    """A result that knows its sizes and whether its check passed."""
+    found = checking.check(case, quick)
+    row = CheckRow(found.passed, finite(found.error), found.bound, found.tensor, found.edges)
+    work = floor.forward_work(case)
+    return CaseResult(
+        case.name,
+        case.about,
+        case.num_nodes,
+        case.num_edges,
+        case.hidden,
+        case.layers,
+        case.dtype,
+        row,
+        work.flop / work.bytes,
+    )
+
+
+def _time(
+    case: Case,
+    result: CaseResult,
+    chosen: Sequence[peers.Peer],
+    rates: floor.Rates,
+    repeats: int,
+) -> None:
+    problem = problems.build(case)
+    runners = {}
+    for peer in chosen:
+        reason = memory.skipped(case, peer.name)
+        if reason is None:
+            runners[peer.name] = peer.build(problem)
+        else:
+            result.left_out[peer.name] = reason
+    for measured in case.passes:
+        # the backward alone is there for its share of the floor
+        names = [FUSED] if measured == BACKWARD else list(runners)
+        functions = {name: runners[name].timed(measured) for name in names}
+        timings = measure.alternate(functions, repeats)
+        result.times += [
+            _row(case, measured, name, timing, timings[FUSED], rates)
+            for name, timing in timings.items()
+        ]
+
+
+def _row(
+    case: Case,
+    measured: str,
+    name: str,
+    timing: measure.Timing,
+    ours: measure.Timing,
+    rates: floor.Rates,
+) -> TimeRow:
+    work = floor.pass_work(case, measured)
+    same = not peers.PEERS[name].differs
+    floor_s = rates.seconds(work) if same else None
+    return TimeRow(
+        measured,
+        name,
+        *timing,
+        ratio=timing.median / ours.median,
+        gflops=work.flop / timing.median / 1e9 if same else None,
+        floor_s=floor_s,
+        floor_share=None if floor_s is None else floor_s / timing.median,
+    )
+
+
+def _memory(case: Case, name: str) -> MemoryRow:
+    found = memory.peak(case, name, torch.get_num_threads())
+    tensors = None if found.peak_bytes is None else found.peak_bytes / case.node_tensor_bytes
+    return MemoryRow(name, found.peak_bytes, tensors, found.skipped)
+
+
+def _rates(case: Case, results: Results) -> floor.Rates:
+    rates = floor.rates(case.dtype, case.hidden, torch.get_num_threads())
+    silu = None if rates.silu is None else rates.silu / 1e9
+    row = RateRow(case.dtype, case.hidden, rates.blas / 1e9, silu, rates.copy / 1e9)
+    if row not in results.rates:
+        results.rates.append(row)
+    return rates
