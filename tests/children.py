@@ -1,0 +1,235 @@
+"""What tests run in processes of their own: `run("name")` calls a function of this file there."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkContext, SpawnContext
+
+    from egnn_fast._cases import Problem
+
+# what comes from PyTorch is imported where it is used: one of the children needs to be first
+
+TIMEOUT = 120  # seconds, after which a child hangs
+FORKS = 5
+
+
+def run(name: str, env: Mapping[str, str] | None = None) -> str:
+    """Call a function in a fresh process; its output. A hang or a failure there is one here."""
+    code = f"import sys; sys.path.append({str(Path(__file__).parent)!r})\n"
+    code += f"import children; children.{name}()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **(env or {})},
+        start_new_session=True,
+    ) as process:
+        try:
+            out, errors = process.communicate(timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    assert process.returncode == 0, errors
+    return out.strip()
+
+
+@functools.cache
+def problems() -> tuple[Problem, ...]:
+    """Made before a fork: PyTorch's own operations on much data would wait for threads after it."""
+    import torch
+
+    from egnn_fast import Options
+    from egnn_fast._cases import Case
+
+    cases = (
+        Case("uniform", nodes=500, edges=20_000, hidden=32),
+        Case("hub", "hub", nodes=200, edges=3000, hidden=9, options=Options(attention=True)),
+        Case("complete", "complete", sizes=(40, 30), hidden=24, velocity=True),
+    )
+    return tuple(case.layer(dtype) for case in cases for dtype in (torch.float32, torch.float64))
+
+
+def step() -> str:
+    """The bits of layers forward and backward, beside which PyTorch starts no threads."""
+    import torch
+
+    digest = hashlib.sha256()
+    for problem in problems():
+        leaves = {k: t.clone().requires_grad_() for k, t in problem.leaves.items()}
+        out = problem.run(leaves, "cpu", 0)
+        total = out["h"][0, 0] + out["x"][0, 0]
+        grads = torch.autograd.grad(total, [leaves["h"], leaves["edge_w1"], leaves["x"]])
+        for t in (out["h"].detach(), out["x"].detach(), *grads):
+            digest.update(t.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def print_bits() -> None:
+    print(step())
+
+
+def print_bits_on_two_threads() -> None:
+    import torch
+
+    torch.set_num_threads(2)
+    print(step())
+
+
+def print_bits_without_openmp() -> None:
+    """The kernels look for OpenMP before PyTorch has brought it, and start their own threads."""
+    from egnn_fast import _native
+
+    assert "torch" not in sys.modules
+    assert _native.core is not None, _native.load_error
+    assert _native.core.thread_source() == "std::thread"
+    print_bits_on_two_threads()
+
+
+def fork(call: Callable[[], bool]) -> int:
+    """The exit status of a forked child: 0 where the call is true there."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(TIMEOUT // 4)  # ends a child that hangs
+        try:
+            os._exit(0 if call() else 1)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            os._exit(2)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def threads() -> int:
+    """The threads of this process."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def fork_after_threads() -> None:
+    import torch
+
+    torch.set_num_threads(2)
+    right = step()
+    if sys.platform == "linux":
+        assert threads() > 1
+
+    def same() -> bool:
+        assert step() == right
+        return sys.platform != "linux" or threads() == 1
+
+    assert [fork(same) for _ in range(2)] == [0, 0]
+    assert fork(lambda: fork(same) == 0) == 0  # a child of a child
+    assert step() == right  # the parent goes on
+
+
+def fork_during_a_kernel() -> None:
+    import torch
+
+    from egnn_fast import _native
+    from egnn_fast._cases import Case
+
+    core = _native.core
+    assert core is not None, _native.load_error
+    torch.set_num_threads(2)
+    right = step()
+    long = Case("long", nodes=5000, edges=400_000, hidden=128).edge_pass(torch.float32)
+    started = threading.Event()
+
+    def work() -> None:
+        torch.set_num_threads(2)
+        started.set()
+        long.run(long.leaves, "cpu", 0)
+
+    for _ in range(FORKS):
+        started.clear()
+        thread = threading.Thread(target=work)
+        before = core.calls()
+        thread.start()
+        started.wait()
+        time.sleep(0.05)
+        # the call has begun and is not counted yet, so the child begins in the middle of it
+        assert fork(lambda calls=before: core.calls() == calls and step() == right) == 0  # type: ignore[misc]
+        thread.join()
+        assert core.calls()[0] == before[0] + 1
+
+
+def send_bits(queue: multiprocessing.Queue[str]) -> None:
+    import torch
+
+    torch.set_num_threads(2)
+    queue.put(step())
+
+
+def two_processes(context: ForkContext | SpawnContext) -> None:
+    import torch
+
+    torch.set_num_threads(2)
+    right = step()
+    queue = context.Queue()
+    workers = [context.Process(target=send_bits, args=(queue,)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    assert [queue.get(timeout=TIMEOUT / 2) for _ in workers] == [right] * 2
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    assert step() == right
+
+
+def forked_processes() -> None:
+    two_processes(multiprocessing.get_context("fork"))
+
+
+def spawned_processes() -> None:
+    two_processes(multiprocessing.get_context("spawn"))
+
+
+def data_loader() -> None:
+    """Workers of a DataLoader run layers, while the parent does too."""
+    import torch
+    from torch.utils.data import DataLoader, Dataset
+
+    class Layers(Dataset[str]):
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> str:
+            return step()
+
+    torch.set_num_threads(2)
+    right = step()
+    batches = DataLoader(Layers(), batch_size=None, num_workers=2, multiprocessing_context="fork")
+    for found in batches:
+        assert found == right
+        assert step() == right
+
+
+def check_instruction_set() -> None:
+    """The set that the environment names is the one that runs, and it is right."""
+    import torch
+    from cases import ISA_CASES, LAYER_CASES
+
+    from egnn_fast import backends, checks
+
+    name = os.environ["EGNN_FAST_CPU_ISA"]
+    assert backends.instruction_set("cpu") == name
+    assert f"({name})" in {line.name: line.reason for line in backends.info()}["cpu"]
+    torch.set_num_threads(1)
+    problems = [(case.name, case.edge_pass(torch.float64)) for case in ISA_CASES[::4]]
+    problems += [(case.name, case.layer(torch.float64)) for case in LAYER_CASES[::4]]
+    for label, problem in problems:
+        for row in checks.compare(problem, label, ["cpu"], torch.float64):
+            assert row.passed, row
+    print(len(problems))
