@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from egnn_fast import compat, nn
     from egnn_fast.backends import BackendError, info, use_backend
+    from egnn_fast.budget import set_activation_budget
     from egnn_fast.functional import egcl, egcl_messages
     from egnn_fast.graph import Graph
     from egnn_fast.nn import explain
@@ -23,6 +24,7 @@ __all__ = [
     "egcl",
     "egcl_messages",
     "use_backend",
+    "set_activation_budget",
     "info",
     "explain",
     "BackendError",
@@ -41,6 +43,7 @@ _HOMES = {
     "egcl": "functional",
     "egcl_messages": "functional",
     "use_backend": "backends",
+    "set_activation_budget": "budget",
     "info": "backends",
     "BackendError": "backends",
     "explain": "nn",

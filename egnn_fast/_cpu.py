@@ -54,25 +54,33 @@ def messages_backward(g_m: Tensor | None, g_x: Tensor | None, *args: Any) -> lis
     return [t for t in found if t is not None]
 
 
-def layer(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def layer(*args: Any) -> tuple[Tensor, ...]:
     """``egnn_fast::layer`` on the CPU."""
     record, _keep = _layer_record(args)
     h, x, v = args[:3]
     w1, node_w2 = args[_W1], args[_NODE_W2]
+    carry, size = args[_N_LAYER + 11 :]
     n, dim = x.shape
     has_head = args[_W_X] is not None
     moves = has_head or v is not None
     h_out = h.new_empty((n, node_w2.shape[0]))
     x_out = x.new_empty((n if moves else 0, dim))
-    v_out = x.new_empty((n if args[-1] else 0, dim))
+    v_out = x.new_empty((n if carry else 0, dim))
     m = h.new_empty((n, w1.shape[0]))
     shift = x.new_empty((n if has_head else 0, dim))
+    kept = h.new_empty((size,))
     outputs = (
-        h_out.data_ptr(), x_out.data_ptr() if moves else 0, v_out.data_ptr() if args[-1] else 0,
-        m.data_ptr(), shift.data_ptr(), 0,
+        h_out.data_ptr(), x_out.data_ptr() if moves else 0, v_out.data_ptr() if carry else 0,
+        m.data_ptr(), shift.data_ptr(), kept.data_ptr() if size else 0,
     )  # fmt: skip
     _core().layer_forward(record, outputs)
-    return h_out, x_out, v_out, m, shift
+    return h_out, x_out, v_out, m, shift, kept
+
+
+def layer_kept_size(args: tuple[Any, ...], num_edges: int) -> int:
+    """Elements in which ``egnn_fast::layer``, called with ``args``, can keep its activations."""
+    record, _keep = _layer_record(args)
+    return int(_core().layer_kept_size(record, num_edges))
 
 
 def layer_backward(
@@ -81,12 +89,15 @@ def layer_backward(
     g_v: Tensor | None,
     m: Tensor,
     shift: Tensor,
+    kept: Tensor,
     *args: Any,
 ) -> list[Tensor]:
     """``egnn_fast::layer_backward`` on the CPU."""
     record, _keep = _layer_record(args)
-    cotangents = _contiguous((g_h, g_x, g_v, m, shift))
+    cotangents = _contiguous((g_h, g_x, g_v, m, shift, kept))
     given = _addresses(cotangents)
+    if not kept.numel():
+        given[5] = 0
     found = _empty_gradients(args[:_N_LAYER], args[-1])
     places = _addresses(found)
     # what the cotangents do not reach is not written; one without elements reaches nothing
@@ -96,7 +107,7 @@ def layer_backward(
         if tensor is not None:
             tensor.zero_()
             places[k] = 0
-    _core().layer_backward(record, [*given, 0], places)
+    _core().layer_backward(record, given, places)
     return [t for t in found if t is not None]
 
 

@@ -92,9 +92,9 @@ def layer(edge_pass: EdgePass) -> Callable[..., list[Tensor]]:
     """
 
     def double_backward(cotangents: Sequence[Tensor | None], *args: Any) -> list[Tensor]:
-        g_out, inputs = args[:3], args[5 : 5 + _N_LAYER]  # two kept outputs between them
-        graph = Graph(*args[5 + _N_LAYER : 9 + _N_LAYER])
-        *scalars, scale, residual, _carry, needed, needed2 = args[9 + _N_LAYER :]
+        g_out, inputs = args[:3], args[6 : 6 + _N_LAYER]  # three kept outputs between them
+        graph = Graph(*args[6 + _N_LAYER : 10 + _N_LAYER])
+        *scalars, scale, residual, _carry, _kept, needed, needed2 = args[10 + _N_LAYER :]
         spread = iter(cotangents)
         towards = [next(spread) if n else None for n in needed]
         with _autograd(inputs[0].device.type):

@@ -126,19 +126,19 @@ class Operator:
         return self.double_backward_op(list(args[:n_cotangents]), *args[n_cotangents:])
 
     def _autograd(self, *args: Any) -> tuple[Tensor, ...]:
-        run = self.function.apply if _wants_grad(*args) else self.function.forward
+        run = self.function.apply if wants_grad(*args) else self.function.forward
         return run(*args)
 
     def _backward_autograd(self, *args: Any) -> list[Tensor]:
         function = self.backward_function
-        return list((function.apply if _wants_grad(*args) else function.forward)(*args))
+        return list((function.apply if wants_grad(*args) else function.forward)(*args))
 
     def _double_backward_autograd(
         self, cotangents: Sequence[Tensor | None], *args: Any
     ) -> list[Tensor]:
         function = self.double_backward_function
         flat = (len(cotangents), *cotangents, *args)
-        return list((function.apply if _wants_grad(*flat) else function.forward)(*flat))
+        return list((function.apply if wants_grad(*flat) else function.forward)(*flat))
 
     def _backward_fake(self, *args: Any) -> list[Tensor]:
         first = self.outputs + self.kept
@@ -158,6 +158,16 @@ def transformable(function: type[torch.autograd.Function], operator: Any, *args:
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     return operator(*args)
+
+
+def transforming() -> bool:
+    """Whether the program is being traced or transformed, not just run."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def _first_order(operator: Operator) -> type[_Function]:
@@ -263,7 +273,8 @@ def _empty_like(tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Tenso
     return [t.new_empty(t.shape) for t, need in zip(tensors, needed, strict=True) if need]
 
 
-def _wants_grad(*args: Any) -> bool:
+def wants_grad(*args: Any) -> bool:
+    """Whether a derivative may be asked for with respect to one of the tensors among ``args``."""
     # a forward-mode tangent must meet its Function too, which refuses it
     return forward_ad._current_level >= 0 or (
         torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)

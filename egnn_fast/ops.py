@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from egnn_fast import _cpu, _double_backward, _sorting
+from egnn_fast.budget import activation_budget
 from egnn_fast.graph import Graph, check_count, check_edge_count, check_index_range
-from egnn_fast.operators import Operator, Tensors, lib
+from egnn_fast.operators import Operator, Tensors, lib, transforming, wants_grad
 from egnn_fast.options import EdgeWeights, LayerWeights, Options
 
 _GRAPH = "Tensor rowptr, Tensor? senders, Tensor? perm, Tensor? first"
@@ -84,7 +85,7 @@ def _layer_reached(needed: Sequence[bool], cotangents: Tensors, inputs: Tensors)
 
 def _layer_fake(h: Tensor, x: Tensor, v: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     weights = LayerWeights(*rest[4 : 4 + len(LayerWeights._fields)])
-    carry = rest[-1]
+    carry, kept = rest[-2:]
     n, dim = x.shape
     hidden, out = weights.edge_w1.shape[0], weights.node_w2.shape[0]
     has_head = weights.coord_w2 is not None
@@ -95,6 +96,7 @@ def _layer_fake(h: Tensor, x: Tensor, v: Tensor | None, *rest: Any) -> tuple[Ten
         x.new_empty((n if carry else 0, dim)),
         h.new_empty((n, hidden)),
         x.new_empty((n if has_head else 0, dim)),
+        h.new_empty((kept,)),
     )
 
 
@@ -136,9 +138,10 @@ def messages(
 
 _layer = Operator(
     "layer",
-    f"{_schema(LAYER_DIFF)}, {_GRAPH}, {_OPTIONS}, float coord_scale, bool residual, bool carry",
+    f"{_schema(LAYER_DIFF)}, {_GRAPH}, {_OPTIONS}, float coord_scale, bool residual, bool carry, "
+    "SymInt kept",
     outputs=3,
-    kept=2,
+    kept=3,
     n_diff=len(LAYER_DIFF),
     n_tensors=len(LAYER_DIFF) + 4,
     fake=_layer_fake,
@@ -170,11 +173,24 @@ def layer(
     nothing moves, v unless ``carry``.
     """
     tensors = [h, x, v, edge_attr, edge_mask, node_attr, coord_weight, *weights]
-    h_out, x_out, v_out, _, _ = _layer(
+    args = (
         *_uncast(x, tensors), *_graph_tensors(graph), *_scalars(options),
         options.coord_scale, residual, carry,
     )  # fmt: skip
+    h_out, x_out, v_out, *_ = _layer(*args, _kept_size(args, graph))
     return h_out, x_out, v_out
+
+
+def _kept_size(args: tuple[Any, ...], graph: Graph) -> int:
+    """Elements in which a layer's call keeps its activations for the backward; 0: none."""
+    budget = 0 if transforming() else activation_budget()
+    tensors = args[: len(LAYER_DIFF)]
+    # a subclass (a fake one, say) has no memory to keep anything in
+    plain = all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    if not budget or not plain or args[0].device.type != "cpu" or not wants_grad(*tensors):
+        return 0
+    size = _cpu.layer_kept_size((*args, 0), graph.num_edges)
+    return size if size * args[0].element_size() <= budget else 0
 
 
 def norm_code(options: Options) -> float:
