@@ -17,19 +17,19 @@ namespace egnn {
 // Tasks are ranges of edges (or nodes) whose bounds depend on the problem alone: so do the orders
 // of the sums, and with them the bits of the result, whatever the number of threads.
 constexpr int64_t kTaskEdges = 480;
-constexpr int64_t kTargetTasks = 16;  // a small problem is still split for several threads
+constexpr int64_t kSplit = 16;  // a small problem is still split for several threads
 constexpr int64_t kMaxForwardTasks = 8192;
 // tasks in flight backward: bounded by the memory for their gradients
-constexpr int64_t kWaveTasks = 32;
-constexpr int64_t kWaveBytes = int64_t{24} << 20;
+constexpr int64_t kWaveTasks = 16;
+constexpr int64_t kWaveBytes = int64_t{12} << 20;
 
 inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 inline int64_t divide_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
 
-// Edges (or nodes) of a task: whole blocks.
-inline int64_t task_length(int64_t count) {
-  const int64_t wanted = round_up(divide_up(count, kTargetTasks), kBlockEdges);
-  return std::clamp<int64_t>(wanted, kBlockEdges, kTaskEdges);
+// Tasks for so many edges (or nodes): each a run of whole blocks.
+inline int64_t task_count(int64_t count) {
+  const int64_t blocks = divide_up(count, kBlockEdges);
+  return std::max(divide_up(blocks, kTaskEdges / kBlockEdges), std::min(blocks, kSplit));
 }
 
 template <class T>
@@ -114,30 +114,30 @@ class Packing {
 template <class T>
 struct WeightSums {
   int64_t size = 0;       // 0: nobody asked
-  T* per_task = nullptr;  // [wave][size]
+  bool complete = true;   // whether the tasks write each element, or leave some that mean 0
+  T* per_task = nullptr;  // [slots][size]
   double* total = nullptr;
 
   static constexpr int64_t kSlice = 2048;
   int64_t slices() const { return divide_up(size, kSlice); }
 
-  void reserve(Workspace& ws, int64_t wave) {
-    per_task = ws.take<T>(wave * size);
+  void reserve(Workspace& ws, int64_t slots) {
+    per_task = ws.take<T>(slots * size);
     total = ws.take<double>(size);
   }
 
   T* accumulator(int64_t slot) const {
     if (size == 0) return nullptr;
     T* sums = per_task + slot * size;
-    std::memset(sums, 0, size * sizeof(T));
+    if (!complete) std::memset(sums, 0, size * sizeof(T));
     return sums;
   }
 
-  void add(int64_t slice, int64_t tasks) const {
-    const int64_t to = std::min((slice + 1) * kSlice, size);
-    for (int64_t slot = 0; slot < tasks; ++slot) {
-      const T* sums = per_task + slot * size;
-      for (int64_t c = slice * kSlice; c < to; ++c) total[c] += static_cast<double>(sums[c]);
-    }
+  // The tasks' accumulators from `slot` on to the total, which the first ones (fresh) overwrite.
+  void add(const KernelTable<T>& kernels, int64_t slice, int64_t slot, int64_t tasks,
+           bool fresh) const {
+    kernels.add_sums(per_task + slot * size, size, tasks, slice * kSlice,
+                     std::min((slice + 1) * kSlice, size), fresh, total);
   }
 
   // A padded [rows, ld] piece to where the caller wants it (rows `stride` apart); absent: nobody

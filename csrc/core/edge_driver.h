@@ -69,10 +69,11 @@ void pack_edge_weights(const Args& a, Problem<T>& p, bool backward, Packing<T>& 
   p.w3_backward = packing.matrix(in<T>(a.w3), h, h, h, false);
 }
 
-// Adds the rows that tasks share, in the order of the tasks.
+// Adds the rows that tasks share, in the order of the tasks: those in slots [first, last).
 template <class T>
-void add_partials(const Problem<T>& p, int64_t tasks, T* features, int64_t stride, T* coords) {
-  for (int64_t slot = 0; slot < tasks; ++slot) {
+void add_partials(const Problem<T>& p, int64_t first, int64_t last, T* features, int64_t stride,
+                  T* coords) {
+  for (int64_t slot = first; slot < last; ++slot) {
     for (int k = 0; k < 2; ++k) {
       const int64_t row = p.partial_rows[slot].row[k];
       if (row < 0) continue;
@@ -92,26 +93,24 @@ class EdgeForward {
  public:
   EdgeForward(const KernelTable<T>& kernels, Problem<T>& p, int threads)
       : kernels_(kernels), p_(p), threads_(threads) {
-    p.task_edges =
-        std::max(task_length(p.edges), round_up(divide_up(p.edges, kMaxForwardTasks), kBlockEdges));
-    tasks_ = divide_up(p.edges, p.task_edges);
+    p.tasks = std::min(task_count(p.edges), kMaxForwardTasks);
     scratch_size_ = round_up(kernels.forward_scratch(p), 16);
   }
 
   void reserve(Workspace& ws) {
-    p_.partials = ws.take<T>(2 * tasks_ * p_.partial_size);
-    p_.partial_rows = ws.take<PartialRows>(tasks_);
+    p_.partials = ws.take<T>(2 * p_.tasks * p_.partial_size);
+    p_.partial_rows = ws.take<PartialRows>(p_.tasks);
     scratch_ = ws.take<T>(threads_ * scratch_size_);
   }
 
   void add_to(Schedule& schedule) {
     add_zero(schedule, p_.m, p_.nodes * p_.hidden);
     if (p_.head) add_zero(schedule, p_.shift, p_.nodes * p_.dim);
-    schedule.add(tasks_, [this](int64_t task, int worker) {
+    schedule.add(p_.tasks, [this](int64_t task, int worker) {
       kernels_.forward_task(p_, task, scratch_ + worker * scratch_size_);
     });
     schedule.add(1, [this](int64_t, int) {
-      add_partials(p_, tasks_, p_.m, p_.hidden, p_.head ? p_.shift : static_cast<T*>(nullptr));
+      add_partials(p_, 0, p_.tasks, p_.m, p_.hidden, p_.head ? p_.shift : static_cast<T*>(nullptr));
     });
   }
 
@@ -119,36 +118,44 @@ class EdgeForward {
   const KernelTable<T>& kernels_;
   Problem<T>& p_;
   int threads_;
-  int64_t tasks_, scratch_size_;
+  int64_t scratch_size_;
   T* scratch_ = nullptr;
 };
 
 // The caller has set the cotangents and the gradients wanted; weight gradients stay in `sums`.
+//
+// Tasks go in waves, for the memory of their per-edge gradients. There are two such memories: while
+// the tasks of a wave run, what the wave before left is collected, so that few threads wait.
 template <class T>
 class EdgeBackward {
  public:
   EdgeBackward(const KernelTable<T>& kernels, Problem<T>& p, int threads)
       : kernels_(kernels), p_(p), threads_(threads) {
-    p.task_edges = task_length(p.edges);
+    p.tasks = task_count(p.edges);
     p.at = kernels.weight_offsets(p);
     sums.size = p.needs_weights ? p.at.size : 0;
+    sums.complete = p.needs_w2 && p.needs_first_weights && (p.needs_w_g || !p.attention) &&
+                    ((p.needs_w3 && p.needs_w_x) || !p.head);
     // without a cotangent all gradients are zero
-    tasks_ = p.g_m == nullptr && p.g_shift == nullptr ? 0 : divide_up(p.edges, p.task_edges);
+    nothing_ = p.edges == 0 || (p.g_m == nullptr && p.g_shift == nullptr);
     scratch_size_ = round_up(kernels.backward_scratch(p), 16);
     const int64_t bytes_per_task =
-        static_cast<int64_t>(sizeof(T)) * (p.at.size + p.task_edges * (p.ld + p.dim));
-    const int64_t fitting = std::max<int64_t>(kWaveBytes / bytes_per_task, 2 * threads);
-    wave_ = std::min({tasks_, fitting, std::max<int64_t>(kWaveTasks, 2 * threads)});
+        static_cast<int64_t>(sizeof(T)) * (p.at.size + kTaskEdges * (p.ld + p.dim));
+    const int64_t fitting = std::max<int64_t>(kWaveBytes / bytes_per_task, threads);
+    wave_ = std::min({p.tasks, fitting, std::max<int64_t>(kWaveTasks, 4 * threads)});
+    slots_ = std::min(p.tasks, 2 * wave_);
+    choose_ranges();
   }
 
   void reserve(Workspace& ws) {
-    p_.partials = ws.take<T>(2 * wave_ * p_.partial_size);
-    p_.partial_rows = ws.take<PartialRows>(wave_);
-    sums.reserve(ws, wave_);
-    p_.g_z1 = ws.take<T>(wave_ * p_.task_edges * p_.ld);
-    p_.g_d = ws.take<T>(wave_ * p_.task_edges * p_.dim);
-    p_.sender_keys = ws.take<uint32_t>(2 * wave_ * p_.task_edges);
-    p_.sender_places = ws.take<uint16_t>(2 * wave_ * p_.task_edges);
+    const int64_t edges = slots_ > wave_ ? slots_ * kTaskEdges : p_.edges;
+    p_.partials = ws.take<T>(2 * slots_ * p_.partial_size);
+    p_.partial_rows = ws.take<PartialRows>(slots_);
+    sums.reserve(ws, slots_);
+    g_z1_ = ws.take<T>(edges * p_.ld);
+    g_d_ = ws.take<T>(edges * p_.dim);
+    range_starts_ = ws.take<uint16_t>(slots_ * (p_.sender_ranges + 1));
+    range_edges_ = ws.take<uint16_t>(edges);
     T* sent = ws.take<T>(p_.g_coords != nullptr ? p_.nodes * p_.dim : 0);
     p_.g_coords_sent = p_.g_coords != nullptr ? sent : nullptr;
     scratch_ = ws.take<T>(threads_ * scratch_size_);
@@ -158,36 +165,76 @@ class EdgeBackward {
     add_zero(schedule, p_.g_pq, p_.nodes * p_.pq_stride);
     add_zero(schedule, p_.g_coords, p_.nodes * p_.dim);
     add_zero(schedule, p_.g_coords_sent, p_.nodes * p_.dim);
-    add_zero(schedule, sums.total, sums.size);
-    if (tasks_ == 0) {
+    if (nothing_) {
+      add_zero(schedule, sums.total, sums.size);
       add_zero(schedule, p_.g_edge_attr, p_.edges * p_.attrs);
       add_zero(schedule, p_.g_edge_mask, p_.edges);
+      return;
     }
-    for (int64_t begin = 0; begin < tasks_; begin += wave_) add_wave(schedule, begin);
+    int64_t before = 0;
+    for (int64_t begin = 0; begin < p_.tasks; begin += wave_) {
+      add_step(schedule, begin, begin - before);
+      before = begin;
+    }
+    add_step(schedule, p_.tasks, p_.tasks - before);
     if (p_.g_coords == nullptr) return;
-    schedule.add(1, [this](int64_t, int) {
-      for (int64_t k = 0; k < p_.nodes * p_.dim; ++k) p_.g_coords[k] += p_.g_coords_sent[k];
+    constexpr int64_t kPiece = 1 << 14;
+    const int64_t count = p_.nodes * p_.dim;
+    schedule.add(divide_up(count, kPiece), [this, count](int64_t piece, int) {
+      const int64_t end = std::min(count, (piece + 1) * kPiece);
+      for (int64_t k = piece * kPiece; k < end; ++k) p_.g_coords[k] += p_.g_coords_sent[k];
     });
   }
 
   WeightSums<T> sums;
 
  private:
-  void add_wave(Schedule& schedule, int64_t begin) {
-    const int64_t count = std::min(wave_, tasks_ - begin);
-    schedule.add(count, [this, begin](int64_t k, int worker) {
-      kernels_.backward_task(p_, begin, begin + k, sums.accumulator(k),
-                             scratch_ + worker * scratch_size_);
-    });
+  // Ranges of senders of a power of two, a few for each thread.
+  void choose_ranges() {
+    const int64_t wanted = std::min<int64_t>(kMaxSenderRanges, 16 * threads_);
+    const int64_t last = std::max<int64_t>(p_.nodes, 1) - 1;
+    p_.sender_shift = 0;
+    while ((last >> p_.sender_shift) >= wanted) ++p_.sender_shift;
+    p_.sender_ranges = static_cast<int>(last >> p_.sender_shift) + 1;
+  }
+
+  Wave<T> wave_at(int64_t task) const {
+    const int64_t half = task / wave_ % 2;
+    const int64_t edges = half * wave_ * kTaskEdges;
+    Wave<T> w;
+    w.first_task = task;
+    w.tasks = std::min(wave_, p_.tasks - task);
+    w.slots = half * wave_;
+    w.g_z1 = g_z1_ + edges * p_.ld;
+    w.g_d = g_d_ + edges * p_.dim;
+    w.range_starts = range_starts_ + w.slots * (p_.sender_ranges + 1);
+    w.range_edges = range_edges_ + edges;
+    return w;
+  }
+
+  // Runs the wave that begins with task `begin` (none: p.tasks) and collects the one before it, of
+  // `collected` tasks.
+  void add_step(Schedule& schedule, int64_t begin, int64_t collected) {
+    const int64_t count = std::min(wave_, p_.tasks - begin);
     const bool senders = p_.g_pq != nullptr || p_.g_coords != nullptr;
-    const int64_t ranges = senders ? std::min<int64_t>(p_.nodes, 8 * threads_) : 0;
-    schedule.add(ranges + sums.slices() + 1, [this, begin, count, ranges](int64_t k, int) {
+    const int64_t ranges = senders && collected > 0 ? p_.sender_ranges : 0;
+    const int64_t collecting = collected > 0 ? ranges + 1 + sums.slices() : 0;
+    schedule.add(count + collecting, [this, begin, collected, count, ranges](int64_t k,
+                                                                             int worker) {
+      if (k < count) {
+        const Wave<T> wave = wave_at(begin);
+        kernels_.backward_task(p_, wave, begin + k, sums.accumulator(wave.slots + k),
+                               scratch_ + worker * scratch_size_);
+        return;
+      }
+      k -= count;
+      const Wave<T> wave = wave_at(begin - collected);
       if (k < ranges) {
-        kernels_.sender_sums(p_, begin, count, p_.nodes * k / ranges, p_.nodes * (k + 1) / ranges);
+        kernels_.sender_sums(p_, wave, k);
       } else if (k == ranges) {
-        add_partials(p_, count, p_.g_pq, p_.pq_stride, p_.g_coords);
+        add_partials(p_, wave.slots, wave.slots + collected, p_.g_pq, p_.pq_stride, p_.g_coords);
       } else {
-        sums.add(k - ranges - 1, count);
+        sums.add(kernels_, k - ranges - 1, wave.slots, collected, begin == collected);
       }
     });
   }
@@ -195,8 +242,10 @@ class EdgeBackward {
   const KernelTable<T>& kernels_;
   Problem<T>& p_;
   int threads_;
-  int64_t tasks_, wave_, scratch_size_;
-  T* scratch_ = nullptr;
+  bool nothing_;
+  int64_t wave_, slots_, scratch_size_;
+  T *scratch_ = nullptr, *g_z1_ = nullptr, *g_d_ = nullptr;
+  uint16_t *range_starts_ = nullptr, *range_edges_ = nullptr;
 };
 
 // Which gradients an edge pass is to find; the caller sets g_m, g_shift and g_pq.

@@ -88,36 +88,84 @@ void pack_backward(const LayerArgs& a, NodeProblem<T>& n, Packing<T>& packing) {
   n.w_v_back = packing.matrix(in<T>(a.vel_w1), n.in, n.hidden, n.in, false);
 }
 
+// The nodes of a task among `tasks`, in whole blocks.
+inline int64_t node_begin(int64_t nodes, int64_t tasks, int64_t task) {
+  return std::min(nodes, divide_up(nodes, kBlockEdges) * task / tasks * kBlockEdges);
+}
+
+template <class Body>
+void for_node_blocks(int64_t nodes, int64_t tasks, int64_t task, const Body& body) {
+  const int64_t last = node_begin(nodes, tasks, task + 1);
+  for (int64_t begin = node_begin(nodes, tasks, task); begin < last; begin += kBlockEdges) {
+    body(begin, std::min<int64_t>(begin + kBlockEdges, last));
+  }
+}
+
 // A step that runs body(begin, end, worker) over blocks of nodes.
 template <class Body>
 void add_node_blocks(Schedule& schedule, int64_t nodes, const Body& body) {
-  const int64_t length = task_length(nodes);
-  schedule.add(divide_up(nodes, length), [=](int64_t task, int worker) {
-    const int64_t last = std::min(nodes, (task + 1) * length);
-    for (int64_t begin = task * length; begin < last; begin += kBlockEdges) {
-      body(begin, std::min<int64_t>(begin + kBlockEdges, last), worker);
-    }
+  const int64_t tasks = task_count(nodes);
+  schedule.add(tasks, [=](int64_t task, int worker) {
+    for_node_blocks(nodes, tasks, task,
+                    [&](int64_t begin, int64_t end) { body(begin, end, worker); });
   });
 }
 
-// The same with a weight accumulator a task, body(begin, end, worker, accumulator): steps for each
-// wave of tasks. `sums` must outlive the schedule.
+// Accumulators are large beside a block of nodes: fewer tasks than for edges.
+inline int64_t node_tasks(int64_t nodes) {
+  const int64_t blocks = divide_up(nodes, kBlockEdges);
+  return std::max(divide_up(blocks, kTaskEdges / kBlockEdges), std::min(blocks, kSplit / 2));
+}
+
+// The same with a weight accumulator a task, body(begin, end, worker, accumulator, fresh): steps
+// for each wave of tasks. `sums` must outlive the schedule.
 template <class T, class Body>
-void add_node_sums(Schedule& schedule, int64_t nodes, int64_t wave, const WeightSums<T>& sums,
-                   const Body& body) {
-  const int64_t length = task_length(nodes), tasks = divide_up(nodes, length);
-  add_zero(schedule, sums.total, sums.size);
+void add_node_sums(Schedule& schedule, const KernelTable<T>& kernels, int64_t nodes, int64_t wave,
+                   const WeightSums<T>& sums, const Body& body) {
+  const int64_t tasks = node_tasks(nodes);
+  if (tasks == 0) add_zero(schedule, sums.total, sums.size);
   for (int64_t first = 0; first < tasks; first += wave) {
     const int64_t count = std::min(wave, tasks - first);
     schedule.add(count, [=, &sums](int64_t k, int worker) {
       T* accumulator = sums.accumulator(k);
-      const int64_t last = std::min(nodes, (first + k + 1) * length);
-      for (int64_t begin = (first + k) * length; begin < last; begin += kBlockEdges) {
-        body(begin, std::min<int64_t>(begin + kBlockEdges, last), worker, accumulator);
-      }
+      bool fresh = sums.complete;
+      for_node_blocks(nodes, tasks, first + k, [&](int64_t begin, int64_t end) {
+        body(begin, end, worker, accumulator, fresh);
+        fresh = false;
+      });
     });
-    schedule.add(sums.slices(), [=, &sums](int64_t k, int) { sums.add(k, count); });
+    schedule.add(sums.slices(), [=, &kernels, &sums](int64_t k, int) {
+      sums.add(kernels, k, 0, count, first == 0);
+    });
   }
+}
+
+// The kept buffer: P and Q, the outputs of phi_h's, phi_v's, phi_e's and phi_x's linears that an
+// activation follows. Rows have the widths of the kernels; spare rows follow each part.
+template <class T>
+struct Kept {
+  int64_t pq, z_h, z_v, z2, z3, size;
+
+  Kept(int64_t nodes, int64_t edges, int64_t ld, bool velocity, bool head) {
+    pq = 0;
+    z_h = pq + (nodes + kSpareRows) * 2 * ld;
+    z_v = z_h + (nodes + kSpareRows) * ld;
+    z2 = z_v + (velocity ? (nodes + kSpareRows) * ld : 0);
+    z3 = z2 + (edges + kSpareRows) * ld;
+    size = z3 + (head ? (edges + kSpareRows) * ld : 0);
+  }
+};
+
+template <class T>
+void use_kept(const LayerArgs& a, Problem<T>& p, NodeProblem<T>& n) {
+  if (a.kept == 0) return;
+  const Kept<T> at(n.nodes, p.edges, p.ld, n.velocity, p.head);
+  T* kept = out<T>(a.kept);
+  n.pq = kept + at.pq;
+  n.z_h = kept + at.z_h;
+  n.z_v = n.velocity ? kept + at.z_v : nullptr;
+  p.z2 = kept + at.z2;
+  p.z3 = p.head ? kept + at.z3 : nullptr;
 }
 
 template <class T>
@@ -140,11 +188,12 @@ void run_forward(const LayerArgs& a) {
     Packing<T> packing(kernels, ws);
     pack_edge_weights(edge, p, false, packing);
     pack_forward(a, n, packing);
-    n.pq = ws.take<T>((n.nodes + kSpareRows) * p.pq_stride);
+    n.pq = ws.take<T>(a.kept == 0 ? (n.nodes + kSpareRows) * p.pq_stride : 0);
     scratch = ws.take<T>(threads * scratch_size);
     pass.reserve(ws);
     if (last) packing.add_to(schedule);
   });
+  use_kept(a, p, n);
   p.pq = n.pq;
   add_node_blocks(schedule, n.nodes, [&](int64_t begin, int64_t end, int worker) {
     kernels.node_pq(n, begin, end, scratch + worker * scratch_size);
@@ -235,11 +284,13 @@ void run_backward(const LayerArgs& a) {
   want_gradients(edge, a.g_w1 != 0, p);
   EdgeBackward<T> pass(kernels, p, threads);
 
+  const bool has_pq = a.kept != 0;
   WeightSums<T> update, first;
   update.size = n.needs_weights ? n.at_update.size : 0;
   first.size = needs_first_weights ? n.at_pq.size : 0;
-  const int64_t node_wave = std::min(divide_up(n.nodes, task_length(n.nodes)),
-                                     std::max<int64_t>(kWaveTasks, 2 * threads));
+  update.complete = n.g_h_out != nullptr && (moves || !n.velocity);
+  const int64_t node_wave =
+      std::min(node_tasks(n.nodes), std::max<int64_t>(2 * kWaveTasks, 4 * threads));
   const int64_t scratch_size = round_up(kernels.node_scratch(n), 16);
   T *scratch = nullptr, *g_m = nullptr, *g_shift = nullptr;
   Workspace ws;
@@ -249,7 +300,7 @@ void run_backward(const LayerArgs& a) {
     pack_edge_weights(edge, p, true, packing);
     pack_forward(a, n, packing);
     pack_backward(a, n, packing);
-    n.pq = ws.take<T>((n.nodes + kSpareRows) * p.pq_stride);
+    n.pq = ws.take<T>(has_pq ? 0 : (n.nodes + kSpareRows) * p.pq_stride);
     n.g_pq = ws.take<T>((n.nodes + kSpareRows) * p.pq_stride);
     g_m = ws.take<T>(n.nodes * n.hidden);
     g_shift = ws.take<T>(n.nodes * n.dim);
@@ -259,6 +310,7 @@ void run_backward(const LayerArgs& a) {
     pass.reserve(ws);
     if (last) packing.add_to(schedule);
   });
+  use_kept(a, p, n);
   n.g_m = g_m;
   n.g_shift = g_shift;
   p.pq = n.pq;
@@ -266,17 +318,18 @@ void run_backward(const LayerArgs& a) {
   p.g_shift = p.g_shift != nullptr ? g_shift : nullptr;
   p.g_pq = p.g_pq != nullptr ? n.g_pq : nullptr;
 
-  add_node_sums(schedule, n.nodes, node_wave, update,
-                [&](int64_t begin, int64_t end, int worker, T* sums) {
+  add_node_sums(schedule, kernels, n.nodes, node_wave, update,
+                [&](int64_t begin, int64_t end, int worker, T* sums, bool fresh) {
                   T* own = scratch + worker * scratch_size;
-                  kernels.node_pq(n, begin, end, own);
-                  kernels.node_update_back(n, begin, end, own, sums);
+                  if (!has_pq) kernels.node_pq(n, begin, end, own);
+                  kernels.node_update_back(n, begin, end, own, sums, fresh);
                 });
   pass.add_to(schedule);
   if (needs_pq) {
-    add_node_sums(schedule, n.nodes, node_wave, first,
-                  [&](int64_t begin, int64_t end, int worker, T* sums) {
-                    kernels.node_pq_back(n, begin, end, scratch + worker * scratch_size, sums);
+    add_node_sums(schedule, kernels, n.nodes, node_wave, first,
+                  [&](int64_t begin, int64_t end, int worker, T* sums, bool fresh) {
+                    kernels.node_pq_back(n, begin, end, scratch + worker * scratch_size, sums,
+                                         fresh);
                   });
   }
   if (p.g_coords != nullptr && n.g_x_out != nullptr) {
@@ -296,7 +349,14 @@ void run_backward(const LayerArgs& a) {
 
 }  // namespace
 
-int64_t layer_kept_size(const LayerArgs&, int64_t) { return 0; }
+int64_t layer_kept_size(const LayerArgs& a, int64_t num_edges) {
+  const auto size = [&](const auto& kernels, auto zero) {
+    using T = decltype(zero);
+    const int64_t ld = round_up(a.hidden, kernels.width);
+    return Kept<T>(a.num_nodes, num_edges, ld, a.vel_b2 != 0, a.w_x != 0).size;
+  };
+  return a.is_double ? size(kernel_table<double>(), 0.0) : size(kernel_table<float>(), 0.0f);
+}
 
 void layer_forward(const LayerArgs& args) {
   args.is_double ? run_forward<double>(args) : run_forward<float>(args);

@@ -2,7 +2,7 @@
 // in CONTRIBUTING.md, "The algorithm").
 #pragma once
 
-#include "block.h"
+#include "forward.h"
 
 namespace egnn {
 namespace EGNN_ISA {
@@ -13,7 +13,7 @@ inline WeightOffsets weight_offsets(const Problem<T>& p) {
   WeightOffsets at;
   at.w2 = 0;
   at.w3 = at.w2 + matrix;
-  at.b2 = at.w3 + matrix;
+  at.b2 = at.w3 + (p.head ? matrix : 0);
   at.b3 = at.b2 + p.ld;
   at.w_x = at.b3 + p.ld;
   at.w_g = at.w_x + p.ld;
@@ -37,7 +37,7 @@ struct Tiles {
   T* m;          // the message: gate * mask * n (n itself where both are 1)
   T *a3, *g_z3;  // the head's activation; w_x * derivative, then g_z3
   T* g_m;        // gradient of the message
-  T *d, *g_d;    // coordinate differences and their gradients, [rows, D]
+  T *d, *g_d;    // coordinate differences and their gradients, by component
 
   Tiles(const Problem<T>& p, T* scratch) {
     Carver<T> carve{scratch};
@@ -50,51 +50,54 @@ struct Tiles {
   }
 };
 
-// Runs the block forward, keeping what the way back needs; returns the message's tile.
+// Runs the block forward, keeping what the way back needs; returns the message's tile. `edge` is
+// the block's first.
 template <class T, int act>
-inline const T* recompute(const Problem<T>& p, Block<T>& blk, Tiles<T>& t) {
+inline const T* recompute(const Problem<T>& p, int64_t edge, Block<T>& blk, Tiles<T>& t) {
   const int count = blk.count, ld = p.ld, vectors = p.vectors;
   const T slope = p.slope;
-  const bool scaled = p.attention || p.edge_mask != nullptr;
   first_layer<T, act, true>(p, blk, t.a1, t.d1);
-  gemm(t.a1, ld, count, p.w2_forward, p.hidden, vectors, Start::kBias, p.b2, t.n, ld);
+  const T* z2 = p.z2 != nullptr ? p.z2 + edge * ld : t.n;
+  if (p.z2 == nullptr) {
+    gemm(t.a1, ld, count, p.w2_forward, p.hidden, vectors, Start::kBias, p.b2, t.n, ld);
+  }
+  RowParts<T> parts;
   for (int b = 0; b < count; ++b) {
-    T *n = t.n + b * ld, *d2 = t.d2 + b * ld, *m = t.m + b * ld;
     Vec<T> logit{};
     for (int v = 0; v < vectors; ++v) {
-      const int column = v * kWidth<T>;
+      const int64_t at = b * ld + v * kWidth<T>;
       Vec<T> value, derivative;
-      activate_both<T, act>(load(n + column), slope, value, derivative);
-      store(n + column, value);
-      store(d2 + column, derivative);
-      if (scaled) logit += value * load(p.w_g + column);
+      activate_both<T, act>(load(z2 + at), slope, value, derivative);
+      store(t.n + at, value);
+      store(t.d2 + at, derivative);
+      if (p.attention) logit += value * load(p.w_g + v * kWidth<T>);
     }
-    if (!scaled) continue;
-    if (p.attention) blk.gate[b] = sigmoid_scalar(horizontal_sum<T>(logit) + p.b_g);
-    const T factor = blk.gate[b] * blk.mask[b];
-    for (int v = 0; v < vectors; ++v) {
-      store(m + v * kWidth<T>, load(n + v * kWidth<T>) * factor);
-    }
+    if (p.attention) parts.row[b] = logit;
   }
+  const bool scaled = p.attention || p.edge_mask != nullptr;
+  if (p.attention) make_gates(p, blk, parts);
+  if (scaled) scale_messages(p, blk, t.n, t.m);
   const T* message = scaled ? t.m : t.n;
   if (p.g_shift == nullptr) return message;
 
-  gemm(message, ld, count, p.w3_forward, p.hidden, vectors, Start::kBias, p.b3, t.a3, ld);
+  const T* z3 = p.z3 != nullptr ? p.z3 + edge * ld : t.a3;
+  if (p.z3 == nullptr) {
+    gemm(message, ld, count, p.w3_forward, p.hidden, vectors, Start::kBias, p.b3, t.a3, ld);
+  }
   for (int b = 0; b < count; ++b) {
-    T *a3 = t.a3 + b * ld, *g_z3 = t.g_z3 + b * ld;
     Vec<T> sum{};
     for (int v = 0; v < vectors; ++v) {
-      const int column = v * kWidth<T>;
-      const Vec<T> w = load(p.w_x + column);
+      const int64_t at = b * ld + v * kWidth<T>;
+      const Vec<T> w = load(p.w_x + v * kWidth<T>);
       Vec<T> value, derivative;
-      activate_both<T, act>(load(a3 + column), slope, value, derivative);
-      store(a3 + column, value);
-      store(g_z3 + column, derivative * w);
+      activate_both<T, act>(load(z3 + at), slope, value, derivative);
+      store(t.a3 + at, value);
+      store(t.g_z3 + at, derivative * w);
       sum += value * w;
     }
-    const T s = horizontal_sum<T>(sum);
-    blk.s[b] = p.tanh ? tanh_scalar(s) : s;
+    parts.row[b] = sum;
   }
+  make_heads(p, blk, parts);
   return message;
 }
 
@@ -103,31 +106,64 @@ inline const T* recompute(const Problem<T>& p, Block<T>& blk, Tiles<T>& t) {
 template <class T>
 inline void back_through_shift(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t, T* g_s,
                                T* g_mask) {
-  for (int b = 0; b < blk.count; ++b) {
-    const T* g_row = p.g_shift + static_cast<int64_t>(blk.receiver[b]) * p.dim;
-    const T* d = t.d + b * p.dim;
-    T* g_d = t.g_d + b * p.dim;
-    const T inverse = blk.inverse_rho[b], s = blk.s[b], mask = blk.mask[b];
-    T g_tanh = 0, along = 0, masked = 0;
-    for (int c = 0; c < p.dim; ++c) {
-      const T u = d[c] * inverse;
-      const T su = s * u;
+  const int count = blk.count;
+  T along[kBlockRows] = {};
+  for (int b = 0; b < count; ++b) g_s[b] = 0;
+  for (int c = 0; c < p.dim; ++c) {
+    const T* d = t.d + c * kBlockRows;
+    T* g_d = t.g_d + c * kBlockRows;
+    T given[kBlockRows];
+    for (int b = 0; b < count; ++b) {
+      given[b] = p.g_shift[static_cast<int64_t>(blk.receiver[b]) * p.dim + c];
+    }
+    for (int b = 0; b < count; ++b) {
+      const T u = d[b] * blk.inverse_rho[b];
+      const T su = blk.s[b] * u;
       // as torch.clamp: the bound itself passes, NaN as well
-      const bool passes = p.clamp == 0 || !(su > p.clamp || su < -p.clamp);
-      const T g_t = passes ? mask * g_row[c] : T(0);
-      masked += g_row[c] * clamp_scalar(su, p.clamp);
-      g_tanh += g_t * u;
-      const T g_u = s * g_t;
-      along += d[c] * g_u;
-      g_d[c] = g_u * inverse;
+      const bool stopped = p.clamp != 0 && (su > p.clamp || su < -p.clamp);
+      const T g_t = stopped ? T(0) : blk.mask[b] * given[b];
+      g_mask[b] += given[b] * clamp_scalar(su, p.clamp);
+      g_s[b] += g_t * u;
+      const T g_u = blk.s[b] * g_t;
+      along[b] += d[b] * g_u;
+      g_d[b] = g_u * blk.inverse_rho[b];
     }
-    if (p.norm > 0 && blk.r[b] != 0) {
-      const T factor = along * inverse * inverse / sqrt_scalar(blk.r[b]);
-      for (int c = 0; c < p.dim; ++c) g_d[c] -= factor * d[c];
-    }
-    g_s[b] = p.tanh ? g_tanh * (1 - s * s) : g_tanh;
-    g_mask[b] = masked;
   }
+  if (p.norm > 0) {
+    for (int b = 0; b < count; ++b) {
+      const T inverse = blk.inverse_rho[b];
+      // at distance 0 the norm's gradient is 0
+      const T norm = sqrt_scalar(blk.r[b]);
+      along[b] = norm == 0 ? T(0) : along[b] * inverse * inverse / norm;
+    }
+    for (int c = 0; c < p.dim; ++c) {
+      const int at = c * kBlockRows;
+      for (int b = 0; b < count; ++b) t.g_d[at + b] -= along[b] * t.d[at + b];
+    }
+  }
+  if (!p.tanh) return;
+  for (int b = 0; b < count; ++b) g_s[b] *= 1 - blk.s[b] * blk.s[b];
+}
+
+// g_z3 = g_s * w_x * act'(z3) in its tile, and its sums into the head's weights.
+template <class T>
+inline void back_through_head(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t,
+                              const T* message, const T* g_s, bool fresh, T* sums) {
+  const int count = blk.count, ld = p.ld;
+  for (int v = 0; v < p.vectors; ++v) {
+    const int column = v * kWidth<T>;
+    Vec<T> bias{}, last{};
+    for (int b = 0; b < count; ++b) {
+      const Vec<T> g = load(t.g_z3 + b * ld + column) * g_s[b];
+      store(t.g_z3 + b * ld + column, g);
+      bias += g;
+      last += load(t.a3 + b * ld + column) * g_s[b];
+    }
+    if (p.needs_w3) add_to_sums(sums + p.at.b3 + column, fresh, bias);
+    if (p.needs_w_x) add_to_sums(sums + p.at.w_x + column, fresh, last);
+  }
+  if (!p.needs_w3) return;
+  weight_gemm(t.g_z3, ld, message, ld, count, p.hidden, p.vectors, fresh, sums + p.at.w3, ld);
 }
 
 // The gradient of the message, g_m = gM_i + W3^T g_z3, into t.g_m.
@@ -154,50 +190,98 @@ inline void message_gradient(const Problem<T>& p, const Block<T>& blk, Tiles<T>&
 // From the gradient of the message to g_z2, in t.d2: mask, gate and second activation.
 template <class T>
 inline void back_to_second(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t, T* g_mask,
-                           T* sums) {
+                           bool fresh, T* sums) {
   const int count = blk.count, ld = p.ld, vectors = p.vectors;
   message_gradient(p, blk, t);
-  const bool gated = p.attention || p.g_edge_mask != nullptr;
-  for (int b = 0; b < count; ++b) {
-    const T *g_m = t.g_m + b * ld, *n = t.n + b * ld;
-    T* d2 = t.d2 + b * ld;
-    const T gate = blk.gate[b], factor = gate * blk.mask[b];
-    T g_logit = 0;
-    if (gated) {
-      const T q = dot(g_m, n, vectors);
+  T g_logit[kBlockRows], factor[kBlockRows];
+  for (int b = 0; b < count; ++b) factor[b] = blk.gate[b] * blk.mask[b];
+  if (p.attention || p.g_edge_mask != nullptr) {
+    RowParts<T> parts;
+    for (int b = 0; b < count; ++b) {
+      Vec<T> sum{};
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t at = b * ld + v * kWidth<T>;
+        sum += load(t.g_m + at) * load(t.n + at);
+      }
+      parts.row[b] = sum;
+    }
+    parts.sum(count, g_logit);
+    for (int b = 0; b < count; ++b) {
+      const T gate = blk.gate[b], q = g_logit[b];
       g_mask[b] += gate * q;
-      if (p.attention) g_logit = blk.mask[b] * q * gate * (1 - gate);
+      g_logit[b] = blk.mask[b] * q * gate * (1 - gate);
     }
-    for (int v = 0; v < vectors; ++v) {
-      const int column = v * kWidth<T>;
-      Vec<T> g = load(g_m + column) * factor;
-      if (p.attention) g += g_logit * load(p.w_g + column);
-      store(d2 + column, g * load(d2 + column));
-    }
-    if (!p.needs_w_g) continue;
-    T* w_g = sums + p.at.w_g;
-    for (int v = 0; v < vectors; ++v) {
-      const int column = v * kWidth<T>;
-      store(w_g + column, load(w_g + column) + g_logit * load(n + column));
-    }
-    sums[p.at.b_g] += g_logit;
   }
+  for (int v = 0; v < vectors; ++v) {
+    const int column = v * kWidth<T>;
+    Vec<T> bias{}, gate_weight{};
+    for (int b = 0; b < count; ++b) {
+      const int64_t at = b * ld + column;
+      Vec<T> g = load(t.g_m + at) * factor[b];
+      if (p.attention) {
+        g += g_logit[b] * load(p.w_g + column);
+        gate_weight += g_logit[b] * load(t.n + at);
+      }
+      g *= load(t.d2 + at);
+      store(t.d2 + at, g);
+      bias += g;
+    }
+    if (p.needs_w2) add_to_sums(sums + p.at.b2 + column, fresh, bias);
+    if (p.needs_w_g) add_to_sums(sums + p.at.w_g + column, fresh, gate_weight);
+  }
+  if (!p.needs_w_g) return;
+  T gate_bias = fresh ? T(0) : sums[p.at.b_g];
+  for (int b = 0; b < count; ++b) gate_bias += g_logit[b];
+  sums[p.at.b_g] = gate_bias;
 }
 
-// Back through the first linear: g_z1 [count, ld] is at hand; its sums to receivers, to the
-// distance and to the attributes.
+// g_z1 = t.g_m * act'(z1) into its place, its sums to receivers and into w_r, and the gradient of
+// the squared distance, w_r . g_z1, into g_r.
+template <class T>
+inline void back_to_first(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t, T* g_z1, T* g_r,
+                          bool fresh, T* sums, RowSink<T>& sink) {
+  const int count = blk.count, ld = p.ld;
+  RowParts<T> parts;
+  for (int b = 0; b < count; ++b) parts.row[b] = Vec<T>{};
+  for (int v = 0; v < p.vectors; ++v) {
+    const int column = v * kWidth<T>;
+    const Vec<T> w_r = load(p.w_r + column);
+    const int lanes_used = p.hidden - column < kWidth<T> ? p.hidden - column : kWidth<T>;
+    Vec<T> distance{};
+    for_each_run(blk, [&](int64_t row, int begin, int end) {
+      Vec<T> sum{};
+      for (int b = begin; b < end; ++b) {
+        const int64_t at = b * ld + column;
+        const Vec<T> g = load(t.g_m + at) * load(t.d1 + at);
+        store(g_z1 + at, g);
+        sum += g;
+        distance += g * blk.r[b];
+        parts.row[b] += g * w_r;
+      }
+      if (p.g_pq == nullptr) return;
+      T* aside = sink.aside(row, 0);
+      T* out = (aside != nullptr ? aside : p.g_pq + row * p.pq_stride) + column;
+      if (lanes_used == kWidth<T>) {
+        store(out, load(out) + sum);
+      } else {
+        store_part(out, load_part(out, lanes_used) + sum, lanes_used);
+      }
+    });
+    if (p.needs_first_weights) add_to_sums(sums + p.at.w_r + column, fresh, distance);
+  }
+  if (p.g_coords != nullptr) parts.sum(count, g_r);
+}
+
+// From g_z1 to the attributes and the coordinates; g_d_out [count, D].
 template <class T>
 inline void back_to_inputs(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t, const T* g_z1,
-                           T* g_d_out, T* sums, RowSink<T>& sink) {
+                           const T* g_r, T* g_d_out, bool fresh, T* sums, RowSink<T>& sink) {
   const int count = blk.count, ld = p.ld, vectors = p.vectors;
-  if (p.g_pq != nullptr) sum_to_receivers(p, blk, g_z1, p.g_pq, p.pq_stride, sink);
-  if (p.needs_first_weights) {
-    add_columns(g_z1, ld, blk.r, count, vectors, sums + p.at.w_r);
-    for (int k = 0; k < p.attrs; ++k) {
-      T column[kBlockRows];
-      for (int b = 0; b < count; ++b) column[b] = blk.attr[b][k];
-      add_columns(g_z1, ld, column, count, vectors, sums + p.at.w_a + static_cast<int64_t>(k) * ld);
-    }
+  for (int k = 0; k < p.attrs && p.needs_first_weights; ++k) {
+    T column[kBlockRows];
+    for (int b = 0; b < count; ++b) column[b] = blk.attr[b][k];
+    add_columns(g_z1, ld, static_cast<const T*>(column), count, vectors, fresh,
+                sums + p.at.w_a + static_cast<int64_t>(k) * ld);
   }
   if (p.g_edge_attr != nullptr) {
     for (int b = 0; b < count; ++b) {
@@ -206,111 +290,83 @@ inline void back_to_inputs(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t
       }
     }
   }
-  if (p.g_coords != nullptr) {
+  if (p.g_coords == nullptr) return;
+  const bool head = p.g_shift != nullptr;
+  for (int c = 0; c < p.dim; ++c) {
+    const int at = c * kBlockRows;
     for (int b = 0; b < count; ++b) {
-      const T twice = 2 * dot(g_z1 + b * ld, p.w_r, vectors);
-      for (int c = 0; c < p.dim; ++c) {
-        const T through_r = twice * t.d[b * p.dim + c];
-        const T direct = p.g_shift != nullptr ? t.g_d[b * p.dim + c] : T(0);
-        g_d_out[b * p.dim + c] = direct + through_r;
-      }
+      const T through_r = 2 * g_r[b] * t.d[at + b];
+      t.g_d[at + b] = head ? t.g_d[at + b] + through_r : through_r;
     }
-    sum_coords(p, blk, g_d_out, p.g_coords, sink);
+    for (int b = 0; b < count; ++b) g_d_out[b * p.dim + c] = t.g_d[at + b];
   }
+  sum_coords(p, blk, t.g_d, p.g_coords, sink);
 }
 
+// `fresh`: the task's first block, which writes the sums rather than adding to them.
 template <class T, int act>
-inline void backward_block(const Problem<T>& p, Block<T>& blk, Tiles<T>& t, T* g_z1, T* g_d,
-                           T* sums, RowSink<T>& sink) {
+inline void backward_block(const Problem<T>& p, int64_t edge, Block<T>& blk, Tiles<T>& t, T* g_z1,
+                           T* g_d, bool fresh, T* sums, RowSink<T>& sink) {
   const int count = blk.count, ld = p.ld;
-  T g_s[kBlockRows], g_mask[kBlockRows] = {};
-  const T* message = recompute<T, act>(p, blk, t);
+  T g_s[kBlockRows], g_r[kBlockRows], g_mask[kBlockRows] = {};
+  const T* message = recompute<T, act>(p, edge, blk, t);
   if (p.g_shift != nullptr) {
     back_through_shift(p, blk, t, g_s, g_mask);
-    for (int b = 0; b < count; ++b) {
-      for (int v = 0; v < p.vectors; ++v) {
-        T* place = t.g_z3 + b * ld + v * kWidth<T>;
-        store(place, load(place) * g_s[b]);
-      }
-    }
-    if (p.needs_w3) {
-      weight_gemm(t.g_z3, ld, message, ld, count, p.hidden, p.vectors, sums + p.at.w3, ld);
-      add_columns(t.g_z3, ld, kNone<T>, count, p.vectors, sums + p.at.b3);
-    }
-    if (p.needs_w_x)
-      add_columns(t.a3, ld, static_cast<const T*>(g_s), count, p.vectors, sums + p.at.w_x);
+    back_through_head(p, blk, t, message, g_s, fresh, sums);
   }
-  back_to_second(p, blk, t, g_mask, sums);
+  back_to_second(p, blk, t, g_mask, fresh, sums);
   if (p.g_edge_mask != nullptr) {
     for (int b = 0; b < count; ++b) p.g_edge_mask[blk.edge[b]] = g_mask[b];
   }
   if (p.needs_w2) {
-    weight_gemm(t.d2, ld, t.a1, ld, count, p.hidden, p.vectors, sums + p.at.w2, ld);
-    add_columns(t.d2, ld, kNone<T>, count, p.vectors, sums + p.at.b2);
+    weight_gemm(t.d2, ld, t.a1, ld, count, p.hidden, p.vectors, fresh, sums + p.at.w2, ld);
   }
   if (!p.needs_first) return;
 
-  // g_m's tile is free again; g_z1's own place has no rows to spare
+  // g_m's tile is free again
   gemm(t.d2, ld, count, p.w2_backward, p.hidden, p.vectors, Start::kZero, kNone<T>, t.g_m, ld);
-  for (int64_t k = 0; k < static_cast<int64_t>(count) * ld; k += kWidth<T>) {
-    store(g_z1 + k, load(t.g_m + k) * load(t.d1 + k));
-  }
-  back_to_inputs(p, blk, t, g_z1, g_d, sums, sink);
+  back_to_first(p, blk, t, g_z1, g_r, fresh, sums, sink);
+  back_to_inputs(p, blk, t, g_z1, g_r, g_d, fresh, sums, sink);
 }
 
-// Sorts the task's edges by sender, stably: bytes of the key from the lowest up.
-inline void sort_senders(const int32_t* senders, int count, int64_t nodes, uint32_t* keys,
-                         uint16_t* places, uint32_t* spare_keys, uint16_t* spare_places) {
-  for (int k = 0; k < count; ++k) {
-    keys[k] = static_cast<uint32_t>(senders[k]);
-    places[k] = static_cast<uint16_t>(k);
+// The task's edges by range of senders, in their order within each.
+template <class T>
+inline void group_senders(const Problem<T>& p, int64_t begin, int count, uint16_t* starts,
+                          uint16_t* edges) {
+  const int32_t* senders = p.senders + begin;
+  uint16_t next[kMaxSenderRanges + 1] = {};
+  for (int k = 0; k < count; ++k) ++next[(senders[k] >> p.sender_shift) + 1];
+  for (int r = 0; r < p.sender_ranges; ++r) {
+    next[r + 1] = static_cast<uint16_t>(next[r + 1] + next[r]);
+    starts[r] = next[r];
   }
-  uint32_t *from = keys, *to = spare_keys;
-  uint16_t *from_place = places, *to_place = spare_places;
-  for (int shift = 0; (nodes - 1) >> shift > 0; shift += 8) {
-    uint32_t start[257] = {};
-    for (int k = 0; k < count; ++k) ++start[((from[k] >> shift) & 255) + 1];
-    for (int k = 0; k < 256; ++k) start[k + 1] += start[k];
-    for (int k = 0; k < count; ++k) {
-      const uint32_t place = start[(from[k] >> shift) & 255]++;
-      to[place] = from[k];
-      to_place[place] = from_place[k];
-    }
-    uint32_t* const swap = from;
-    from = to;
-    to = swap;
-    uint16_t* const swap_place = from_place;
-    from_place = to_place;
-    to_place = swap_place;
-  }
-  if (from == keys) return;
+  starts[p.sender_ranges] = static_cast<uint16_t>(count);
   for (int k = 0; k < count; ++k) {
-    keys[k] = from[k];
-    places[k] = from_place[k];
+    edges[next[senders[k] >> p.sender_shift]++] = static_cast<uint16_t>(k);
   }
 }
 
 template <class T, int act>
-inline void backward_task(const Problem<T>& p, int64_t wave_begin, int64_t task, T* sums,
+inline void backward_task(const Problem<T>& p, const Wave<T>& wave, int64_t task, T* sums,
                           T* scratch) {
   Tiles<T> tiles(p, scratch);
   Block<T> blk;
-  const int64_t slot = task - wave_begin;
-  const int64_t begin = task * p.task_edges;
-  const int64_t end = begin + p.task_edges < p.edges ? begin + p.task_edges : p.edges;
+  const int64_t slot = task - wave.first_task;
+  const int64_t first = p.task_begin(wave.first_task);
+  const int64_t begin = p.task_begin(task), end = p.task_begin(task + 1);
   if ((p.g_pq != nullptr || p.g_coords != nullptr) && p.senders != nullptr) {
-    uint32_t* keys = p.sender_keys + slot * 2 * p.task_edges;
-    uint16_t* places = p.sender_places + slot * 2 * p.task_edges;
-    sort_senders(p.senders + begin, static_cast<int>(end - begin), p.nodes, keys, places,
-                 keys + p.task_edges, places + p.task_edges);
+    group_senders(p, begin, static_cast<int>(end - begin),
+                  wave.range_starts + slot * (p.sender_ranges + 1),
+                  wave.range_edges + (begin - first));
   }
-  RowSink<T> sink(p, slot, begin, end);
+  RowSink<T> sink(p, wave.slots + slot, begin, end);
   int64_t row = find_row(p.rowptr, p.nodes, begin);
   for (int64_t e = begin; e < end; e += kBlockEdges) {
     const int count = static_cast<int>(end - e < kBlockEdges ? end - e : kBlockEdges);
-    const int64_t place = slot * p.task_edges + (e - begin);
+    const int64_t place = e - first;
     gather_block(p, e, count, row, blk, tiles.d);
-    backward_block<T, act>(p, blk, tiles, p.g_z1 + place * p.ld, p.g_d + place * p.dim, sums, sink);
+    backward_block<T, act>(p, e, blk, tiles, wave.g_z1 + place * p.ld, wave.g_d + place * p.dim,
+                           e == begin, sums, sink);
   }
 }
 

@@ -25,6 +25,8 @@ struct Block {
   const T* attr[kBlockRows];
 };
 
+// Coordinates of a block lie by component: component c of row b at c * kBlockRows + b.
+
 // Hands out scratch memory in pieces aligned to a vector.
 template <class T>
 struct Carver {
@@ -59,7 +61,7 @@ EGNN_INLINE void prefetch_sender(const Problem<T>& p, const Block<T>& blk, int b
   for (int c = 0; c < p.hidden; c += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(row + c);
 }
 
-// Fills indices, mask and geometry of edges [begin, begin + count); `row` walks along. d [rows, D].
+// Fills indices, mask and geometry of edges [begin, begin + count); `row` walks along.
 template <class T>
 inline void gather_block(const Problem<T>& p, int64_t begin, int count, int64_t& row, Block<T>& blk,
                          T* d) {
@@ -88,7 +90,7 @@ inline void gather_block(const Problem<T>& p, int64_t begin, int count, int64_t&
     T r = 0;
     for (int c = 0; c < p.dim; ++c) {
       const T diff = xi[c] - xj[c];
-      d[b * p.dim + c] = diff;
+      d[c * kBlockRows + b] = diff;
       r += diff * diff;
     }
     blk.r[b] = r;
@@ -145,9 +147,27 @@ EGNN_INLINE T dot(const T* a, const T* b, int vectors) {
   return horizontal_sum<T>(sum);
 }
 
-// out += the sum over `rows` rows of factor[row] * tile[row]; factor null: 1
+// A vector for each row of a block, to be summed over its lanes.
 template <class T>
-inline void add_columns(const T* tile, int64_t ld, const T* factor, int rows, int vectors, T* out) {
+struct RowParts {
+  Vec<T> row[kBlockRows];
+
+  // out [count rounded up to a vector]
+  EGNN_INLINE void sum(int count, T* out) const {
+    for (int b = 0; b < count; b += kWidth<T>) lane_sums<T>(row + b, out + b);
+  }
+};
+
+// out [columns] = (fresh) or += acc
+template <class T>
+EGNN_INLINE void add_to_sums(T* out, bool fresh, Vec<T> acc) {
+  store(out, fresh ? acc : load(out) + acc);
+}
+
+// out = (fresh) or += the sum over `rows` rows of factor[row] * tile[row]; factor null: 1
+template <class T>
+inline void add_columns(const T* tile, int64_t ld, const T* factor, int rows, int vectors,
+                        bool fresh, T* out) {
   for (int v = 0; v < vectors; ++v) {
     const int column = v * kWidth<T>;
     Vec<T> acc{};  // of this block alone: fewer roundings than one running sum
@@ -155,7 +175,7 @@ inline void add_columns(const T* tile, int64_t ld, const T* factor, int rows, in
       const Vec<T> value = load(tile + b * ld + column);
       acc += factor != nullptr ? value * factor[b] : value;
     }
-    store(out + column, load(out + column) + acc);
+    add_to_sums(out + column, fresh, acc);
   }
 }
 
@@ -234,15 +254,17 @@ inline void sum_to_receivers(const Problem<T>& p, const Block<T>& blk, const T* 
   });
 }
 
-// The same for D components an edge.
+// The same for coordinates, by component.
 template <class T>
 inline void sum_coords(const Problem<T>& p, const Block<T>& blk, const T* t, T* out,
                        RowSink<T>& sink) {
   for_each_run(blk, [&](int64_t row, int b, int end) {
     T* aside = sink.aside(row, p.hidden);
     T* place = aside != nullptr ? aside : out + row * p.dim;
-    for (int k = b; k < end; ++k) {
-      for (int c = 0; c < p.dim; ++c) place[c] += t[k * p.dim + c];
+    for (int c = 0; c < p.dim; ++c) {
+      T sum = 0;
+      for (int k = b; k < end; ++k) sum += t[c * kBlockRows + k];
+      place[c] += sum;
     }
   });
 }

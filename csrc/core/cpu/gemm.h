@@ -5,7 +5,7 @@
 #pragma once
 
 #include "problem.h"
-#include "simd.h"
+#include "shuffles.h"
 
 namespace egnn {
 namespace EGNN_ISA {
@@ -20,7 +20,7 @@ constexpr int tile_rows() {
 #endif
 }
 
-constexpr int kWeightRows = kPanelVectors == 4 ? 4 : 6;  // tile of the weight gradients
+constexpr int kWeightRows = 6;  // tile of the weight gradients
 
 // Packed layout of a [K, columns] right operand: panels of up to kPanelVectors vectors, each
 // [K][panel width]; columns are rounded up to a whole vector. Element (k, c) is read at
@@ -28,17 +28,31 @@ constexpr int kWeightRows = kPanelVectors == 4 ? 4 : 6;  // tile of the weight g
 template <class T>
 inline void pack_panels(const T* w, int64_t k_stride, int64_t column_stride, int k_count,
                         int columns, T* out) {
+  constexpr int W = kWidth<T>;
   const int vectors = (columns + kWidth<T> - 1) / kWidth<T>;
   for (int v0 = 0; v0 < vectors; v0 += kPanelVectors) {
     const int nv = vectors - v0 < kPanelVectors ? vectors - v0 : kPanelVectors;
-    const int width = nv * kWidth<T>;
-    for (int k = 0; k < k_count; ++k) {
-      for (int c = 0; c < width; ++c) {
-        const int column = v0 * kWidth<T> + c;
-        out[c] = column < columns ? w[k * k_stride + column * column_stride] : T(0);
+    const int width = nv * W;
+    // squares of W x W elements where the rows of a column-major operand are whole
+    const int squares = k_stride == 1 ? k_count / W * W : 0;
+    for (int n = 0; n < nv && squares != 0; ++n) {
+      const int column = (v0 + n) * W;
+      if (column + W > columns) continue;
+      for (int k = 0; k < squares; k += W) {
+        Vec<T> square[W];
+        for (int c = 0; c < W; ++c) square[c] = load(w + k + (column + c) * column_stride);
+        transpose<T>(square);
+        for (int c = 0; c < W; ++c) store(out + (k + c) * width + n * W, square[c]);
       }
-      out += width;
     }
+    const int done = squares == 0 ? 0 : columns / W * W - v0 * W;  // columns of the panel
+    for (int k = 0; k < k_count; ++k) {
+      for (int c = k < squares ? done : 0; c < width; ++c) {
+        const int column = v0 * W + c;
+        out[k * width + c] = column < columns ? w[k * k_stride + column * column_stride] : T(0);
+      }
+    }
+    out += static_cast<int64_t>(k_count) * width;
   }
 }
 
@@ -119,13 +133,15 @@ inline __attribute__((noinline)) void gemm(const T* a, int64_t lda, int rows, co
 }
 
 template <class T, int MR, int NV>
-EGNN_INLINE void weight_tile(const T* g, int64_t ldg, const T* a, int64_t lda, int rows, T* c,
-                             int64_t ldc) {
+EGNN_INLINE void weight_tile(const T* g, int64_t ldg, const T* a, int64_t lda, int rows, bool fresh,
+                             T* c, int64_t ldc) {
   Vec<T> acc[MR][NV];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) acc[m][n] = load(c + m * ldc + n * kWidth<T>);
+    for (int n = 0; n < NV; ++n) {
+      acc[m][n] = fresh ? Vec<T>{} : load(c + m * ldc + n * kWidth<T>);
+    }
   }
   for (int row = 0; row < rows; ++row) {
     Vec<T> right[NV];
@@ -147,17 +163,17 @@ EGNN_INLINE void weight_tile(const T* g, int64_t ldg, const T* a, int64_t lda, i
   }
 }
 
-// c [outputs, vectors] (row stride ldc) += g^T a over `rows` rows. The last tile reads columns of g
-// beyond `outputs` (the row's padding or the next row) into the kWeightRows rows that c has to
-// spare.
+// c [outputs, vectors] (row stride ldc) = (fresh) or += g^T a over `rows` rows. The last tile reads
+// columns of g beyond `outputs` (the row's padding or the next row) into the kWeightRows rows that
+// c has to spare.
 template <class T>
 inline __attribute__((noinline)) void weight_gemm(const T* g, int64_t ldg, const T* a, int64_t lda,
-                                                  int rows, int outputs, int vectors, T* c,
-                                                  int64_t ldc) {
+                                                  int rows, int outputs, int vectors, bool fresh,
+                                                  T* c, int64_t ldc) {
   const auto panel = [&](auto width) {
     constexpr int NV = decltype(width)::value;
     for (int o = 0; o < outputs; o += kWeightRows) {
-      weight_tile<T, kWeightRows, NV>(g + o, ldg, a, lda, rows, c + o * ldc, ldc);
+      weight_tile<T, kWeightRows, NV>(g + o, ldg, a, lda, rows, fresh, c + o * ldc, ldc);
     }
   };
   for (int v0 = 0; v0 < vectors; v0 += kPanelVectors) {

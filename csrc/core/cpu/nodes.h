@@ -14,14 +14,18 @@ inline int64_t node_scratch(const NodeProblem<T>& p) {
          12 * kWidth<T>;
 }
 
-// A block's rows of a [N, columns] array as a tile with padded rows.
+// A block's rows of a [nodes, columns] array as a tile with padded rows: copied to `tile`, or
+// where they lie if they are as good as one there, spare rows included.
 template <class T>
-inline void read_rows(const T* from, int64_t begin, int rows, int columns, int ld, T* tile) {
-  if (columns == 0) return;  // an empty array has no address
+inline const T* read_rows(const T* from, int64_t begin, int rows, int64_t nodes, int columns,
+                          int ld, T* tile) {
+  if (columns == 0) return tile;  // an empty array has no address
+  if (columns == ld && begin + rows + kSpareRows <= nodes) return from + begin * columns;
   for (int b = 0; b < rows; ++b) {
     memcpy(tile + b * ld, from + (begin + b) * columns, columns * sizeof(T));
     for (int c = columns; c < ld; ++c) tile[b * ld + c] = 0;
   }
+  return tile;
 }
 
 template <class T>
@@ -32,18 +36,19 @@ inline void write_rows(const T* tile, int ld, int64_t begin, int rows, int colum
   }
 }
 
+// a = act(z); a may be z
 template <class T, int act>
-inline void activate_rows(T* z, int64_t count, T slope) {
-  for (int64_t k = 0; k < count; k += kWidth<T>) store(z + k, activate<T, act>(load(z + k), slope));
+inline void activate_rows(const T* z, T* a, int64_t count, T slope) {
+  for (int64_t k = 0; k < count; k += kWidth<T>) store(a + k, activate<T, act>(load(z + k), slope));
 }
 
-// z becomes act(z), derivative act'(z)
+// a = act(z), derivative = act'(z)
 template <class T, int act>
-inline void activate_rows(T* z, T* derivative, int64_t count, T slope) {
+inline void activate_rows(const T* z, T* a, T* derivative, int64_t count, T slope) {
   for (int64_t k = 0; k < count; k += kWidth<T>) {
     Vec<T> value, d;
     activate_both<T, act>(load(z + k), slope, value, d);
-    store(z + k, value);
+    store(a + k, value);
     store(derivative + k, d);
   }
 }
@@ -55,17 +60,18 @@ inline void multiply_rows(T* a, const T* b, int64_t count) {
 
 template <class T>
 struct NodeTiles {
-  T *h, *g_h, *spare_in, *m, *z, *d, *g_z, *g_m, *out, *g_out, *attr, *g_attr;
+  T *h_tile, *g_h, *spare_in, *m_tile, *z, *d, *g_z, *g_m, *out, *g_out_tile, *attr_tile, *g_attr;
+  const T *h, *m, *g_out, *attr;  // what was read: the tile or the caller's array
 
   NodeTiles(const NodeProblem<T>& p, T* scratch) {
     Carver<T> carve{scratch};
-    T** const in[] = {&h, &g_h, &spare_in};
+    T** const in[] = {&h_tile, &g_h, &spare_in};
     for (T** tile : in) *tile = carve.take(static_cast<int64_t>(kBlockRows) * p.ld_in);
-    T** const hidden[] = {&m, &z, &d, &g_z, &g_m};
+    T** const hidden[] = {&m_tile, &z, &d, &g_z, &g_m};
     for (T** tile : hidden) *tile = carve.take(static_cast<int64_t>(kBlockRows) * p.ld_hidden);
-    T** const outs[] = {&out, &g_out};
+    T** const outs[] = {&out, &g_out_tile};
     for (T** tile : outs) *tile = carve.take(static_cast<int64_t>(kBlockRows) * p.ld_out);
-    T** const attrs[] = {&attr, &g_attr};
+    T** const attrs[] = {&attr_tile, &g_attr};
     for (T** tile : attrs) *tile = carve.take(static_cast<int64_t>(kBlockRows) * p.ld_attrs);
   }
 };
@@ -75,25 +81,28 @@ inline void node_pq(const NodeProblem<T>& p, int64_t begin, int64_t end, T* scra
   NodeTiles<T> t(p, scratch);
   const int rows = static_cast<int>(end - begin), vectors = p.ld_hidden / kWidth<T>;
   const int64_t stride = 2 * static_cast<int64_t>(p.ld_hidden);
-  read_rows(p.h, begin, rows, p.in, p.ld_in, t.h);
+  t.h = read_rows(p.h, begin, rows, p.nodes, p.in, p.ld_in, t.h_tile);
   T* pq = p.pq + begin * stride;
   gemm(t.h, p.ld_in, rows, p.w_i, p.in, vectors, Start::kBias, p.b1, pq, stride);
   gemm(t.h, p.ld_in, rows, p.w_j, p.in, vectors, Start::kZero, kNone<T>, pq + p.ld_hidden, stride);
 }
 
-// z = the first linear of phi_h on [h ; M ; node_attr]; reads the rows it needs into the tiles.
+// Reads the rows that phi_h takes.
 template <class T>
-inline void node_first(const NodeProblem<T>& p, int64_t begin, int rows, NodeTiles<T>& t) {
+inline void read_inputs(const NodeProblem<T>& p, int64_t begin, int rows, NodeTiles<T>& t) {
+  t.h = read_rows(p.h, begin, rows, p.nodes, p.in, p.ld_in, t.h_tile);
+  t.m = read_rows(p.m, begin, rows, p.nodes, p.hidden, p.ld_hidden, t.m_tile);
+  t.attr = read_rows(p.node_attr, begin, rows, p.nodes, p.attrs, p.ld_attrs, t.attr_tile);
+}
+
+// z = the first linear of phi_h on [h ; M ; node_attr].
+template <class T>
+inline void node_first(const NodeProblem<T>& p, int rows, const NodeTiles<T>& t, T* z) {
   const int vectors = p.ld_hidden / kWidth<T>;
-  read_rows(p.h, begin, rows, p.in, p.ld_in, t.h);
-  read_rows(p.m, begin, rows, p.hidden, p.ld_hidden, t.m);
-  gemm(t.h, p.ld_in, rows, p.w_h, p.in, vectors, Start::kBias, p.node_b1, t.z, p.ld_hidden);
-  gemm(t.m, p.ld_hidden, rows, p.w_m, p.hidden, vectors, Start::kResult, kNone<T>, t.z,
-       p.ld_hidden);
+  gemm(t.h, p.ld_in, rows, p.w_h, p.in, vectors, Start::kBias, p.node_b1, z, p.ld_hidden);
+  gemm(t.m, p.ld_hidden, rows, p.w_m, p.hidden, vectors, Start::kResult, kNone<T>, z, p.ld_hidden);
   if (p.attrs == 0) return;
-  read_rows(p.node_attr, begin, rows, p.attrs, p.ld_attrs, t.attr);
-  gemm(t.attr, p.ld_attrs, rows, p.w_b, p.attrs, vectors, Start::kResult, kNone<T>, t.z,
-       p.ld_hidden);
+  gemm(t.attr, p.ld_attrs, rows, p.w_b, p.attrs, vectors, Start::kResult, kNone<T>, z, p.ld_hidden);
 }
 
 template <class T>
@@ -106,8 +115,10 @@ inline void node_update(const NodeProblem<T>& p, int64_t begin, int64_t end, T* 
   NodeTiles<T> t(p, scratch);
   const int rows = static_cast<int>(end - begin), vectors = p.ld_hidden / kWidth<T>;
   const int64_t count = static_cast<int64_t>(rows) * p.ld_hidden;
-  node_first(p, begin, rows, t);
-  activate_rows<T, act>(t.z, count, p.slope);
+  read_inputs(p, begin, rows, t);
+  T* z = p.z_h != nullptr ? p.z_h + begin * p.ld_hidden : t.z;
+  node_first(p, rows, t, z);
+  activate_rows<T, act>(z, t.z, count, p.slope);
   gemm(t.z, p.ld_hidden, rows, p.w_out, p.hidden, p.ld_out / kWidth<T>, Start::kBias, p.node_b2,
        t.out, p.ld_out);
   if (p.residual) {
@@ -119,8 +130,9 @@ inline void node_update(const NodeProblem<T>& p, int64_t begin, int64_t end, T* 
   if (p.x_out == nullptr) return;
 
   if (p.velocity) {
-    gemm(t.h, p.ld_in, rows, p.w_v, p.in, vectors, Start::kBias, p.vel_b1, t.z, p.ld_hidden);
-    activate_rows<T, act>(t.z, count, p.slope);
+    z = p.z_v != nullptr ? p.z_v + begin * p.ld_hidden : t.z;
+    gemm(t.h, p.ld_in, rows, p.w_v, p.in, vectors, Start::kBias, p.vel_b1, z, p.ld_hidden);
+    activate_rows<T, act>(z, t.z, count, p.slope);
   }
   for (int b = 0; b < rows; ++b) {
     const int64_t at = (begin + b) * p.dim;
@@ -139,24 +151,27 @@ inline void node_update(const NodeProblem<T>& p, int64_t begin, int64_t end, T* 
 // Back through phi_h: t.g_h, t.g_m and t.g_attr get its share.
 template <class T, int act>
 inline void features_back(const NodeProblem<T>& p, int64_t begin, int rows, NodeTiles<T>& t,
-                          T* sums) {
+                          T* sums, bool fresh) {
   const int vectors = p.ld_hidden / kWidth<T>, ld = p.ld_hidden;
-  node_first(p, begin, rows, t);
-  activate_rows<T, act>(t.z, t.d, static_cast<int64_t>(rows) * ld, p.slope);
-  read_rows(p.g_h_out, begin, rows, p.out, p.ld_out, t.g_out);
+  read_inputs(p, begin, rows, t);
+  const T* z = p.z_h != nullptr ? p.z_h + begin * ld : t.z;
+  if (p.z_h == nullptr) node_first(p, rows, t, t.z);
+  activate_rows<T, act>(z, t.z, t.d, static_cast<int64_t>(rows) * ld, p.slope);
+  t.g_out = read_rows(p.g_h_out, begin, rows, p.nodes, p.out, p.ld_out, t.g_out_tile);
   gemm(t.g_out, p.ld_out, rows, p.w_out_back, p.out, vectors, Start::kZero, kNone<T>, t.g_z, ld);
   multiply_rows(t.g_z, t.d, static_cast<int64_t>(rows) * ld);
   if (sums != nullptr) {
     const auto& at = p.at_update;
-    weight_gemm(t.g_out, p.ld_out, t.z, ld, rows, p.out, vectors, sums + at.out, ld);
-    add_columns(t.g_out, p.ld_out, kNone<T>, rows, p.ld_out / kWidth<T>, sums + at.out_bias);
-    weight_gemm(t.g_z, ld, t.h, p.ld_in, rows, p.hidden, p.ld_in / kWidth<T>, sums + at.h, p.ld_in);
-    weight_gemm(t.g_z, ld, t.m, ld, rows, p.hidden, vectors, sums + at.m, ld);
+    weight_gemm(t.g_out, p.ld_out, t.z, ld, rows, p.out, vectors, fresh, sums + at.out, ld);
+    add_columns(t.g_out, p.ld_out, kNone<T>, rows, p.ld_out / kWidth<T>, fresh, sums + at.out_bias);
+    weight_gemm(t.g_z, ld, t.h, p.ld_in, rows, p.hidden, p.ld_in / kWidth<T>, fresh, sums + at.h,
+                p.ld_in);
+    weight_gemm(t.g_z, ld, t.m, ld, rows, p.hidden, vectors, fresh, sums + at.m, ld);
     if (p.attrs != 0) {
-      weight_gemm(t.g_z, ld, t.attr, p.ld_attrs, rows, p.hidden, p.ld_attrs / kWidth<T>,
+      weight_gemm(t.g_z, ld, t.attr, p.ld_attrs, rows, p.hidden, p.ld_attrs / kWidth<T>, fresh,
                   sums + at.b, p.ld_attrs);
     }
-    add_columns(t.g_z, ld, kNone<T>, rows, vectors, sums + at.bias);
+    add_columns(t.g_z, ld, kNone<T>, rows, vectors, fresh, sums + at.bias);
   }
   gemm(t.g_z, ld, rows, p.w_h_back, p.hidden, p.ld_in / kWidth<T>, Start::kZero, kNone<T>, t.g_h,
        p.ld_in);
@@ -182,10 +197,13 @@ EGNN_INLINE T step_gradient(const NodeProblem<T>& p, int64_t place) {
 // Back through phi_v; its share is added to t.g_h.
 template <class T, int act>
 inline void velocity_back(const NodeProblem<T>& p, int64_t begin, int rows, NodeTiles<T>& t,
-                          T* sums) {
+                          T* sums, bool fresh) {
   const int vectors = p.ld_hidden / kWidth<T>, ld = p.ld_hidden;
-  gemm(t.h, p.ld_in, rows, p.w_v, p.in, vectors, Start::kBias, p.vel_b1, t.z, ld);
-  activate_rows<T, act>(t.z, t.d, static_cast<int64_t>(rows) * ld, p.slope);
+  const T* z = p.z_v != nullptr ? p.z_v + begin * ld : t.z;
+  if (p.z_v == nullptr) {
+    gemm(t.h, p.ld_in, rows, p.w_v, p.in, vectors, Start::kBias, p.vel_b1, t.z, ld);
+  }
+  activate_rows<T, act>(z, t.z, t.d, static_cast<int64_t>(rows) * ld, p.slope);
   T g_gate[kBlockRows];
   for (int b = 0; b < rows; ++b) {
     const int64_t at = (begin + b) * p.dim;
@@ -204,10 +222,13 @@ inline void velocity_back(const NodeProblem<T>& p, int64_t begin, int rows, Node
   }
   if (sums != nullptr) {
     const auto& at = p.at_update;
-    add_columns(t.z, ld, static_cast<const T*>(g_gate), rows, vectors, sums + at.vel_w2);
-    for (int b = 0; b < rows; ++b) sums[at.vel_b2] += g_gate[b];
-    weight_gemm(t.g_z, ld, t.h, p.ld_in, rows, p.hidden, p.ld_in / kWidth<T>, sums + at.v, p.ld_in);
-    add_columns(t.g_z, ld, kNone<T>, rows, vectors, sums + at.vel_bias);
+    add_columns(t.z, ld, static_cast<const T*>(g_gate), rows, vectors, fresh, sums + at.vel_w2);
+    T gate_bias = fresh ? T(0) : sums[at.vel_b2];
+    for (int b = 0; b < rows; ++b) gate_bias += g_gate[b];
+    sums[at.vel_b2] = gate_bias;
+    weight_gemm(t.g_z, ld, t.h, p.ld_in, rows, p.hidden, p.ld_in / kWidth<T>, fresh, sums + at.v,
+                p.ld_in);
+    add_columns(t.g_z, ld, kNone<T>, rows, vectors, fresh, sums + at.vel_bias);
   }
   gemm(t.g_z, ld, rows, p.w_v_back, p.hidden, p.ld_in / kWidth<T>, Start::kResult, kNone<T>, t.g_h,
        p.ld_in);
@@ -215,17 +236,17 @@ inline void velocity_back(const NodeProblem<T>& p, int64_t begin, int rows, Node
 
 template <class T, int act>
 inline void node_update_back(const NodeProblem<T>& p, int64_t begin, int64_t end, T* scratch,
-                             T* sums) {
+                             T* sums, bool fresh) {
   NodeTiles<T> t(p, scratch);
   const int rows = static_cast<int>(end - begin);
   const bool moves = p.g_x_out != nullptr || p.g_v_out != nullptr;
   if (p.g_h_out != nullptr) {
-    features_back<T, act>(p, begin, rows, t, sums);
+    features_back<T, act>(p, begin, rows, t, sums, fresh);
   } else {
-    read_rows(p.h, begin, rows, p.in, p.ld_in, t.h);
+    t.h = read_rows(p.h, begin, rows, p.nodes, p.in, p.ld_in, t.h_tile);
     memset(t.g_h, 0, static_cast<size_t>(rows) * p.ld_in * sizeof(T));
   }
-  if (moves && p.velocity) velocity_back<T, act>(p, begin, rows, t, sums);
+  if (moves && p.velocity) velocity_back<T, act>(p, begin, rows, t, sums, fresh);
   if (p.needs_h) write_rows(t.g_h, p.ld_in, begin, rows, p.in, p.g_h);
   if (!moves || !p.shifts) return;
   for (int64_t node = begin; node < end; ++node) {
@@ -241,17 +262,20 @@ inline void node_update_back(const NodeProblem<T>& p, int64_t begin, int64_t end
 }
 
 template <class T>
-inline void node_pq_back(const NodeProblem<T>& p, int64_t begin, int64_t end, T* scratch, T* sums) {
+inline void node_pq_back(const NodeProblem<T>& p, int64_t begin, int64_t end, T* scratch, T* sums,
+                         bool fresh) {
   NodeTiles<T> t(p, scratch);
   const int rows = static_cast<int>(end - begin), vectors = p.ld_in / kWidth<T>;
   const int64_t stride = 2 * static_cast<int64_t>(p.ld_hidden);
   const T* g_p = p.g_pq + begin * stride;
   const T* g_q = g_p + p.ld_hidden;
   if (sums != nullptr) {
-    read_rows(p.h, begin, rows, p.in, p.ld_in, t.h);
-    weight_gemm(g_p, stride, t.h, p.ld_in, rows, p.hidden, vectors, sums + p.at_pq.i, p.ld_in);
-    weight_gemm(g_q, stride, t.h, p.ld_in, rows, p.hidden, vectors, sums + p.at_pq.j, p.ld_in);
-    add_columns(g_p, stride, kNone<T>, rows, p.ld_hidden / kWidth<T>, sums + p.at_pq.bias);
+    t.h = read_rows(p.h, begin, rows, p.nodes, p.in, p.ld_in, t.h_tile);
+    weight_gemm(g_p, stride, t.h, p.ld_in, rows, p.hidden, vectors, fresh, sums + p.at_pq.i,
+                p.ld_in);
+    weight_gemm(g_q, stride, t.h, p.ld_in, rows, p.hidden, vectors, fresh, sums + p.at_pq.j,
+                p.ld_in);
+    add_columns(g_p, stride, kNone<T>, rows, p.ld_hidden / kWidth<T>, fresh, sums + p.at_pq.bias);
   }
   if (!p.needs_h) return;
   gemm(g_p, stride, rows, p.w_i_back, p.hidden, vectors, Start::kZero, kNone<T>, t.g_h, p.ld_in);

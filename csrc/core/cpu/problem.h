@@ -12,6 +12,8 @@ constexpr int kBlockEdges = 48;
 constexpr int kSpareRows = 16;
 // Edges of a task are numbered in 16 bits when they are sorted by sender.
 constexpr int64_t kMaxTaskEdges = 65535;
+// Ranges of senders, each collected by one thread.
+constexpr int kMaxSenderRanges = 256;
 
 // A row of sums that a task shares with its neighbours: its row number, or -1.
 struct PartialRows {
@@ -45,7 +47,15 @@ struct Problem {
   T *w2_forward, *w3_forward, *w2_backward, *w3_backward;
   T b_g;
 
-  int64_t task_edges;
+  // Tasks are runs of whole blocks, as even as that allows.
+  int64_t tasks;
+  int64_t task_begin(int64_t task) const {
+    const int64_t blocks = (edges + kBlockEdges - 1) / kBlockEdges;
+    const int64_t begin = blocks * task / tasks * kBlockEdges;
+    return begin < edges ? begin : edges;
+  }
+  // second and third linear's outputs, [E + spare, ld]: written forward, read backward; or null
+  T *z2, *z3;
   // sums of rows shared between tasks: [tasks][2][partial_size], H then D elements
   T* partials;
   PartialRows* partial_rows;
@@ -60,12 +70,20 @@ struct Problem {
   bool needs_first;  // gradients before the first activation
   bool needs_weights, needs_first_weights, needs_w2, needs_w3, needs_w_x, needs_w_g;
   WeightOffsets at;
-  // per task of the tasks in flight (a wave)
-  T* g_z1;                  // [wave][task_edges][ld]
-  T* g_d;                   // [wave][task_edges][D]
-  T* g_coords_sent;         // [N, D]
-  uint32_t* sender_keys;    // [wave][task_edges]: senders, ascending
-  uint16_t* sender_places;  // [wave][task_edges]: the task's edges in that order
+  T* g_coords_sent;  // [N, D]
+  // senders j >> sender_shift are a range
+  int sender_shift, sender_ranges;
+};
+
+// Memory for the tasks in flight backward, a wave of consecutive ones; edges count from its first.
+template <class T>
+struct Wave {
+  int64_t first_task, tasks;
+  int64_t slots;  // the wave's place in Problem::partials
+  T* g_z1;        // [edges, ld]
+  T* g_d;         // [edges, D]
+  // each task's edges by range of senders: [tasks][ranges + 1] and [edges], counted in the task
+  uint16_t *range_starts, *range_edges;
 };
 
 // The rest of a layer around the edge pass: P and Q before it, the updates of nodes after it.
@@ -89,7 +107,9 @@ struct NodeProblem {
   T *w_i, *w_j, *w_h, *w_m, *w_b, *w_out, *w_v;
   T *w_i_back, *w_j_back, *w_h_back, *w_m_back, *w_b_back, *w_out_back, *w_v_back;
 
-  T* pq;         // [N + spare, 2 ld_hidden]
+  T* pq;  // [N + spare, 2 ld_hidden]
+  // the first linears' outputs of phi_h and phi_v, [N + spare, ld_hidden]: as Problem::z2; or null
+  T *z_h, *z_v;
   T *m, *shift;  // the edge pass's sums [N, H], [N, D]
   T *h_out, *x_out, *v_out;
 
@@ -116,18 +136,22 @@ struct KernelTable {
   void (*pack)(const T* w, int64_t k_stride, int64_t column_stride, int k_count, int columns,
                T* out);
   void (*forward_task)(const Problem<T>&, int64_t task, T* scratch);
-  // `wave_begin` is the first task of those in flight
-  void (*backward_task)(const Problem<T>&, int64_t wave_begin, int64_t task, T* sums, T* scratch);
-  // adds what the wave's `tasks` tasks found to senders in [begin, end)
-  void (*sender_sums)(const Problem<T>&, int64_t wave_begin, int64_t tasks, int64_t begin,
-                      int64_t end);
+  void (*backward_task)(const Problem<T>&, const Wave<T>&, int64_t task, T* sums, T* scratch);
+  // adds what the wave's tasks found to the senders of a range
+  void (*sender_sums)(const Problem<T>&, const Wave<T>&, int64_t range);
   WeightOffsets (*weight_offsets)(const Problem<T>&);
   int weight_rows;  // rows that a weight gradient's accumulator has to spare
-  // nodes [begin, end), at most kBlockEdges of them; `sums` is the task's accumulator
+  // total [begin, end) = (fresh) or += the tasks' sums, `stride` apart, in their order
+  void (*add_sums)(const T* sums, int64_t stride, int64_t tasks, int64_t begin, int64_t end,
+                   bool fresh, double* total);
+  // nodes [begin, end), at most kBlockEdges of them; `sums` is the task's accumulator, which a
+  // `fresh` call writes rather than adds to
   void (*node_pq)(const NodeProblem<T>&, int64_t begin, int64_t end, T* scratch);
   void (*node_update)(const NodeProblem<T>&, int64_t begin, int64_t end, T* scratch);
-  void (*node_update_back)(const NodeProblem<T>&, int64_t begin, int64_t end, T* scratch, T* sums);
-  void (*node_pq_back)(const NodeProblem<T>&, int64_t begin, int64_t end, T* scratch, T* sums);
+  void (*node_update_back)(const NodeProblem<T>&, int64_t begin, int64_t end, T* scratch, T* sums,
+                           bool fresh);
+  void (*node_pq_back)(const NodeProblem<T>&, int64_t begin, int64_t end, T* scratch, T* sums,
+                       bool fresh);
   void (*silu)(const T* from, T* to, int64_t count);
 };
 
