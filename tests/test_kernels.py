@@ -23,10 +23,10 @@ from cases import (
 )
 from torch import Tensor
 
-from egnn_fast import Graph, Options, _native, checks, functional
+from egnn_fast import Options, _native, checks, functional
 from egnn_fast._cases import Case, Problem
 from egnn_fast.checks import Row
-from egnn_fast.options import EdgeWeights, LayerWeights
+from egnn_fast.options import LayerWeights
 
 pytestmark = [pytest.mark.native, pytest.mark.usefixtures("one_thread")]
 every_backend = pytest.mark.parametrize("backend", FUSED_BACKENDS)
@@ -334,22 +334,3 @@ def test_finite_through_second_order_at_coincident_points(
         for quantity, tensors in checks.evaluate(case.edge_pass(dtype), backend).items():
             for name, t in tensors.items():
                 assert t.isfinite().all(), f"{quantity}: {name}"
-
-
-def test_more_than_two_to_the_31_elements_of_messages() -> None:
-    """E * H > 2**31: offsets are 64-bit. Checked at receivers before and after that point."""
-    nodes, hidden = 11_600, 16
-    graph = Graph.complete([nodes])
-    assert graph.num_edges * hidden > 2**31
-    p, q, x = torch.randn(nodes, hidden), torch.randn(nodes, hidden), torch.randn(nodes, 1)
-    options = Options(activation="relu", coord_agg=None)
-    weights = EdgeWeights(
-        torch.randn(hidden), None, torch.randn(hidden, hidden), torch.randn(hidden)
-    )
-    m, _ = functional.egcl_messages(p, q, x, graph, weights, options, backend="cpu")
-    for receiver in (0, nodes // 2, nodes - 1):
-        others = torch.arange(nodes) != receiver
-        r = (x[receiver] - x[others]) ** 2
-        z = (p[receiver] + q[others] + r * weights.w_r).relu() @ weights.w2.T + weights.b2
-        right = z.relu().double().sum(0)
-        assert checks.relative_error(m[receiver], right) < 1e-5
