@@ -15,7 +15,7 @@ from egnn_fast import Graph, Options, _double_backward, checks, functional
 from egnn_fast._cases import Case, Problem
 from egnn_fast.options import EdgeWeights, LayerWeights
 
-pytestmark = [pytest.mark.native, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.usefixtures("one_thread")
 every_backend = pytest.mark.parametrize("backend", FUSED_BACKENDS)
 SMALL = Case("small", nodes=4, edges=9, hidden=3, dim=2, attrs=1, mask="soft", features=2)
 

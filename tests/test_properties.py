@@ -20,6 +20,7 @@ from egnn_fast import Graph, Options, _native, checks
 from egnn_fast._cases import ORDERS, Case, Problem
 from egnn_fast.options import ACTIVATIONS, COORD_AGGS
 
+pytestmark = pytest.mark.native
 EXAMPLES = settings.default.max_examples if settings.default is not None else 0
 # Orders of summation, where the usual ones leave a float32 error in doubt.
 MANY_ORDERS = 8 * ORDERS
