@@ -154,7 +154,7 @@ def test_more_threads_than_tasks_in_flight(threads: int, monkeypatch: pytest.Mon
 def test_no_memory_is_an_error_and_leaves_nothing_behind(
     face: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    problem: Problem = getattr(Case("no memory", nodes=5, edges=9, hidden=2000), face)(
+    problem: Problem = getattr(Case("no memory", nodes=5, edges=9, hidden=2500), face)(
         torch.float64
     )
     right = bits(problem)
@@ -163,7 +163,7 @@ def test_no_memory_is_an_error_and_leaves_nothing_behind(
     total = torch.stack([t.sum() for t in out.values()]).sum()
     with monkeypatch.context() as patch:
         # scratch for so many threads is more than there are addresses
-        patch.setattr(torch, "get_num_threads", lambda: 2**27)
+        patch.setattr(torch, "get_num_threads", lambda: 2**26)
         with pytest.raises(MemoryError):
             problem.run(problem.leaves, "cpu", 0)
         with pytest.raises(MemoryError):
