@@ -138,7 +138,7 @@ CASES: tuple[Case, ...] = (
         "layer-64",
         "whole EGCL with its node MLPs, H = 64",
         against=LAYER_PEERS,
-        memory=(FUSED, *EAGER),
+        memory=(FUSED, "official"),
         quick=True,
         goals=(
             Goal(INFERENCE, 8.5, 0.85),
@@ -153,14 +153,14 @@ CASES: tuple[Case, ...] = (
         "whole EGCL with its node MLPs, H = 128",
         hidden=128,
         against=MODEL_PEERS,
-        memory=(FUSED, *EAGER),
+        memory=(FUSED, "official"),
         goals=(Goal(INFERENCE, 7.5, 0.85), Goal(TRAINING, 6.0), Goal(BACKWARD, share=0.75)),
     ),
     Case(
         "layer-64-float64",
         "whole EGCL with its node MLPs, H = 64, double precision",
         dtype="float64",
-        memory=(FUSED, *EAGER),
+        memory=(FUSED, "official"),
         goals=(Goal(INFERENCE, 5.0, 0.80), Goal(TRAINING, 5.0), Goal(BACKWARD, share=0.70)),
     ),
     Case(

@@ -46,7 +46,7 @@ def alternate(
     min_sample : float
         Seconds that a sample lasts at least: short functions run several times in it.
     """
-    counts = {name: _runs_per_sample(run, min_sample) for name, run in runs.items()}
+    counts = {name: runs_per_sample(run, min_sample) for name, run in runs.items()}
     samples: dict[str, list[float]] = {name: [] for name in runs}
     with _no_collection():
         for _ in range(repeats):
@@ -63,7 +63,7 @@ def _timing(samples: list[float], runs: int) -> Timing:
     return Timing(median, low, high, min(samples), len(samples), runs)
 
 
-def _runs_per_sample(run: Callable[[], object], min_sample: float) -> int:
+def runs_per_sample(run: Callable[[], object], min_sample: float = MIN_SAMPLE) -> int:
     """Warm up, and find how many runs a sample needs."""
     run()
     seconds, count = _sample(run, 1), 1

@@ -15,8 +15,8 @@ from egnn_fast.bench.cases import CASES, EAGER, TRAINING, Case
 from egnn_fast.experiments.errors import ExperimentError
 
 _WARM_UP_EDGES = 640
-# what autograd keeps of an edge in an eager layer is 8 H + 9 numbers; the rest comes and goes
-_EAGER_NUMBERS = 13
+# autograd keeps 8 H + 9 numbers of an edge in an eager layer; with what comes and goes, 11 H
+_EAGER_NUMBERS = 11
 
 
 class Memory(NamedTuple):

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from egnn_fast.bench.cases import FUSED, INFERENCE, TRAINING
+from egnn_fast.bench.cases import CASES, FUSED, INFERENCE, TRAINING
 from egnn_fast.bench.results import CaseResult, Results
 from egnn_fast.experiments.io import write_atomic
 
@@ -25,6 +25,9 @@ COLORS = {
 }
 _MARKERS = {INFERENCE: "o", TRAINING: "s"}
 _SERIES = "growth-"
+# layers that differ in their graphs alone; and those too small for a rate to mean anything
+_ALIKE = {c.name for c in CASES if (c.kind, c.hidden, c.dtype) == ("layer", 64, "float32")}
+_TINY = {c.name for c in CASES if c.kind == "overhead"}
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
@@ -70,7 +73,7 @@ def _speed(axes: Axes, results: Results) -> bool:
         for measured in (INFERENCE, TRAINING):
             label = f"{peer}, {measured}"
             drawn |= _against_edges(axes, results, label, peer, measured, rate)
-    axes.set(xlabel="edges", ylabel="edges per second", title="Speed of a layer")
+    axes.set(xlabel="edges", ylabel="edges per second", title="Speed of a layer, H = 64, float32")
     return drawn
 
 
@@ -84,7 +87,7 @@ def _memory(axes: Axes, results: Results) -> bool:
     drawn = False
     for peer in COLORS:
         drawn |= _against_edges(axes, results, peer, peer, TRAINING, peak)
-    title = "Peak extra memory of forward + backward"
+    title = "Peak extra memory of forward + backward, H = 64, float32"
     axes.set(xlabel="edges", ylabel="MB", title=title)
     return drawn
 
@@ -97,9 +100,9 @@ def _against_edges(
     measured: str,
     value: Callable[[CaseResult, str, str], float | None],
 ) -> bool:
-    """Points of single layers of any size, a line through the series; False without any."""
-    single = [result for result in results.cases if result.layers == 1]
-    found = [(result, value(result, peer, measured)) for result in single]
+    """Points of layers with H = 64, a line through the series; False without any."""
+    alike = [result for result in results.cases if result.name in _ALIKE]
+    found = [(result, value(result, peer, measured)) for result in alike]
     points = sorted(
         (result.edges, y, result.name) for result, y in found if y is not None and y > 0
     )
@@ -123,19 +126,20 @@ def _against_edges(
 
 
 def _roofline(axes: Axes, results: Results) -> bool:
-    """GFLOP/s against flop per byte, under the BLAS's rate and the memory's."""
+    """GFLOP/s against flop per byte, under the BLAS's rate, the memory's, and the floor."""
     points = [
         (result, row)
         for result in results.cases
+        if result.name not in _TINY
         for row in result.times
         if row.measured == INFERENCE and row.gflops is not None and row.peer in COLORS
     ]
-    if not points or not results.rates:
+    if not points:
         return False
-    intensity = np.geomspace(0.5, 4 * max(result.flop_per_byte for result, _ in points), 100)
-    for rates, style in zip(results.rates, ("-", "--", ":", "-.") * 4, strict=False):
+    intensity = np.geomspace(1.0, 2 * max(result.flop_per_byte for result, _ in points), 100)
+    for (kind, rates), style in zip(results.rates().items(), ("-", "--", ":", "-."), strict=False):
         ceiling = np.minimum(rates.blas_gflops, rates.copy_gb * intensity)
-        label = f"BLAS and memory, {rates.dtype}, H = {rates.hidden}"
+        label = f"BLAS and memory, {kind[0]}, H = {kind[1]}"
         axes.loglog(intensity, ceiling, style, color="black", linewidth=1, label=label)
     named: set[str] = set()
     for result, row in points:
@@ -148,11 +152,16 @@ def _roofline(axes: Axes, results: Results) -> bool:
             label="_" if row.peer in named else row.peer,
         )
         named.add(row.peer)
+        if row.peer == FUSED and row.floor_share:
+            label = "_" if "floor" in named else "floor: products and SiLU"
+            top = row.gflops / row.floor_share
+            axes.loglog(result.flop_per_byte, top, "_", color="black", ms=12, label=label)
+            named.add("floor")
         if row.peer == FUSED and not result.name.startswith(_SERIES):
             axes.annotate(
                 result.name,
                 (result.flop_per_byte, row.gflops),
-                xytext=(4, 4),
+                xytext=(8, -3),
                 textcoords="offset points",
                 fontsize=7,
             )

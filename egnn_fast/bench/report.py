@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -10,6 +12,8 @@ from rich.text import Text
 from egnn_fast.bench.cases import CASES, FUSED, TRAINING
 from egnn_fast.bench.peers import PEERS
 from egnn_fast.bench.results import CaseResult, Environment, Finding, Results, TimeRow
+
+BUSY = 0.5  # other processes running, on average, that spoil a figure
 
 
 def seconds(value: float) -> str:
@@ -33,9 +37,11 @@ def ratio(value: float) -> str:
 def environment(found: Environment) -> str:
     """One line."""
     commit = "" if found.commit is None else f", commit {found.commit}"
+    busy = found.load is not None and found.load >= BUSY
+    load = f", while other programs ran (load {found.load:.1f})" if busy else ""
     return (
         f"{found.cpu}, {found.instruction_set}, {found.threads} threads, "
-        f"torch {found.torch}, egnn_fast {found.egnn_fast}{commit}, {found.date}"
+        f"torch {found.torch}, egnn_fast {found.egnn_fast}{commit}, {found.date}{load}"
     )
 
 
@@ -54,23 +60,20 @@ def report(results: Results) -> RenderableType:
     """Times, memory, goals, and what was left out."""
     parts: list[RenderableType] = [Text(environment(results.environment)), *_rates(results)]
     parts.append(_times(results))
+    parts += [_failure(result) for result in results.cases if not result.check.passed]
     if results.findings:
         parts.append(_findings(results.findings))
     parts += _notes(results)
     return Group(*parts)
 
 
-def _rates(results: Results) -> list[RenderableType]:
-    lines = []
-    for row in results.rates:
+def _rates(results: Results) -> Iterator[RenderableType]:
+    for (dtype, hidden), row in results.rates().items():
         silu = "unknown" if row.silu_g is None else f"{row.silu_g:.1f} G/s"
-        lines.append(
-            Text(
-                f"floor, {row.dtype}, H = {row.hidden}: products {row.blas_gflops:.0f} GFLOP/s, "
-                f"SiLU {silu}; copy {row.copy_gb:.0f} GB/s"
-            )
+        yield Text(
+            f"floor, {dtype}, H = {hidden}: products {row.blas_gflops:.0f} GFLOP/s, "
+            f"SiLU {silu}; copy {row.copy_gb:.0f} GB/s"
         )
-    return list(lines)
 
 
 def _times(results: Results) -> Table:
@@ -86,9 +89,7 @@ def _times(results: Results) -> Table:
 
 def _case_rows(table: Table, result: CaseResult) -> None:
     if not result.check.passed:
-        error = "not finite" if result.check.error is None else f"{result.check.error:.1e}"
-        what = f"FAILED: {result.check.tensor} is off by {error}, allowed {result.check.bound:.1e}"
-        table.add_row(result.name, Text(what, style="bold red"), FUSED)
+        table.add_row(result.name, Text("not timed", style="bold red"), FUSED)
         return
     named = result.name
     shown: set[str] = set()
@@ -116,6 +117,14 @@ def _time_cells(row: TimeRow) -> tuple[str, ...]:
         "" if row.gflops is None else f"{row.gflops:.3g}",
         "" if row.floor_share is None else f"{row.floor_share:.0%}",
     )
+
+
+def _failure(result: CaseResult) -> Text:
+    """Why a case was not timed."""
+    found = result.check
+    error = "not finite" if found.error is None else f"off by {found.error:.1e}"
+    what = f": {result.name}, {found.tensor} is {error}, allowed {found.bound:.1e}"
+    return Text.assemble(("CHECK FAILED", "bold red"), what)
 
 
 def _peak(result: CaseResult, peer: str) -> str:

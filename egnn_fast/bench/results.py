@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import subprocess
 from dataclasses import asdict, dataclass, field
@@ -24,7 +25,11 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Environment:
-    """Where and with what."""
+    """Where and with what.
+
+    ``load`` is how many processes ran on average in the minute before, where the system tells:
+    figures of a machine that had other work are worth less.
+    """
 
     cpu: str
     instruction_set: str
@@ -35,6 +40,7 @@ class Environment:
     date: str
     system: str
     python: str
+    load: float | None
 
     @classmethod
     def here(cls) -> Environment:
@@ -49,15 +55,14 @@ class Environment:
             date=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
             system=f"{platform.system()} {platform.machine()}",
             python=platform.python_version(),
+            load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         )
 
 
 @dataclass(frozen=True)
 class RateRow:
-    """The rates that a floor was counted with."""
+    """The rates that a case's floor is counted with: the better of before and after it."""
 
-    dtype: str
-    hidden: int
     blas_gflops: float
     silu_g: float | None
     copy_gb: float
@@ -120,6 +125,7 @@ class CaseResult:
     dtype: str
     check: CheckRow
     flop_per_byte: float
+    rates: RateRow | None = None
     times: list[TimeRow] = field(default_factory=list)
     memory: list[MemoryRow] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -159,7 +165,6 @@ class Results:
     environment: Environment
     quick: bool
     repeats: int
-    rates: list[RateRow] = field(default_factory=list)
     cases: list[CaseResult] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
@@ -167,6 +172,16 @@ class Results:
     def passed(self) -> bool:
         """Whether every check did."""
         return all(case.check.passed for case in self.cases)
+
+    def rates(self) -> dict[tuple[str, int], RateRow]:
+        """For each dtype and H, those of the case where the BLAS was fastest."""
+        found: dict[tuple[str, int], RateRow] = {}
+        for case in self.cases:
+            key = (case.dtype, case.hidden)
+            known = found.get(key)
+            if case.rates and (known is None or case.rates.blas_gflops > known.blas_gflops):
+                found[key] = case.rates
+        return found
 
     def to_json(self) -> str:
         """As ``results.json`` holds it."""
@@ -193,7 +208,6 @@ class Results:
             if content.pop("schema") != SCHEMA:
                 raise ValueError("its schema is another one")
             content["environment"] = Environment(**content["environment"])
-            content["rates"] = [RateRow(**row) for row in content["rates"]]
             content["cases"] = [_case(row) for row in content["cases"]]
             for row in content["findings"]:
                 del row["met"]
@@ -205,6 +219,7 @@ class Results:
 
 def _case(content: dict[str, Any]) -> CaseResult:
     content["check"] = CheckRow(**content["check"])
+    content["rates"] = None if content["rates"] is None else RateRow(**content["rates"])
     content["times"] = [TimeRow(**row) for row in content["times"]]
     content["memory"] = [MemoryRow(**row) for row in content["memory"]]
     return CaseResult(**content)

@@ -59,15 +59,13 @@ def run(
     results = Results(Environment.here(), quick, repeats)
     for case in cases:
         tell(f"{case.name}: checking")
-        # the rates first: they are part of what the case's floor is counted with
-        rates = _rates(case, results) if case.passes else None
         result = start(case, quick)
         results.cases.append(result)
         chosen, result.left_out = peers.chosen(case, against, quick)
         if result.check.passed:
-            if rates is not None:
+            if case.passes:
                 tell(f"{case.name}: timing {', '.join(peer.name for peer in chosen)}")
-                _time(case, result, chosen, rates, repeats)
+                _time(case, result, chosen, repeats)
             for name in case.memory:
                 tell(f"{case.name}: memory of {name}")
                 result.memory.append(_memory(case, name))
@@ -98,9 +96,9 @@ def _time(
     case: Case,
     result: CaseResult,
     chosen: Sequence[peers.Peer],
-    rates: floor.Rates,
     repeats: int,
 ) -> None:
+    rates = floor.rates(case.dtype, case.hidden, torch.get_num_threads())
     problem = problems.build(case)
     runners = {}
     for peer in chosen:
@@ -109,15 +107,20 @@ def _time(
             runners[peer.name] = peer.build(problem)
         else:
             result.left_out[peer.name] = reason
+    found: dict[str, dict[str, measure.Timing]] = {}
     for measured in case.passes:
         # the backward alone is there for its share of the floor
         names = [FUSED] if measured == BACKWARD else list(runners)
         functions = {name: runners[name].timed(measured) for name in names}
-        timings = measure.alternate(functions, repeats)
-        result.times += [
-            _row(case, measured, name, timing, timings[FUSED], rates)
-            for name, timing in timings.items()
-        ]
+        found[measured] = measure.alternate(functions, repeats)
+    rates = rates.best(floor.rates(case.dtype, case.hidden, torch.get_num_threads()))
+    silu = None if rates.silu is None else rates.silu / 1e9
+    result.rates = RateRow(rates.blas / 1e9, silu, rates.copy / 1e9)
+    result.times = [
+        _row(case, measured, name, timing, timings[FUSED], rates)
+        for measured, timings in found.items()
+        for name, timing in timings.items()
+    ]
 
 
 def _row(
@@ -146,12 +149,3 @@ def _memory(case: Case, name: str) -> MemoryRow:
     found = memory.peak(case, name, torch.get_num_threads())
     tensors = None if found.peak_bytes is None else found.peak_bytes / case.node_tensor_bytes
     return MemoryRow(name, found.peak_bytes, tensors, found.skipped)
-
-
-def _rates(case: Case, results: Results) -> floor.Rates:
-    rates = floor.rates(case.dtype, case.hidden, torch.get_num_threads())
-    silu = None if rates.silu is None else rates.silu / 1e9
-    row = RateRow(case.dtype, case.hidden, rates.blas / 1e9, silu, rates.copy / 1e9)
-    if row not in results.rates:
-        results.rates.append(row)
-    return rates
