@@ -145,23 +145,40 @@ inline void back_through_shift(const Problem<T>& p, const Block<T>& blk, Tiles<T
   for (int b = 0; b < count; ++b) g_s[b] *= 1 - blk.s[b] * blk.s[b];
 }
 
+// Calls body(first column, panel) for the panels of a row, each with its width in vectors as a
+// constant, so that a panel's sums over rows stay in registers.
+template <class T, class Body>
+EGNN_INLINE void for_panels(int vectors, const Body& body) {
+  for (int v0 = 0; v0 < vectors; v0 += kPanelVectors) {
+    const int nv = vectors - v0 < kPanelVectors ? vectors - v0 : kPanelVectors;
+    for_width(nv, [&](auto width) { body(v0 * kWidth<T>, width); });
+  }
+}
+
 // g_z3 = g_s * w_x * act'(z3) in its tile, and its sums into the head's weights.
 template <class T>
 inline void back_through_head(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t,
                               const T* message, const T* g_s, bool fresh, T* sums) {
   const int count = blk.count, ld = p.ld;
-  for (int v = 0; v < p.vectors; ++v) {
-    const int column = v * kWidth<T>;
-    Vec<T> bias{}, last{};
+  for_panels<T>(p.vectors, [&](int column, auto width) {
+    constexpr int NV = decltype(width)::value;
+    Vec<T> bias[NV] = {}, last[NV] = {};
     for (int b = 0; b < count; ++b) {
-      const Vec<T> g = load(t.g_z3 + b * ld + column) * g_s[b];
-      store(t.g_z3 + b * ld + column, g);
-      bias += g;
-      last += load(t.a3 + b * ld + column) * g_s[b];
+#pragma GCC unroll 4
+      for (int n = 0; n < NV; ++n) {
+        const int64_t at = b * ld + column + n * kWidth<T>;
+        const Vec<T> g = load(t.g_z3 + at) * g_s[b];
+        store(t.g_z3 + at, g);
+        bias[n] += g;
+        last[n] += load(t.a3 + at) * g_s[b];
+      }
     }
-    if (p.needs_w3) add_to_sums(sums + p.at.b3 + column, fresh, bias);
-    if (p.needs_w_x) add_to_sums(sums + p.at.w_x + column, fresh, last);
-  }
+    for (int n = 0; n < NV; ++n) {
+      const int at = column + n * kWidth<T>;
+      if (p.needs_w3) add_to_sums(sums + p.at.b3 + at, fresh, bias[n]);
+      if (p.needs_w_x) add_to_sums(sums + p.at.w_x + at, fresh, last[n]);
+    }
+  });
   if (!p.needs_w3) return;
   weight_gemm(t.g_z3, ld, message, ld, count, p.hidden, p.vectors, fresh, sums + p.at.w3, ld);
 }
@@ -212,23 +229,29 @@ inline void back_to_second(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t
       g_logit[b] = blk.mask[b] * q * gate * (1 - gate);
     }
   }
-  for (int v = 0; v < vectors; ++v) {
-    const int column = v * kWidth<T>;
-    Vec<T> bias{}, gate_weight{};
+  for_panels<T>(vectors, [&](int column, auto width) {
+    constexpr int NV = decltype(width)::value;
+    Vec<T> bias[NV] = {}, gate_weight[NV] = {};
     for (int b = 0; b < count; ++b) {
-      const int64_t at = b * ld + column;
-      Vec<T> g = load(t.g_m + at) * factor[b];
-      if (p.attention) {
-        g += g_logit[b] * load(p.w_g + column);
-        gate_weight += g_logit[b] * load(t.n + at);
+#pragma GCC unroll 4
+      for (int n = 0; n < NV; ++n) {
+        const int64_t at = b * ld + column + n * kWidth<T>;
+        Vec<T> g = load(t.g_m + at) * factor[b];
+        if (p.attention) {
+          g += g_logit[b] * load(p.w_g + column + n * kWidth<T>);
+          gate_weight[n] += g_logit[b] * load(t.n + at);
+        }
+        g *= load(t.d2 + at);
+        store(t.d2 + at, g);
+        bias[n] += g;
       }
-      g *= load(t.d2 + at);
-      store(t.d2 + at, g);
-      bias += g;
     }
-    if (p.needs_w2) add_to_sums(sums + p.at.b2 + column, fresh, bias);
-    if (p.needs_w_g) add_to_sums(sums + p.at.w_g + column, fresh, gate_weight);
-  }
+    for (int n = 0; n < NV; ++n) {
+      const int at = column + n * kWidth<T>;
+      if (p.needs_w2) add_to_sums(sums + p.at.b2 + at, fresh, bias[n]);
+      if (p.needs_w_g) add_to_sums(sums + p.at.w_g + at, fresh, gate_weight[n]);
+    }
+  });
   if (!p.needs_w_g) return;
   T gate_bias = fresh ? T(0) : sums[p.at.b_g];
   for (int b = 0; b < count; ++b) gate_bias += g_logit[b];
@@ -242,33 +265,40 @@ inline void back_to_first(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t,
                           bool fresh, T* sums, RowSink<T>& sink) {
   const int count = blk.count, ld = p.ld;
   RowParts<T> parts;
-  for (int b = 0; b < count; ++b) parts.row[b] = Vec<T>{};
-  for (int v = 0; v < p.vectors; ++v) {
-    const int column = v * kWidth<T>;
-    const Vec<T> w_r = load(p.w_r + column);
-    const int lanes_used = p.hidden - column < kWidth<T> ? p.hidden - column : kWidth<T>;
-    Vec<T> distance{};
+  for_panels<T>(p.vectors, [&](int column, auto width) {
+    constexpr int NV = decltype(width)::value;
+    Vec<T> distance[NV] = {};
     for_each_run(blk, [&](int64_t row, int begin, int end) {
-      Vec<T> sum{};
+      Vec<T> sum[NV] = {};
       for (int b = begin; b < end; ++b) {
-        const int64_t at = b * ld + column;
-        const Vec<T> g = load(t.g_m + at) * load(t.d1 + at);
-        store(g_z1 + at, g);
-        sum += g;
-        distance += g * blk.r[b];
-        parts.row[b] += g * w_r;
+        Vec<T> part = column == 0 ? Vec<T>{} : parts.row[b];
+#pragma GCC unroll 4
+        for (int n = 0; n < NV; ++n) {
+          const int64_t at = b * ld + column + n * kWidth<T>;
+          const Vec<T> g = load(t.g_m + at) * load(t.d1 + at);
+          store(g_z1 + at, g);
+          sum[n] += g;
+          distance[n] += g * blk.r[b];
+          part += g * load(p.w_r + column + n * kWidth<T>);
+        }
+        parts.row[b] = part;
       }
       if (p.g_pq == nullptr) return;
       T* aside = sink.aside(row, 0);
       T* out = (aside != nullptr ? aside : p.g_pq + row * p.pq_stride) + column;
-      if (lanes_used == kWidth<T>) {
-        store(out, load(out) + sum);
-      } else {
-        store_part(out, load_part(out, lanes_used) + sum, lanes_used);
+      for (int n = 0; n < NV; ++n, out += kWidth<T>) {
+        const int lanes_left = p.hidden - column - n * kWidth<T>;
+        if (lanes_left >= kWidth<T>) {
+          store(out, load(out) + sum[n]);
+        } else {
+          store_part(out, load_part(out, lanes_left) + sum[n], lanes_left);
+        }
       }
     });
-    if (p.needs_first_weights) add_to_sums(sums + p.at.w_r + column, fresh, distance);
-  }
+    for (int n = 0; n < NV && p.needs_first_weights; ++n) {
+      add_to_sums(sums + p.at.w_r + column + n * kWidth<T>, fresh, distance[n]);
+    }
+  });
   if (p.g_coords != nullptr) parts.sum(count, g_r);
 }
 
