@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from egnn_fast import checks, ops
+from egnn_fast import checks
 from egnn_fast.bench import cases, check, floor, measure, memory, peers, problems, run
 from egnn_fast.bench.cases import BACKWARD, CASES, FUSED, INFERENCE, STEP, TRAINING, Case
 from egnn_fast.bench.findings import findings
@@ -275,13 +275,14 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nan_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = ops.layer
+    fused = peers.PEERS[FUSED]
 
-    def broken(h: Tensor, *args: Any, **options: Any) -> Any:
-        new_h, *rest = layer(h, *args, **options)
-        return new_h * math.nan, *rest
+    def build(problem: problems.Problem) -> peers.Runner:
+        runner = fused.build(problem)
+        forward = runner.forward
+        return dataclasses.replace(runner, forward=lambda: tuple(o * math.nan for o in forward()))
 
-    monkeypatch.setattr(ops, "layer", broken)
+    monkeypatch.setitem(peers.PEERS, FUSED, fused._replace(build=build))
     found = check.check(small("layer-64"))
     assert not found.passed
     assert math.isinf(found.error)

@@ -276,7 +276,7 @@ def test_figures_of_the_paper() -> None:
     assert {name: float(value) for value, name in told}.items() <= PAPER.items()
 
 
-@pytest.mark.parametrize("name", ["nbody", "layer"])
+@pytest.mark.parametrize("name", ["nbody", "speed", "memory"])
 def test_blocks_of_figures_hold_one_table(name: str) -> None:
     (block,) = re.findall(rf"<!-- figures:{name} -->\n(.*?)<!-- /figures:{name} -->", README, re.S)
     lines = [line for line in block.splitlines() if line.startswith("|")]

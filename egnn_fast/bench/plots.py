@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from egnn_fast.bench.cases import CASES, FUSED, INFERENCE, TRAINING
+from egnn_fast.bench.report import environment
 from egnn_fast.bench.results import CaseResult, Results
 from egnn_fast.experiments.io import write_atomic
 
@@ -46,14 +47,9 @@ def draw(results: Results, folder: Path) -> list[Path]:
         if not picture(axes, results):
             path.unlink(missing_ok=True)  # of an earlier run with other cases
             continue
-        env = results.environment
         axes.grid(which="major", alpha=0.25)
         axes.legend(fontsize=8, framealpha=1)
-        figure.supxlabel(
-            f"{env.cpu}, {env.instruction_set}, {env.threads} threads, torch {env.torch}, "
-            f"{env.date}",
-            fontsize=7,
-        )
+        figure.supxlabel(environment(results.environment), fontsize=5.5)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=DPI)
         write_atomic(path, buffer.getbuffer())

@@ -40,9 +40,14 @@ def environment(found: Environment) -> str:
     busy = found.load is not None and found.load >= BUSY
     load = f", while other programs ran (load {found.load:.1f})" if busy else ""
     return (
-        f"{found.cpu}, {found.instruction_set}, {found.threads} threads, "
+        f"{found.cpu}, {found.instruction_set}, {threads(found)}, "
         f"torch {found.torch}, egnn_fast {found.egnn_fast}{commit}, {found.date}{load}"
     )
+
+
+def threads(found: Environment) -> str:
+    """How many, in words."""
+    return "1 thread" if found.threads == 1 else f"{found.threads} threads"
 
 
 def listing() -> Table:
