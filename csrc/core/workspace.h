@@ -1,6 +1,10 @@
 // Memory of one call: a single block, handed out in pieces, kept by the thread for the next call.
 #pragma once
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -58,11 +62,20 @@ class Workspace {
     int64_t size = 0;
   };
 
+  // Rows are read and written in no order: with small pages, finding the page costs as much as the
+  // row.
+  static constexpr int64_t kHugePage = int64_t{2} << 20;
+
   static char* allocate_bytes(int64_t bytes) {
     void* memory = nullptr;
-    if (posix_memalign(&memory, kAlignment, static_cast<size_t>(bytes)) != 0) {
+    const bool large = bytes >= 2 * kHugePage;
+    const auto alignment = static_cast<size_t>(large ? kHugePage : kAlignment);
+    if (posix_memalign(&memory, alignment, static_cast<size_t>(bytes)) != 0) {
       throw std::bad_alloc();
     }
+#if defined(__linux__)
+    if (large) madvise(memory, static_cast<size_t>(bytes), MADV_HUGEPAGE);  // a wish
+#endif
     return static_cast<char*>(memory);
   }
 
