@@ -109,12 +109,13 @@ format: setup
 # The sanitized module goes into a folder of its own, which stands first on the path. Python is not
 # sanitized, so the runtime is loaded ahead of it; libstdc++ with it, or ASan cannot see exceptions.
 # Captured by sys alone, so that the report of a failure reaches the terminal. Memory that is not
-# there is an error to return, as without ASan: a test asks for it.
+# there is an error to return, as without ASan: a test asks for it. Warnings are for the build that
+# is used: in this one GCC cannot unroll what it is told to.
 SITE := $(CURDIR)/build/sanitize/site
 sanitize: setup
 	@rm -rf $(SITE)
 	@echo '==> Building the extension with ASan and UBSan'
-	@EGNN_FAST_SANITIZE=1 $(PIP) --no-build-isolation --no-deps --target $(SITE) .
+	@EGNN_FAST_SANITIZE=1 EGNN_FAST_WERROR=0 $(PIP) --no-build-isolation --no-deps --target $(SITE) .
 	cd $(SITE) && \
 	  LD_PRELOAD="$$($(CXX_CMD) -print-file-name=libasan.so) $$($(CXX_CMD) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \

@@ -7,8 +7,9 @@ import torch
 from bits import assert_same_bits, bits
 from cases import CASES, DTYPES, EVERYTHING, LAYER_CASES
 
-from egnn_fast import Options, _native
+from egnn_fast import Options, _native, set_activation_budget
 from egnn_fast._cases import Case
+from egnn_fast.budget import DEFAULT_BUDGET
 
 pytestmark = pytest.mark.native
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -46,11 +47,14 @@ def test_threads_do_not_change_the_bits_of_any_case(isa: str, dtype: torch.dtype
     _native.core.set_instruction_set(isa)
     problems = [case.edge_pass(dtype) for case in (*CASES, *LAYER_CASES)]
     problems += [case.layer(dtype) for case in LAYER_CASES]
-    for problem in problems:
-        torch.set_num_threads(1)
-        right = bits(problem)
-        torch.set_num_threads(2)
-        assert_same_bits(bits(problem), right)
+    # activations kept for the backward, and computed again
+    for num_bytes, some in ((DEFAULT_BUDGET, problems), (0, problems[-len(LAYER_CASES) :])):
+        with set_activation_budget(num_bytes):
+            for problem in some:
+                torch.set_num_threads(1)
+                right = bits(problem)
+                torch.set_num_threads(2)
+                assert_same_bits(bits(problem), right)
 
 
 @every_dtype
@@ -64,14 +68,18 @@ def test_runs_do_not_change_the_bits_of_a_layer(case: Case, dtype: torch.dtype) 
 
 
 @every_dtype
-def test_threads_do_not_change_the_bits_of_the_layer_operator(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("num_bytes", [0, 2**30])
+def test_threads_do_not_change_the_bits_of_the_layer_operator(
+    num_bytes: int, dtype: torch.dtype
+) -> None:
     """The whole layer is ours too; what PyTorch computes around it (masks, means) is small."""
-    for case in LARGE:
-        problem = case.layer(dtype)
-        torch.set_num_threads(1)
-        right = bits(problem)
-        torch.set_num_threads(2)
-        assert_same_bits(bits(problem), right)
+    with set_activation_budget(num_bytes):
+        for case in LARGE:
+            problem = case.layer(dtype)
+            torch.set_num_threads(1)
+            right = bits(problem)
+            torch.set_num_threads(2)
+            assert_same_bits(bits(problem), right)
 
 
 def test_every_instruction_set_is_deterministic() -> None:
