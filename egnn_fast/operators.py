@@ -121,6 +121,22 @@ class Operator:
         """Run the operator: its outputs, the kept ones last."""
         return transformable(self.function, self.op, *args)
 
+    def backward(
+        self, wanted: Sequence[bool], cotangents: Tensors, saved: Tensors, scalars: Sequence[Any]
+    ) -> list[Tensor | None]:
+        """The derivative, differentiable itself: a gradient or None for each input.
+
+        ``saved`` holds the kept outputs and the input tensors.
+        """
+        inputs = saved[self.kept : self.kept + self.n_diff]
+        needed = self.reached(wanted, cotangents, inputs)
+        if all(g is None for g in cotangents) or not any(needed):
+            return [None] * self.n_diff
+        found = transformable(
+            self.backward_function, self.backward_op, *cotangents, *saved, *scalars, needed
+        )
+        return _spread(found, needed)
+
     def double_backward_flat(self, n_cotangents: int, *args: Any) -> list[Tensor]:
         """The operator for a Function, which sees tensors only where they are no list."""
         return self.double_backward_op(list(args[:n_cotangents]), *args[n_cotangents:])
@@ -189,17 +205,10 @@ def _first_order(operator: Operator) -> type[_Function]:
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-            cotangents, saved = grads[:outputs], ctx.saved_tensors
-            inputs = saved[operator.kept : operator.kept + n_diff]
-            needed = operator.reached(ctx.needs_input_grad[:n_diff], cotangents, inputs)
-            none = (None,) * (n_tensors - n_diff + len(ctx.scalars))
-            if all(g is None for g in cotangents) or not any(needed):
-                return (None,) * n_diff + none
-            found = transformable(
-                operator.backward_function, operator.backward_op,
-                *cotangents, *saved, *ctx.scalars, needed,
-            )  # fmt: skip
-            return (*_spread(found, needed), *none)
+            found = operator.backward(
+                ctx.needs_input_grad[:n_diff], grads[:outputs], ctx.saved_tensors, ctx.scalars
+            )
+            return (*found, *(None,) * (n_tensors - n_diff + len(ctx.scalars)))
 
     Forward.__name__ = Forward.__qualname__ = f"EgnnFast_{operator.name}"
     return Forward

@@ -19,6 +19,7 @@ from egnn_fast.budget import activation_budget
 from egnn_fast.graph import Graph, check_count, check_edge_count, check_index_range
 from egnn_fast.operators import Operator, Tensors, lib, transforming, wants_grad
 from egnn_fast.options import EdgeWeights, LayerWeights, Options
+from egnn_fast.shortcuts import Memory, Plan, can_learn, ordinary, short_function
 
 _GRAPH = "Tensor rowptr, Tensor? senders, Tensor? perm, Tensor? first"
 _OPTIONS = "str activation, float slope, float norm, bool tanh, float clamp"
@@ -113,6 +114,9 @@ _messages = Operator(
 )
 lib.impl("messages", _cpu.messages, "CPU")
 lib.impl("messages_backward", _cpu.messages_backward, "CPU")
+_short_messages = short_function(_messages)
+_known_messages = Memory()
+_MESSAGES_ROWS = {*_cpu.MessagesKernel.NODE_ROWS, *_cpu.MessagesKernel.EDGE_ROWS}
 
 
 def messages(
@@ -129,11 +133,27 @@ def messages(
 
     Returns ``M [N, H]`` and ``X [N, D]`` (``[0, D]`` without a coordinate head).
     """
-    m, shift = _messages(
-        *_uncast(x, [pq, x, edge_attr, edge_mask, *weights]),
-        *_graph_tensors(graph), *_scalars(options), backend,
-    )  # fmt: skip
+    inputs = (pq, x, edge_attr, edge_mask, *weights)
+    # a tensor without elements has no address
+    short = backend == "cpu" and ordinary() and graph.num_nodes > 0
+    if short:
+        plan = _known_messages.find(options, inputs)
+        if plan is not None:
+            found, total = plan.run(inputs, graph)
+            return found, plan.nothing if total is None else total
+    scalars = (*_scalars(options), backend)
+    m, shift = _messages(*_uncast(x, inputs), *_graph_tensors(graph), *scalars)
+    if short and can_learn(inputs):
+        kernel = _cpu.MessagesKernel(inputs, scalars)
+        if _is_dense(kernel, inputs):
+            plan = Plan(_messages, _short_messages, kernel, inputs, scalars)
+            _known_messages.learn(options, inputs, _MESSAGES_ROWS, plan)
     return m, shift
+
+
+def _is_dense(kernel: Any, inputs: Sequence[Any]) -> bool:
+    """Whether the kernel reads the inputs where they are."""
+    return all(a is b for a, b in zip(kernel.dense(inputs), inputs, strict=True))
 
 
 _layer = Operator(
@@ -150,6 +170,7 @@ _layer = Operator(
 )
 lib.impl("layer", _cpu.layer, "CPU")
 lib.impl("layer_backward", _cpu.layer_backward, "CPU")
+_short_layer = short_function(_layer)
 
 
 def layer(
@@ -181,6 +202,18 @@ def layer(
     return h_out, x_out, v_out
 
 
+def layer_plan(inputs: Sequence[Any], options: Options, residual: bool, carry: bool) -> Plan | None:
+    """How to run layers like this one by the kernel alone; None where the long way is needed.
+
+    ``inputs`` are the operator's differentiable ones, as :func:`layer` passes them.
+    """
+    scalars = (*_scalars(options), options.coord_scale, residual, carry)
+    kernel = _cpu.LayerKernel(inputs, scalars)
+    if not can_learn(inputs) or not _is_dense(kernel, inputs):
+        return None
+    return Plan(_layer, _short_layer, kernel, inputs, (*scalars, 0))
+
+
 def _kept_size(args: tuple[Any, ...], graph: Graph) -> int:
     """Elements in which a layer's call keeps its activations for the backward; 0: none."""
     budget = 0 if transforming() else activation_budget()
@@ -189,7 +222,7 @@ def _kept_size(args: tuple[Any, ...], graph: Graph) -> int:
     plain = all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
     if not budget or not plain or args[0].device.type != "cpu" or not wants_grad(*tensors):
         return 0
-    size = _cpu.layer_kept_size((*args, 0), graph.num_edges)
+    size = _cpu.layer_kept_size(args, graph.num_edges)
     return size if size * args[0].element_size() <= budget else 0
 
 
@@ -211,7 +244,7 @@ def _scalars(options: Options) -> tuple[str, float, float, bool, float]:
     )  # fmt: skip
 
 
-def _uncast(x: Tensor, tensors: list[Tensor | None]) -> list[Tensor | None]:
+def _uncast(x: Tensor, tensors: Tensors) -> Tensors:
     if not torch.is_autocast_enabled(x.device.type):
         return tensors
     return [None if t is None else t.to(x.dtype) for t in tensors]

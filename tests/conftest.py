@@ -10,7 +10,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from egnn_fast import _native, backends
+from egnn_fast import _native, backends, functional, ops, shortcuts
 
 # the same examples in each run, so that a change is to blame for a failure
 settings.register_profile("egnn_fast", deadline=None, max_examples=40, derandomize=True)
@@ -38,9 +38,17 @@ def one_thread() -> None:
 
 
 @pytest.fixture
+def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No call has been made yet, so that the first one goes the long way."""
+    for module, names in ((functional, ("_layers", "_edge_passes")), (ops, ("_known_messages",))):
+        for name in names:
+            monkeypatch.setattr(module, name, shortcuts.Memory())
+
+
+@pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory holds NaN, and integers far out of range: what is not written shows."""
-    empty, new_empty = torch.empty, Tensor.new_empty
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, Tensor.new_empty
 
     def spoil(tensor: Tensor) -> Tensor:
         if tensor.is_floating_point():
@@ -50,8 +58,12 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     def poisoned_empty(*args: Any, **kwargs: Any) -> Tensor:
         return spoil(empty(*args, **kwargs))
 
+    def poisoned_empty_like(*args: Any, **kwargs: Any) -> Tensor:
+        return spoil(empty_like(*args, **kwargs))
+
     def poisoned_new_empty(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return spoil(new_empty(self, *args, **kwargs))
 
     monkeypatch.setattr(torch, "empty", poisoned_empty)
+    monkeypatch.setattr(torch, "empty_like", poisoned_empty_like)
     monkeypatch.setattr(Tensor, "new_empty", poisoned_new_empty)

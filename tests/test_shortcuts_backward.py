@@ -1,0 +1,153 @@
+"""The backward of the short way: when it is taken, and what autograd promises of it."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import kernel_calls
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from ways import FACES, layer_inputs, leaves_of, long_ways, step, total
+
+from egnn_fast import checks
+
+pytestmark = pytest.mark.usefixtures("one_thread", "forgetful")
+
+
+def test_second_derivatives_go_by_the_operators_and_third_ones_raise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for build in FACES.values():
+        problem = build(torch.float64)
+        leaves = leaves_of(problem)
+        step(problem, leaves)
+        right = checks.evaluate(problem, "reference")
+        with long_ways(monkeypatch) as long:
+            found = checks.evaluate(problem, "cpu")
+            assert long.backward > 0
+        for order, tensors in right.items():
+            for name, t in tensors.items():
+                assert checks.relative_error(found[order][name], t) < 1e-11, (order, name)
+        x = leaves["x"]
+        value = total(problem.run(leaves, "cpu", 0))
+        for _ in range(2):
+            (grad,) = torch.autograd.grad(value, x, create_graph=True)
+            value = (grad**2).sum()
+        with pytest.raises(NotImplementedError, match="second order"):
+            torch.autograd.grad(value, x)
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_the_graph_of_a_call_can_be_kept_or_is_freed(face: str) -> None:
+    problem = FACES[face](torch.float32)
+    leaves = leaves_of(problem)
+    step(problem, leaves)
+    value = total(problem.run(leaves, "cpu", 0))
+    value.backward(retain_graph=True)
+    once = {n: t.grad.clone() for n, t in leaves.items() if t.grad is not None}
+    value.backward()
+    for name, grad in once.items():
+        assert torch.equal(leaves[name].grad, 2 * grad)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="second time"):
+        value.backward()
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_a_saved_tensor_edited_in_place_is_noticed(face: str) -> None:
+    problem = FACES[face](torch.float32)
+    leaves = leaves_of(problem)
+    step(problem, leaves)
+    value = total(problem.run(leaves, "cpu", 0))
+    with torch.no_grad():
+        leaves["x"].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+def test_gradients_have_memory_of_their_own() -> None:
+    layer, args = layer_inputs()
+    for _ in range(2):
+        layer.zero_grad()
+        h, x = layer(**args)
+        (h.sum() + (x * x).sum()).backward()
+    grads = [p.grad for p in layer.parameters()]
+    assert all(g is not None for g in grads)
+    assert len({g.untyped_storage().data_ptr() for g in grads}) == len(grads)  # type: ignore[union-attr]
+    for p in layer.parameters():
+        assert p.grad is not None
+        assert p.grad.untyped_storage().size() == p.numel() * p.element_size()
+        assert p.grad.is_contiguous()
+
+
+def test_nothing_of_a_call_stays_behind() -> None:
+    layer, args = layer_inputs()
+    for _ in range(2):
+        layer(**args)
+    gc.collect()
+    gc.disable()
+    try:
+        h = args["h"].clone().requires_grad_()
+        found = layer(**{**args, "h": h})
+        found = layer(**{**args, "h": h})
+        dead = [weakref.ref(t) for t in (h, *found, *layer.parameters())]
+        found[0].sum().backward()
+        del found, h, layer
+        assert all(ref() is None for ref in dead)
+    finally:
+        gc.enable()
+
+
+def test_hooks_on_saved_tensors_and_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, args = layer_inputs()
+    weights = list(layer.parameters())
+
+    def grads(run: Callable[[], tuple[Tensor, ...]]) -> list[Tensor]:
+        h, x = run()
+        return list(torch.autograd.grad(h.sum() + (x * x).sum(), weights))
+
+    grads(lambda: layer(**args))
+    with long_ways(monkeypatch) as long:
+        right = grads(lambda: layer(**args))
+        ways: list[Callable[[], tuple[Tensor, ...]]] = [
+            lambda: checkpoint(lambda: layer(**args), use_reentrant=False),
+        ]
+        for run in ways:
+            with kernel_calls(2, 1):
+                assert all(map(torch.equal, grads(run), right))
+        packed: list[Tensor] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            packed.append(tensor)
+            return tensor.clone()
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            assert all(map(torch.equal, grads(lambda: layer(**args)), right))
+        assert {id(w) for w in weights} <= {id(t) for t in packed}
+        assert long.forward == 0
+
+
+def test_what_hooks_put_in_place_of_saved_tensors_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, args = layer_inputs()
+    weights = list(layer.parameters())
+
+    def grads() -> list[Tensor]:
+        h, x = layer(**args)
+        return list(torch.autograd.grad(h.sum() + (x * x).sum(), weights))
+
+    grads()
+    right = grads()
+    with (
+        long_ways(monkeypatch) as long,
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda t: t, lambda t: torch.stack([t, t], dim=-1)[..., 0]
+        ),
+    ):
+        found = grads()
+        assert (long.forward, long.backward) == (0, 1)
+    assert all(map(torch.equal, found, right))
