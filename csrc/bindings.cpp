@@ -7,10 +7,13 @@
 
 #include <array>
 #include <atomic>
+#include <memory>
 
+#include "core/memory.h"
 #include "core/parallel.h"
 #include "core/passes.h"
 #include "core/sorting.h"
+#include "dlpack.h"
 
 namespace py = pybind11;
 
@@ -154,6 +157,44 @@ void layer_backward(LayerArgs& a, const Addresses<6>& cotangents, const Addresse
   ++backward_calls;
 }
 
+// A buffer of the pool as a DLPack tensor; it goes back when the tensor dies.
+struct BufferTensor {
+  DLManagedTensor tensor;
+  int64_t count;
+};
+
+py::capsule buffer(int64_t count, bool is_double) {
+  const int64_t size = is_double ? 8 : 4;
+  auto owner = std::make_unique<BufferTensor>();
+  owner->count = count;
+  DLTensor& t = owner->tensor.dl_tensor;
+  t = {egnn::take_buffer(count * size),
+       {1, 0},
+       1,
+       {2, static_cast<uint8_t>(8 * size), 1},
+       &owner->count,
+       nullptr,
+       0};
+  owner->tensor.manager_ctx = owner.get();
+  owner->tensor.deleter = [](DLManagedTensor* self) {
+    const DLTensor& dead = self->dl_tensor;
+    egnn::return_buffer(static_cast<char*>(dead.data), dead.shape[0] * dead.dtype.bits / 8);
+    delete static_cast<BufferTensor*>(self->manager_ctx);
+  };
+  PyObject* capsule = PyCapsule_New(&owner->tensor, "dltensor", [](PyObject* self) {
+    // one that was taken over has another name
+    if (!PyCapsule_IsValid(self, "dltensor")) return;
+    auto* unused = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(self, "dltensor"));
+    unused->deleter(unused);
+  });
+  if (capsule == nullptr) {
+    egnn::return_buffer(static_cast<char*>(t.data), count * size);
+    throw py::error_already_set();
+  }
+  owner.release();
+  return py::reinterpret_steal<py::capsule>(capsule);
+}
+
 bool sort_by_receiver(uintptr_t edges, int64_t num_edges, int64_t num_nodes, uintptr_t rowptr,
                       uintptr_t senders, uintptr_t perm) {
   return egnn::sort_by_receiver(reinterpret_cast<const int64_t*>(edges), num_edges, num_nodes,
@@ -179,6 +220,9 @@ PYBIND11_MODULE(_core, module) {
              py::arg("gradients"));
   module.def("layer_kept_size", &egnn::layer_kept_size, py::arg("args"), py::arg("num_edges"),
              "Elements of the buffer in which a layer's forward can keep for its backward.");
+
+  module.def("buffer", &buffer, py::arg("count"), py::arg("is_double"),
+             "A DLPack capsule of `count` uninitialised numbers, from memory that is used again.");
 
   const auto release = py::call_guard<py::gil_scoped_release>();
   module.def("sort_by_receiver", &sort_by_receiver, py::arg("edges"), py::arg("num_edges"),
