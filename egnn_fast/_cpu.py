@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from egnn_fast import _native
 
@@ -163,7 +164,7 @@ class LayerKernel:
             x.new_empty(n, self.dim) if self.carry else None,
             h.new_empty(n, self.hidden),
             x.new_empty(n, self.dim) if self.has_head else None,
-            h.new_empty(kept) if kept else None,
+            _reused(kept, h.dtype) if kept else None,
         )
         _core().layer_forward(record, addresses(outputs))
         return outputs
@@ -250,6 +251,12 @@ def layer_backward(
             places[k] = None
     kernel.backward(cotangents, kernel.dense(args[: N_LAYER + 4]), places)
     return [t for t in found if t is not None]
+
+
+def _reused(count: int, dtype: torch.dtype) -> Tensor:
+    """Empty memory from the core's pool: each step takes the pages of the one before."""
+    found: Tensor = from_dlpack(_core().buffer(count, dtype is torch.float64))
+    return found
 
 
 def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
