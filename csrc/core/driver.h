@@ -140,16 +140,31 @@ struct WeightSums {
                      std::min((slice + 1) * kSlice, size), fresh, total);
   }
 
-  // A padded [rows, ld] piece to where the caller wants it (rows `stride` apart); absent: nobody
-  // asked.
-  void deliver(int64_t at, int64_t rows, int64_t columns, int64_t ld, T* to, int64_t stride) const {
-    if (to == nullptr) return;
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < columns; ++c) {
-        to[r * stride + c] = size == 0 ? T(0) : static_cast<T>(total[at + r * ld + c]);
-      }
+  // Where a padded [rows, ld] piece is wanted in the end (rows `stride` apart); null: nowhere.
+  void deliver(int64_t at, int64_t rows, int64_t columns, int64_t ld, T* to, int64_t stride) {
+    constexpr int64_t kRows = 32;
+    for (int64_t r = 0; r < rows && to != nullptr; r += kRows) {
+      deliveries.push_back({size == 0 ? nullptr : total + at + r * ld, std::min(kRows, rows - r),
+                            columns, ld, to + r * stride, stride});
     }
   }
+
+  // After all sums: what deliver() was told.
+  void add_deliveries(Schedule& schedule, const KernelTable<T>& kernels) const {
+    schedule.add(static_cast<int64_t>(deliveries.size()), [this, &kernels](int64_t k, int) {
+      const Delivery& d = deliveries[k];
+      kernels.deliver(d.from, d.rows, d.columns, d.ld, d.to, d.stride);
+    });
+  }
+
+ private:
+  struct Delivery {
+    const double* from;  // null: zeros
+    int64_t rows, columns, ld;
+    T* to;
+    int64_t stride;
+  };
+  std::vector<Delivery> deliveries;
 };
 
 }  // namespace egnn

@@ -266,7 +266,7 @@ void want_gradients(const Args& a, bool first_weights, Problem<T>& p) {
 
 // All weight gradients but those of the first linear.
 template <class T>
-void deliver_edge_weights(const Args& a, const Problem<T>& p, const WeightSums<T>& sums) {
+void deliver_edge_weights(const Args& a, const Problem<T>& p, WeightSums<T>& sums) {
   const int64_t h = p.hidden;
   sums.deliver(p.at.w2, h, h, p.ld, out<T>(a.g_w2), h);
   sums.deliver(p.at.w3, h, h, p.ld, out<T>(a.g_w3), h);
@@ -279,7 +279,7 @@ void deliver_edge_weights(const Args& a, const Problem<T>& p, const WeightSums<T
 
 // The distance's and the attributes' columns of the first linear, `stride` apart; w_a may be null.
 template <class T>
-void deliver_first_columns(const Problem<T>& p, const WeightSums<T>& sums, T* w_r, int64_t r_stride,
+void deliver_first_columns(const Problem<T>& p, WeightSums<T>& sums, T* w_r, int64_t r_stride,
                            T* w_a, int64_t a_stride) {
   sums.deliver(p.at.w_r, p.hidden, 1, 1, w_r, r_stride);
   for (int k = 0; k < p.attrs && w_a != nullptr; ++k) {

@@ -43,9 +43,10 @@ void run_backward(const Args& a) {
     if (last) packing.add_to(schedule);
   });
   pass.add_to(schedule);
-  schedule.run(threads);
   deliver_edge_weights(a, p, pass.sums);
   deliver_first_columns(p, pass.sums, out<T>(a.g_w_r), 1, out<T>(a.g_w_a), a.attr_dim);
+  pass.sums.add_deliveries(schedule, kernels);
+  schedule.run(threads);
 }
 
 }  // namespace

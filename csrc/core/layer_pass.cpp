@@ -229,8 +229,8 @@ void place_sums(const LayerArgs& a, const KernelTable<T>& kernels, NodeProblem<T
 }
 
 template <class T>
-void deliver_node_weights(const LayerArgs& a, const NodeProblem<T>& n, const WeightSums<T>& update,
-                          const WeightSums<T>& first) {
+void deliver_node_weights(const LayerArgs& a, const NodeProblem<T>& n, WeightSums<T>& update,
+                          WeightSums<T>& first) {
   const auto& u = n.at_update;
   const int64_t f = n.in, h = n.hidden, o = n.out;
   const int64_t node_width = f + h + n.attrs, width1 = 2 * f + 1 + a.attr_dim;
@@ -337,7 +337,6 @@ void run_backward(const LayerArgs& a) {
       for (int64_t k = 0; k < n.nodes * n.dim; ++k) p.g_coords[k] += n.g_x_out[k];
     });
   }
-  schedule.run(threads);
   deliver_edge_weights(edge, p, pass.sums);
   deliver_node_weights(a, n, update, first);
   if (T* w1 = out<T>(a.g_w1)) {
@@ -345,6 +344,10 @@ void run_backward(const LayerArgs& a) {
     T* w_r = w1 + 2 * a.in_features;
     deliver_first_columns(p, pass.sums, w_r, width1, w_r + 1, width1);
   }
+  for (const WeightSums<T>* sums : {&pass.sums, &update, &first}) {
+    sums->add_deliveries(schedule, kernels);
+  }
+  schedule.run(threads);
 }
 
 }  // namespace

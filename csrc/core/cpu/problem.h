@@ -144,6 +144,9 @@ struct KernelTable {
   // total [begin, end) = (fresh) or += the tasks' sums, `stride` apart, in their order
   void (*add_sums)(const T* sums, int64_t stride, int64_t tasks, int64_t begin, int64_t end,
                    bool fresh, double* total);
+  // a [rows, columns] piece of the total (null: zeros) to where it is wanted
+  void (*deliver)(const double* from, int64_t rows, int64_t columns, int64_t ld, T* to,
+                  int64_t stride);
   // nodes [begin, end), at most kBlockEdges of them; `sums` is the task's accumulator, which a
   // `fresh` call writes rather than adds to
   void (*node_pq)(const NodeProblem<T>&, int64_t begin, int64_t end, T* scratch);
