@@ -121,7 +121,8 @@ sanitize: setup
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	  UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(abspath $(BIN))/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
-	  -p no:cacheprovider --capture=sys $(CURDIR)/tests -m native $(PYTEST_ARGS)
+	  -p no:cacheprovider --capture=sys $(CURDIR)/tests -m "native and not values" \
+	  --hypothesis-profile=brief $(PYTEST_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info egnn_fast/_core.* .mypy_cache .pytest_cache .ruff_cache \

@@ -14,6 +14,7 @@ from egnn_fast import _native, backends, functional, ops, shortcuts
 
 # the same examples in each run, so that a change is to blame for a failure
 settings.register_profile("egnn_fast", deadline=None, max_examples=40, derandomize=True)
+settings.register_profile("brief", deadline=None, max_examples=10, derandomize=True)
 settings.register_profile("thorough", deadline=None, max_examples=1000)
 settings.load_profile("egnn_fast")
 

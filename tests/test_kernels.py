@@ -117,6 +117,7 @@ def test_all_combinations_of_options(activation: str, attention: bool, backend: 
     assert_passed(rows)
 
 
+@pytest.mark.values
 @with_dtypes(("edge_pass", ISA_CASES), ("layer", LAYER_CASES))
 def test_every_instruction_set(face: str, case: Case, dtype: torch.dtype) -> None:
     core = _native.core

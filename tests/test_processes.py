@@ -171,6 +171,7 @@ def test_no_memory_is_an_error_and_leaves_nothing_behind(
     assert_same_bits(bits(problem), right)
 
 
+@pytest.mark.values
 def test_environment_forces_an_instruction_set() -> None:
     core = _native.core
     assert core is not None, _native.load_error
