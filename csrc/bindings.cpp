@@ -229,6 +229,13 @@ PYBIND11_MODULE(_core, module) {
              py::arg("num_nodes"), py::arg("rowptr"), py::arg("senders"), py::arg("perm"), release,
              "Stable counting sort by receiver; returns whether the edges were sorted already.");
   module.def(
+      "index_range",
+      [](uintptr_t indices, int64_t count) {
+        return egnn::index_range(reinterpret_cast<const int64_t*>(indices), count);
+      },
+      py::arg("indices"), py::arg("count"), release,
+      "The smallest and the largest of count > 0 indices.");
+  module.def(
       "silu",
       [](uintptr_t from, uintptr_t to, int64_t count, bool is_double, int threads, int repeats) {
         egnn::silu(from, to, count, is_double, threads, repeats);

@@ -1,4 +1,7 @@
-"""Sorting an edge list by receiver, in the extension where it is built, else in PyTorch."""
+"""Range and order of an edge list's indices, in the extension where it is built, else in PyTorch.
+
+In a forked child PyTorch's threads hang where the parent has used them; the extension's do not.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,16 @@ def sort_by_receiver(edges: Tensor, num_nodes: int) -> tuple[Tensor, Tensor, Ten
     torch.cumsum(torch.bincount(receivers, minlength=num_nodes), 0, out=rowptr[1:])
     is_sorted = bool((edges[0].diff() >= 0).all())
     return rowptr, edges[1][perm].to(torch.int32), perm.to(torch.int32), is_sorted
+
+
+def index_range(edges: Tensor) -> tuple[int, int]:
+    """The smallest and the largest of at least one int64 index."""
+    if edges.device.type == "cpu" and _native.core is not None:
+        edges = edges.contiguous()
+        low, high = _native.core.index_range(edges.data_ptr(), edges.numel())
+        return low, high
+    low, high = (int(v) for v in torch.aminmax(edges))
+    return low, high
 
 
 def _sort_native(

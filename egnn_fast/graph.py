@@ -265,7 +265,7 @@ def check_index_range(edges: Tensor, num_nodes: int) -> None:
     """Raise IndexError unless every entry of ``edges [2, E]`` lies in [0, num_nodes)."""
     if edges.shape[1] == 0:
         return
-    low, high = (int(v) for v in torch.aminmax(edges))
+    low, high = _sorting.index_range(edges)
     if low < 0:
         raise IndexError(f"edge_index: indices must not be negative, got {low}")
     if high >= num_nodes:

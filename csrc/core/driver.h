@@ -5,6 +5,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "args.h"
@@ -42,11 +43,12 @@ T* out(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// Zeros, in the last step of the schedule.
 template <class T>
-void add_zero(Schedule& schedule, T* memory, int64_t count) {
+void also_zero(Schedule& schedule, T* memory, int64_t count) {
   if (memory == nullptr) return;
-  constexpr int64_t kPiece = int64_t{1} << 16;
-  schedule.add(divide_up(count, kPiece), [=](int64_t k, int) {
+  constexpr int64_t kPiece = int64_t{1} << 14;
+  schedule.also(divide_up(count, kPiece), [=](int64_t k, int) {
     std::memset(memory + k * kPiece, 0, std::min(kPiece, count - k * kPiece) * sizeof(T));
   });
 }
@@ -110,61 +112,84 @@ class Packing {
   std::vector<Job> jobs_;
 };
 
-// Sums of weight gradients: each task's accumulator is added to the total, in the order of tasks.
+// Sums of weight gradients over tasks, each of which has an accumulator: added in double precision,
+// in the order of tasks, rounded once.
 template <class T>
-struct WeightSums {
-  int64_t size = 0;       // 0: nobody asked
-  bool complete = true;   // whether the tasks write each element, or leave some that mean 0
-  T* per_task = nullptr;  // [slots][size]
-  double* total = nullptr;
+class WeightSums {
+ public:
+  int64_t size = 0;      // 0: nobody asked
+  bool complete = true;  // whether the tasks write each element, or leave some that mean 0
 
-  static constexpr int64_t kSlice = 2048;
-  int64_t slices() const { return divide_up(size, kSlice); }
-
-  void reserve(Workspace& ws, int64_t slots) {
-    per_task = ws.take<T>(slots * size);
-    total = ws.take<double>(size);
+  // `slots` accumulators at a time; `waves` says how often they are used.
+  void reserve(Workspace& ws, int64_t slots, int64_t waves) {
+    per_task_ = ws.take<T>(slots * size);
+    // what one wave leaves needs no total
+    total_ = ws.take<double>(waves > 1 ? size : 0);
+    waves_ = waves;
   }
 
   T* accumulator(int64_t slot) const {
     if (size == 0) return nullptr;
-    T* sums = per_task + slot * size;
+    T* sums = per_task_ + slot * size;
     if (!complete) std::memset(sums, 0, size * sizeof(T));
     return sums;
   }
 
-  // The tasks' accumulators from `slot` on to the total, which the first ones (fresh) overwrite.
-  void add(const KernelTable<T>& kernels, int64_t slice, int64_t slot, int64_t tasks,
-           bool fresh) const {
-    kernels.add_sums(per_task + slot * size, size, tasks, slice * kSlice,
-                     std::min((slice + 1) * kSlice, size), fresh, total);
+  // In the last step: adds up the accumulators of a wave's tasks, from `slot` on. After the last
+  // wave the sums are delivered, then or in a step of their own (also_deliver).
+  void also_add(Schedule& schedule, const KernelTable<T>& kernels, int64_t slot, int64_t tasks,
+                bool first, bool last) {
+    if (size == 0) {
+      if (last) also_zeros(schedule, kernels);
+      return;
+    }
+    if (waves_ == 1) {
+      also_deliver(schedule, kernels, per_task_ + slot * size, tasks);
+      return;
+    }
+    constexpr int64_t kSlice = 2048;
+    schedule.also(divide_up(size, kSlice), [this, &kernels, slot, tasks, first](int64_t k, int) {
+      kernels.add_sums(per_task_ + slot * size, size, tasks, k * kSlice,
+                       std::min((k + 1) * kSlice, size), first, total_);
+    });
+    if (!last) return;
+    schedule.add(0, nullptr);
+    also_deliver(schedule, kernels, total_, 1);
+  }
+
+  // In the last step: zeros for everything, where there are no tasks.
+  void also_zeros(Schedule& schedule, const KernelTable<T>& kernels) const {
+    also_deliver(schedule, kernels, static_cast<const T*>(nullptr), 0);
   }
 
   // Where a padded [rows, ld] piece is wanted in the end (rows `stride` apart); null: nowhere.
   void deliver(int64_t at, int64_t rows, int64_t columns, int64_t ld, T* to, int64_t stride) {
-    constexpr int64_t kRows = 32;
+    constexpr int64_t kRows = 16;
     for (int64_t r = 0; r < rows && to != nullptr; r += kRows) {
-      deliveries.push_back({size == 0 ? nullptr : total + at + r * ld, std::min(kRows, rows - r),
-                            columns, ld, to + r * stride, stride});
+      deliveries_.push_back(
+          {at + r * ld, std::min(kRows, rows - r), columns, ld, to + r * stride, stride});
     }
   }
 
-  // After all sums: what deliver() was told.
-  void add_deliveries(Schedule& schedule, const KernelTable<T>& kernels) const {
-    schedule.add(static_cast<int64_t>(deliveries.size()), [this, &kernels](int64_t k, int) {
-      const Delivery& d = deliveries[k];
-      kernels.deliver(d.from, d.rows, d.columns, d.ld, d.to, d.stride);
-    });
+ private:
+  template <class Sum>
+  void also_deliver(Schedule& schedule, const KernelTable<T>& kernels, const Sum* sums,
+                    int64_t tasks) const {
+    schedule.also(static_cast<int64_t>(deliveries_.size()),
+                  [this, &kernels, sums, tasks](int64_t k, int) {
+                    const Piece<T>& piece = deliveries_[k];
+                    if constexpr (std::is_same_v<Sum, double> && !std::is_same_v<T, double>) {
+                      kernels.deliver_total(sums, piece);
+                    } else {
+                      kernels.deliver(sums, size, tasks, piece);
+                    }
+                  });
   }
 
- private:
-  struct Delivery {
-    const double* from;  // null: zeros
-    int64_t rows, columns, ld;
-    T* to;
-    int64_t stride;
-  };
-  std::vector<Delivery> deliveries;
+  int64_t waves_ = 0;
+  T* per_task_ = nullptr;  // [slots][size]
+  double* total_ = nullptr;
+  std::vector<Piece<T>> deliveries_;
 };
 
 }  // namespace egnn

@@ -53,7 +53,8 @@ Problem<T> describe(const Args& a, const KernelTable<T>& kernels) {
 }
 
 template <class T>
-void pack_edge_weights(const Args& a, Problem<T>& p, bool backward, Packing<T>& packing) {
+void pack_edge_weights(const Args& a, Problem<T>& p, bool backward, bool products,
+                       Packing<T>& packing) {
   const int h = p.hidden;
   p.w_r = packing.vector(in<T>(a.w_r), a.w_r_stride, h);
   p.b2 = packing.vector(in<T>(a.b2), 1, h);
@@ -62,8 +63,10 @@ void pack_edge_weights(const Args& a, Problem<T>& p, bool backward, Packing<T>& 
   p.w_x = packing.vector(in<T>(a.w_x), 1, h);
   p.b_g = p.attention ? *in<T>(a.b_g) : T(0);
   p.w_a = packing.columns(in<T>(a.w_a), a.w_a_stride, h, p.attrs);
-  p.w2_forward = packing.matrix(in<T>(a.w2), h, h, h, true);
-  p.w3_forward = packing.matrix(in<T>(a.w3), h, h, h, true);
+  if (products) {
+    p.w2_forward = packing.matrix(in<T>(a.w2), h, h, h, true);
+    p.w3_forward = packing.matrix(in<T>(a.w3), h, h, h, true);
+  }
   if (!backward) return;
   p.w2_backward = packing.matrix(in<T>(a.w2), h, h, h, false);
   p.w3_backward = packing.matrix(in<T>(a.w3), h, h, h, false);
@@ -103,9 +106,13 @@ class EdgeForward {
     scratch_ = ws.take<T>(threads_ * scratch_size_);
   }
 
+  // Before the pass, in the last step.
+  void also_prepare(Schedule& schedule) {
+    also_zero(schedule, p_.m, p_.nodes * p_.hidden);
+    if (p_.head) also_zero(schedule, p_.shift, p_.nodes * p_.dim);
+  }
+
   void add_to(Schedule& schedule) {
-    add_zero(schedule, p_.m, p_.nodes * p_.hidden);
-    if (p_.head) add_zero(schedule, p_.shift, p_.nodes * p_.dim);
     schedule.add(p_.tasks, [this](int64_t task, int worker) {
       kernels_.forward_task(p_, task, scratch_ + worker * scratch_size_);
     });
@@ -142,7 +149,8 @@ class EdgeBackward {
     const int64_t bytes_per_task =
         static_cast<int64_t>(sizeof(T)) * (p.at.size + kTaskEdges * (p.ld + p.dim));
     const int64_t fitting = std::max<int64_t>(kWaveBytes / bytes_per_task, threads);
-    wave_ = std::min({p.tasks, fitting, std::max<int64_t>(kWaveTasks, 4 * threads)});
+    wave_ = std::min({p.tasks, fitting, std::max(kWaveTasks, int64_t{4} * threads)});
+    wave_ = std::max<int64_t>(wave_, 1);
     slots_ = std::min(p.tasks, 2 * wave_);
     choose_ranges();
   }
@@ -151,7 +159,7 @@ class EdgeBackward {
     const int64_t edges = slots_ > wave_ ? slots_ * kTaskEdges : p_.edges;
     p_.partials = ws.take<T>(2 * slots_ * p_.partial_size);
     p_.partial_rows = ws.take<PartialRows>(slots_);
-    sums.reserve(ws, slots_);
+    sums.reserve(ws, slots_, divide_up(p_.tasks, wave_));
     g_z1_ = ws.take<T>(edges * p_.ld);
     g_d_ = ws.take<T>(edges * p_.dim);
     range_starts_ = ws.take<uint16_t>(slots_ * (p_.sender_ranges + 1));
@@ -161,22 +169,31 @@ class EdgeBackward {
     scratch_ = ws.take<T>(threads_ * scratch_size_);
   }
 
-  void add_to(Schedule& schedule) {
-    add_zero(schedule, p_.g_pq, p_.nodes * p_.pq_stride);
-    add_zero(schedule, p_.g_coords, p_.nodes * p_.dim);
-    add_zero(schedule, p_.g_coords_sent, p_.nodes * p_.dim);
-    if (nothing_) {
-      add_zero(schedule, sums.total, sums.size);
-      add_zero(schedule, p_.g_edge_attr, p_.edges * p_.attrs);
-      add_zero(schedule, p_.g_edge_mask, p_.edges);
-      return;
-    }
+  // Before the pass, in the last step.
+  void also_prepare(Schedule& schedule) {
+    also_zero(schedule, p_.g_pq, p_.nodes * p_.pq_stride);
+    also_zero(schedule, p_.g_coords, p_.nodes * p_.dim);
+    also_zero(schedule, p_.g_coords_sent, p_.nodes * p_.dim);
+    if (!nothing_) return;
+    sums.also_zeros(schedule, kernels_);
+    also_zero(schedule, p_.g_edge_attr, p_.edges * p_.attrs);
+    also_zero(schedule, p_.g_edge_mask, p_.edges);
+  }
+
+  // The first step takes more tasks from `also`, called once.
+  template <class Also>
+  void add_to(Schedule& schedule, const Also& also) {
+    schedule.add(0, nullptr);
+    if (nothing_) return also();
     int64_t before = 0;
     for (int64_t begin = 0; begin < p_.tasks; begin += wave_) {
-      add_step(schedule, begin, begin - before);
+      if (begin > 0) schedule.add(0, nullptr);
+      also_wave(schedule, begin, begin - before);
+      if (begin == 0) also();
       before = begin;
     }
-    add_step(schedule, p_.tasks, p_.tasks - before);
+    schedule.add(0, nullptr);
+    also_wave(schedule, p_.tasks, p_.tasks - before);
     if (p_.g_coords == nullptr) return;
     constexpr int64_t kPiece = 1 << 14;
     const int64_t count = p_.nodes * p_.dim;
@@ -191,7 +208,7 @@ class EdgeBackward {
  private:
   // Ranges of senders of a power of two, a few for each thread.
   void choose_ranges() {
-    const int64_t wanted = std::min<int64_t>(kMaxSenderRanges, 16 * threads_);
+    const int64_t wanted = std::min<int64_t>(kMaxSenderRanges, int64_t{16} * threads_);
     const int64_t last = std::max<int64_t>(p_.nodes, 1) - 1;
     p_.sender_shift = 0;
     while ((last >> p_.sender_shift) >= wanted) ++p_.sender_shift;
@@ -212,31 +229,27 @@ class EdgeBackward {
     return w;
   }
 
-  // Runs the wave that begins with task `begin` (none: p.tasks) and collects the one before it, of
-  // `collected` tasks.
-  void add_step(Schedule& schedule, int64_t begin, int64_t collected) {
-    const int64_t count = std::min(wave_, p_.tasks - begin);
-    const bool senders = p_.g_pq != nullptr || p_.g_coords != nullptr;
-    const int64_t ranges = senders && collected > 0 ? p_.sender_ranges : 0;
-    const int64_t collecting = collected > 0 ? ranges + 1 + sums.slices() : 0;
-    schedule.add(count + collecting, [this, begin, collected, count, ranges](int64_t k,
-                                                                             int worker) {
-      if (k < count) {
-        const Wave<T> wave = wave_at(begin);
-        kernels_.backward_task(p_, wave, begin + k, sums.accumulator(wave.slots + k),
+  // In the last step: runs the wave that begins with task `begin` (none: p.tasks) and collects the
+  // one before it, of `collected` tasks.
+  void also_wave(Schedule& schedule, int64_t begin, int64_t collected) {
+    if (begin < p_.tasks) {
+      const Wave<T> wave = wave_at(begin);
+      schedule.also(wave.tasks, [this, wave](int64_t k, int worker) {
+        kernels_.backward_task(p_, wave, wave.first_task + k, sums.accumulator(wave.slots + k),
                                scratch_ + worker * scratch_size_);
-        return;
-      }
-      k -= count;
-      const Wave<T> wave = wave_at(begin - collected);
-      if (k < ranges) {
-        kernels_.sender_sums(p_, wave, k);
-      } else if (k == ranges) {
-        add_partials(p_, wave.slots, wave.slots + collected, p_.g_pq, p_.pq_stride, p_.g_coords);
-      } else {
-        sums.add(kernels_, k - ranges - 1, wave.slots, collected, begin == collected);
-      }
+      });
+    }
+    if (collected == 0) return;
+    const Wave<T> wave = wave_at(begin - collected);
+    if (p_.g_pq != nullptr || p_.g_coords != nullptr) {
+      schedule.also(p_.sender_ranges,
+                    [this, wave](int64_t k, int) { kernels_.sender_sums(p_, wave, k); });
+    }
+    schedule.also(1, [this, wave](int64_t, int) {
+      add_partials(p_, wave.slots, wave.slots + wave.tasks, p_.g_pq, p_.pq_stride, p_.g_coords);
     });
+    sums.also_add(schedule, kernels_, wave.slots, wave.tasks, wave.first_task == 0,
+                  begin == p_.tasks);
   }
 
   const KernelTable<T>& kernels_;

@@ -16,10 +16,11 @@ void run_forward(const Args& a) {
   Schedule schedule;
   ws.plan([&](bool last) {
     Packing<T> packing(kernels, ws);
-    pack_edge_weights(a, p, false, packing);
+    pack_edge_weights(a, p, false, true, packing);
     pass.reserve(ws);
     if (last) packing.add_to(schedule);
   });
+  pass.also_prepare(schedule);
   pass.add_to(schedule);
   schedule.run(threads);
 }
@@ -38,14 +39,14 @@ void run_backward(const Args& a) {
   Schedule schedule;
   ws.plan([&](bool last) {
     Packing<T> packing(kernels, ws);
-    pack_edge_weights(a, p, true, packing);
+    pack_edge_weights(a, p, true, true, packing);
     pass.reserve(ws);
     if (last) packing.add_to(schedule);
   });
-  pass.add_to(schedule);
   deliver_edge_weights(a, p, pass.sums);
   deliver_first_columns(p, pass.sums, out<T>(a.g_w_r), 1, out<T>(a.g_w_a), a.attr_dim);
-  pass.sums.add_deliveries(schedule, kernels);
+  pass.also_prepare(schedule);
+  pass.add_to(schedule, [] {});
   schedule.run(threads);
 }
 

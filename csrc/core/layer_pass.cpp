@@ -54,7 +54,7 @@ NodeProblem<T> describe_nodes(const LayerArgs& a, const KernelTable<T>& kernels)
 }
 
 template <class T>
-void pack_forward(const LayerArgs& a, NodeProblem<T>& n, Packing<T>& packing) {
+void pack_forward(const LayerArgs& a, NodeProblem<T>& n, bool products, Packing<T>& packing) {
   const int64_t width1 = 2 * a.in_features + 1 + a.attr_dim;
   const int64_t node_width = a.in_features + a.hidden + a.node_attr_dim;
   const T* w1 = in<T>(a.w1);
@@ -64,6 +64,7 @@ void pack_forward(const LayerArgs& a, NodeProblem<T>& n, Packing<T>& packing) {
   n.node_b2 = packing.vector(in<T>(a.node_b2), 1, n.out);
   n.vel_b1 = packing.vector(in<T>(a.vel_b1), 1, n.hidden);
   n.vel_w2 = packing.vector(in<T>(a.vel_w2), 1, n.hidden);
+  if (!products) return;
   n.w_i = packing.matrix(w1, width1, n.hidden, n.in, true);
   n.w_j = packing.matrix(w1 + n.in, width1, n.hidden, n.in, true);
   n.w_h = packing.matrix(node_w1, node_width, n.hidden, n.in, true);
@@ -118,12 +119,12 @@ inline int64_t node_tasks(int64_t nodes) {
 }
 
 // The same with a weight accumulator a task, body(begin, end, worker, accumulator, fresh): steps
-// for each wave of tasks. `sums` must outlive the schedule.
+// for each wave of tasks. What the last wave leaves is collected by also_collect_nodes, in a later
+// step. `sums` must outlive the schedule.
 template <class T, class Body>
 void add_node_sums(Schedule& schedule, const KernelTable<T>& kernels, int64_t nodes, int64_t wave,
-                   const WeightSums<T>& sums, const Body& body) {
+                   WeightSums<T>& sums, const Body& body) {
   const int64_t tasks = node_tasks(nodes);
-  if (tasks == 0) add_zero(schedule, sums.total, sums.size);
   for (int64_t first = 0; first < tasks; first += wave) {
     const int64_t count = std::min(wave, tasks - first);
     schedule.add(count, [=, &sums](int64_t k, int worker) {
@@ -134,10 +135,19 @@ void add_node_sums(Schedule& schedule, const KernelTable<T>& kernels, int64_t no
         fresh = false;
       });
     });
-    schedule.add(sums.slices(), [=, &kernels, &sums](int64_t k, int) {
-      sums.add(kernels, k, 0, count, first == 0);
-    });
+    if (first + count == tasks) return;
+    schedule.add(0, nullptr);
+    sums.also_add(schedule, kernels, 0, count, first == 0, false);
   }
+}
+
+template <class T>
+void also_collect_nodes(Schedule& schedule, const KernelTable<T>& kernels, int64_t nodes,
+                        int64_t wave, WeightSums<T>& sums) {
+  const int64_t tasks = node_tasks(nodes);
+  if (tasks == 0) return sums.also_zeros(schedule, kernels);
+  const int64_t first = (tasks - 1) / wave * wave;
+  sums.also_add(schedule, kernels, 0, tasks - first, first == 0, true);
 }
 
 // The kept buffer: P and Q, the outputs of phi_h's, phi_v's, phi_e's and phi_x's linears that an
@@ -186,8 +196,8 @@ void run_forward(const LayerArgs& a) {
   Schedule schedule;
   ws.plan([&](bool last) {
     Packing<T> packing(kernels, ws);
-    pack_edge_weights(edge, p, false, packing);
-    pack_forward(a, n, packing);
+    pack_edge_weights(edge, p, false, true, packing);
+    pack_forward(a, n, true, packing);
     n.pq = ws.take<T>(a.kept == 0 ? (n.nodes + kSpareRows) * p.pq_stride : 0);
     scratch = ws.take<T>(threads * scratch_size);
     pass.reserve(ws);
@@ -195,6 +205,7 @@ void run_forward(const LayerArgs& a) {
   });
   use_kept(a, p, n);
   p.pq = n.pq;
+  pass.also_prepare(schedule);
   add_node_blocks(schedule, n.nodes, [&](int64_t begin, int64_t end, int worker) {
     kernels.node_pq(n, begin, end, scratch + worker * scratch_size);
   });
@@ -290,23 +301,24 @@ void run_backward(const LayerArgs& a) {
   first.size = needs_first_weights ? n.at_pq.size : 0;
   update.complete = n.g_h_out != nullptr && (moves || !n.velocity);
   const int64_t node_wave =
-      std::min(node_tasks(n.nodes), std::max<int64_t>(2 * kWaveTasks, 4 * threads));
+      std::min(node_tasks(n.nodes), std::max(2 * kWaveTasks, int64_t{4} * threads));
+  const int64_t node_waves = divide_up(node_tasks(n.nodes), std::max<int64_t>(node_wave, 1));
   const int64_t scratch_size = round_up(kernels.node_scratch(n), 16);
   T *scratch = nullptr, *g_m = nullptr, *g_shift = nullptr;
   Workspace ws;
   Schedule schedule;
   ws.plan([&](bool last) {
     Packing<T> packing(kernels, ws);
-    pack_edge_weights(edge, p, true, packing);
-    pack_forward(a, n, packing);
+    pack_edge_weights(edge, p, true, !has_pq, packing);
+    pack_forward(a, n, !has_pq, packing);
     pack_backward(a, n, packing);
     n.pq = ws.take<T>(has_pq ? 0 : (n.nodes + kSpareRows) * p.pq_stride);
     n.g_pq = ws.take<T>((n.nodes + kSpareRows) * p.pq_stride);
     g_m = ws.take<T>(n.nodes * n.hidden);
     g_shift = ws.take<T>(n.nodes * n.dim);
     scratch = ws.take<T>(threads * scratch_size);
-    update.reserve(ws, node_wave);
-    first.reserve(ws, node_wave);
+    update.reserve(ws, node_wave, node_waves);
+    first.reserve(ws, node_wave, node_waves);
     pass.reserve(ws);
     if (last) packing.add_to(schedule);
   });
@@ -318,25 +330,6 @@ void run_backward(const LayerArgs& a) {
   p.g_shift = p.g_shift != nullptr ? g_shift : nullptr;
   p.g_pq = p.g_pq != nullptr ? n.g_pq : nullptr;
 
-  add_node_sums(schedule, kernels, n.nodes, node_wave, update,
-                [&](int64_t begin, int64_t end, int worker, T* sums, bool fresh) {
-                  T* own = scratch + worker * scratch_size;
-                  if (!has_pq) kernels.node_pq(n, begin, end, own);
-                  kernels.node_update_back(n, begin, end, own, sums, fresh);
-                });
-  pass.add_to(schedule);
-  if (needs_pq) {
-    add_node_sums(schedule, kernels, n.nodes, node_wave, first,
-                  [&](int64_t begin, int64_t end, int worker, T* sums, bool fresh) {
-                    kernels.node_pq_back(n, begin, end, scratch + worker * scratch_size, sums,
-                                         fresh);
-                  });
-  }
-  if (p.g_coords != nullptr && n.g_x_out != nullptr) {
-    schedule.add(1, [&](int64_t, int) {
-      for (int64_t k = 0; k < n.nodes * n.dim; ++k) p.g_coords[k] += n.g_x_out[k];
-    });
-  }
   deliver_edge_weights(edge, p, pass.sums);
   deliver_node_weights(a, n, update, first);
   if (T* w1 = out<T>(a.g_w1)) {
@@ -344,8 +337,27 @@ void run_backward(const LayerArgs& a) {
     T* w_r = w1 + 2 * a.in_features;
     deliver_first_columns(p, pass.sums, w_r, width1, w_r + 1, width1);
   }
-  for (const WeightSums<T>* sums : {&pass.sums, &update, &first}) {
-    sums->add_deliveries(schedule, kernels);
+  pass.also_prepare(schedule);
+  add_node_sums(schedule, kernels, n.nodes, node_wave, update,
+                [&](int64_t begin, int64_t end, int worker, T* sums, bool fresh) {
+                  T* own = scratch + worker * scratch_size;
+                  if (!has_pq) kernels.node_pq(n, begin, end, own);
+                  kernels.node_update_back(n, begin, end, own, sums, fresh);
+                });
+  pass.add_to(schedule, [&] { also_collect_nodes(schedule, kernels, n.nodes, node_wave, update); });
+  if (needs_pq) {
+    add_node_sums(schedule, kernels, n.nodes, node_wave, first,
+                  [&](int64_t begin, int64_t end, int worker, T* sums, bool fresh) {
+                    kernels.node_pq_back(n, begin, end, scratch + worker * scratch_size, sums,
+                                         fresh);
+                  });
+    schedule.add(0, nullptr);
+    also_collect_nodes(schedule, kernels, n.nodes, node_wave, first);
+  }
+  if (p.g_coords != nullptr && n.g_x_out != nullptr) {
+    schedule.add(1, [&](int64_t, int) {
+      for (int64_t k = 0; k < n.nodes * n.dim; ++k) p.g_coords[k] += n.g_x_out[k];
+    });
   }
   schedule.run(threads);
 }

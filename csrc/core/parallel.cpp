@@ -6,6 +6,8 @@
 
 #include <atomic>
 #include <cstring>
+#include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -27,28 +29,31 @@ std::atomic<bool> in_forked_child{false};
     pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
 
 #if defined(__linux__)
-int find_openmp(dl_phdr_info* info, size_t, void* found) {
+int collect_openmp(dl_phdr_info* info, size_t, void* found) {
   const char* name = info->dlpi_name;
   if (name == nullptr) return 0;
-  if (!std::strstr(name, "libgomp") && !std::strstr(name, "libiomp5") &&
-      !std::strstr(name, "libomp")) {
-    return 0;
+  if (std::strstr(name, "libgomp") || std::strstr(name, "libiomp5") ||
+      std::strstr(name, "libomp")) {
+    static_cast<std::vector<std::string>*>(found)->emplace_back(name);
   }
-  // NOLOAD: the library is in the process; this only gives a handle to it
-  void* handle = dlopen(name, RTLD_LAZY | RTLD_NOLOAD);
-  if (handle == nullptr) return 0;
-  void* symbol = dlsym(handle, "GOMP_parallel");
-  dlclose(handle);
-  if (symbol == nullptr) return 0;
-  *static_cast<void**>(found) = symbol;
-  return 1;
+  return 0;
 }
 #endif
 
 GompParallel find_gomp_parallel() {
   void* symbol = dlsym(RTLD_DEFAULT, "GOMP_parallel");
 #if defined(__linux__)
-  if (symbol == nullptr) dl_iterate_phdr(find_openmp, &symbol);
+  std::vector<std::string> names;
+  // the loader holds a lock while it calls: no dlopen in there
+  if (symbol == nullptr) dl_iterate_phdr(collect_openmp, &names);
+  for (const std::string& name : names) {
+    if (symbol != nullptr) break;
+    // NOLOAD: the library is in the process; this only gives a handle to it
+    void* handle = dlopen(name.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+    if (handle == nullptr) continue;
+    symbol = dlsym(handle, "GOMP_parallel");
+    dlclose(handle);
+  }
 #endif
   return reinterpret_cast<GompParallel>(symbol);
 }
@@ -102,7 +107,7 @@ struct Region {
       for (;;) {
         const int64_t task = counters.next.fetch_add(1, std::memory_order_relaxed);
         if (task >= step.count) break;
-        step.body(task, worker);
+        step.run(task, worker);
         counters.done.fetch_add(1, std::memory_order_release);
       }
       wait_for(counters.done, step.count);
@@ -116,7 +121,7 @@ void Schedule::run(int threads) const {
   if (threads > most) threads = static_cast<int>(most);
   if (threads <= 1 || in_forked_child.load(std::memory_order_relaxed)) {
     for (const Step& step : steps_) {
-      for (int64_t task = 0; task < step.count; ++task) step.body(task, 0);
+      for (int64_t task = 0; task < step.count; ++task) step.run(task, 0);
     }
     return;
   }
@@ -128,7 +133,11 @@ void Schedule::run(int threads) const {
   }
   std::vector<std::thread> pool;
   pool.reserve(threads - 1);
-  for (int k = 1; k < threads; ++k) pool.emplace_back(Region::work, &region);
+  try {
+    for (int k = 1; k < threads; ++k) pool.emplace_back(Region::work, &region);
+  } catch (const std::system_error&) {
+    // no more threads to be had: those there are do it
+  }
   Region::work(&region);
   for (auto& thread : pool) thread.join();
 }

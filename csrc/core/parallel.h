@@ -17,15 +17,37 @@ class Schedule {
   using Body = std::function<void(int64_t task, int worker)>;
 
   void add(int64_t count, Body body) {
-    if (count > 0) steps_.push_back({count, std::move(body)});
+    steps_.emplace_back();
+    also(count, std::move(body));
+  }
+
+  // More tasks for the last step.
+  void also(int64_t count, Body body) {
+    if (count <= 0) return;
+    if (steps_.empty()) steps_.emplace_back();
+    Step& step = steps_.back();
+    step.count += count;
+    step.parts.push_back({step.count, std::move(body)});
   }
 
   void run(int threads) const;
 
  private:
-  struct Step {
-    int64_t count;
+  struct Part {
+    int64_t end;  // of its tasks among the step's
     Body body;
+  };
+  struct Step {
+    int64_t count = 0;
+    std::vector<Part> parts;
+
+    void run(int64_t task, int worker) const {
+      int64_t begin = 0;
+      for (const Part& part : parts) {
+        if (task < part.end) return part.body(task - begin, worker);
+        begin = part.end;
+      }
+    }
   };
   friend struct Region;
   std::vector<Step> steps_;

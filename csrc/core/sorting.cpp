@@ -1,5 +1,6 @@
 #include "sorting.h"
 
+#include <algorithm>
 #include <vector>
 
 namespace egnn {
@@ -22,6 +23,15 @@ bool sort_by_receiver(const int64_t* edges, int64_t num_edges, int64_t num_nodes
     perm[place] = static_cast<int32_t>(e);
   }
   return sorted;
+}
+
+std::pair<int64_t, int64_t> index_range(const int64_t* indices, int64_t count) {
+  int64_t low = indices[0], high = indices[0];
+  for (int64_t k = 1; k < count; ++k) {
+    low = std::min(low, indices[k]);
+    high = std::max(high, indices[k]);
+  }
+  return {low, high};
 }
 
 }  // namespace egnn

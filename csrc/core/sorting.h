@@ -1,7 +1,8 @@
-// Counting sort of an edge list by receiver.
+// Counting sort of an edge list by receiver, and the range of its indices.
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 namespace egnn {
 
@@ -9,5 +10,8 @@ namespace egnn {
 // senders [E] and perm [E] (old place of each edge); returns whether perm is the identity.
 bool sort_by_receiver(const int64_t* edges, int64_t num_edges, int64_t num_nodes, int64_t* rowptr,
                       int32_t* senders, int32_t* perm);
+
+// The smallest and the largest of count > 0 indices.
+std::pair<int64_t, int64_t> index_range(const int64_t* indices, int64_t count);
 
 }  // namespace egnn

@@ -125,6 +125,14 @@ struct NodeProblem {
   } at_pq;
 };
 
+// A matrix within an accumulator, from element `at`, and where it is wanted, rows `stride` apart.
+template <class T>
+struct Piece {
+  int64_t at, rows, columns, ld;
+  T* to;
+  int64_t stride;
+};
+
 template <class T>
 struct KernelTable {
   int width;  // elements of a vector
@@ -144,9 +152,9 @@ struct KernelTable {
   // total [begin, end) = (fresh) or += the tasks' sums, `stride` apart, in their order
   void (*add_sums)(const T* sums, int64_t stride, int64_t tasks, int64_t begin, int64_t end,
                    bool fresh, double* total);
-  // a [rows, columns] piece of the total (null: zeros) to where it is wanted
-  void (*deliver)(const double* from, int64_t rows, int64_t columns, int64_t ld, T* to,
-                  int64_t stride);
+  // the same sum of a piece, rounded and written to where it is wanted; no tasks: zeros
+  void (*deliver)(const T* sums, int64_t stride, int64_t tasks, const Piece<T>& piece);
+  void (*deliver_total)(const double* total, const Piece<T>& piece);
   // nodes [begin, end), at most kBlockEdges of them; `sums` is the task's accumulator, which a
   // `fresh` call writes rather than adds to
   void (*node_pq)(const NodeProblem<T>&, int64_t begin, int64_t end, T* scratch);
