@@ -184,9 +184,13 @@ def egcl(
         plan: Plan | None = _layers.find(key, call)
         if plan is not None and _rows_agree(graph, (h, x, v, node_attr), (edge_attr, edge_mask)):
             weight = reference.coord_weight(graph, options, edge_mask, x.dtype)
-            new_h, moved, step = plan.run((*call[:6], weight, *weights), graph)
-            assert new_h is not None
-            return new_h, x if moved is None else moved, step
+            new_h, moved, step = ops.layer(
+                h, x, graph, weights, options, v=v, edge_attr=edge_attr, edge_mask=edge_mask,
+                node_attr=node_attr, coord_weight=weight, residual=residual,
+                carry=carry_velocity, plan=plan,
+            )  # fmt: skip
+            new_x = moved if options.updates_coords or v is not None else x
+            return new_h, new_x, step if carry_velocity and v is not None else None
 
     arguments.check_nodes(h, x)
     graph = arguments.resolve_graph(graph, h)
@@ -279,7 +283,11 @@ def explain(
 
 def _may_be_short(backend: str | None) -> bool:
     """Whether a call may go the short way, if one like it was found right before."""
-    return ordinary() and backends.requested(backend) in ("auto", "cpu")
+    return (
+        ordinary()
+        and backends.requested(backend) in ("auto", "cpu")
+        and backends.unavailable("cpu") is None
+    )
 
 
 def _rows_agree(graph: Graph, nodes: Sequence[Any], edges: Sequence[Any]) -> bool:

@@ -10,7 +10,7 @@ its own would silently be a constant to it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ FORWARD_MODE_MESSAGE = (
     "use reverse mode (vjp, jacrev) or backend='reference'"
 )
 
+F = TypeVar("F", bound=type[torch.autograd.Function])
 Tensors = Sequence[Tensor | None]
 Reached = Callable[[Sequence[bool], Tensors, Tensors], list[bool]]
 
@@ -210,8 +211,7 @@ def _first_order(operator: Operator) -> type[_Function]:
             )
             return (*found, *(None,) * (n_tensors - n_diff + len(ctx.scalars)))
 
-    Forward.__name__ = Forward.__qualname__ = f"EgnnFast_{operator.name}"
-    return Forward
+    return named(Forward, f"EgnnFast_{operator.name}")
 
 
 def _second_order(operator: Operator) -> type[_Function]:
@@ -248,8 +248,7 @@ def _second_order(operator: Operator) -> type[_Function]:
             places = _spread(found, needed2)
             return (*places[:outputs], *(None,) * kept, *places[outputs:], *rest)
 
-    Backward.__name__ = Backward.__qualname__ = f"EgnnFast_{operator.name}_backward"
-    return Backward
+    return named(Backward, f"EgnnFast_{operator.name}_backward")
 
 
 def _last_order(operator: Operator) -> type[_Function]:
@@ -267,9 +266,15 @@ def _last_order(operator: Operator) -> type[_Function]:
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
             raise NotImplementedError(MAX_ORDER_MESSAGE)
 
-    name = f"EgnnFast_{operator.name}_double_backward"
-    DoubleBackward.__name__ = DoubleBackward.__qualname__ = name
-    return DoubleBackward
+    return named(DoubleBackward, f"EgnnFast_{operator.name}_double_backward")
+
+
+def named(function: F, name: str) -> F:
+    """Give a Function the name by which profiles and ``grad_fn`` call it."""
+    node: Any = function._backward_cls
+    function.__name__ = function.__qualname__ = name
+    node.__name__ = node.__qualname__ = f"{name}Backward"
+    return function
 
 
 def _spread(found: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:

@@ -139,8 +139,8 @@ def messages(
     if short:
         plan = _known_messages.find(options, inputs)
         if plan is not None:
-            found, total = plan.run(inputs, graph)
-            return found, plan.nothing if total is None else total
+            m, shift = plan.run(inputs, graph)
+            return m, shift
     scalars = (*_scalars(options), backend)
     m, shift = _messages(*_uncast(x, inputs), *_graph_tensors(graph), *scalars)
     if short and can_learn(inputs):
@@ -187,13 +187,17 @@ def layer(
     coord_weight: Tensor | None,
     residual: bool,
     carry: bool,
+    plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A whole layer on the CPU: ``(h [N, O], x [N, D], v [N, D])``.
 
     ``coord_weight [N]`` is what the mean divides by, inverted. x is empty (``[0, D]``) where
-    nothing moves, v unless ``carry``.
+    nothing moves, v unless ``carry``. ``plan`` is one of :func:`layer_plan` for such calls.
     """
-    tensors = [h, x, v, edge_attr, edge_mask, node_attr, coord_weight, *weights]
+    tensors = (h, x, v, edge_attr, edge_mask, node_attr, coord_weight, *weights)
+    if plan is not None:
+        h_out, x_out, v_out = plan.run(tensors, graph)
+        return h_out, x_out, v_out
     args = (
         *_uncast(x, tensors), *_graph_tensors(graph), *_scalars(options),
         options.coord_scale, residual, carry,

@@ -20,7 +20,7 @@ from torch.compiler import is_compiling
 
 from egnn_fast.budget import activation_budget
 from egnn_fast.graph import Graph
-from egnn_fast.operators import Operator, Tensors
+from egnn_fast.operators import Operator, Tensors, named
 
 # PyTorch's own check of a compiled region's tensors: all of them in one call
 TensorGuards: Any
@@ -142,7 +142,8 @@ class Memory:
             return
         if self._count >= MOST_KINDS:
             self._known, self._count = {}, 0
-        self._known.setdefault(key, []).append((guard, answer))
+        # what is newest is likeliest to be asked for
+        self._known[key] = [(guard, answer), *self._known.get(key, ())]
         self._count += 1
 
 
@@ -177,17 +178,18 @@ class Plan:
         self.present = pick(self.places)
         self._records = any(inputs[k].requires_grad for k in self.places)
         self._itemsize = inputs[0].element_size()
-        # stands for what a call of this kind does not keep
+        # stands for what a call of this kind does not have
         self.nothing = inputs[1].new_empty((0, inputs[1].shape[1]))
         self._ways: dict[Hashable, _Way] = {}
 
-    def run(self, inputs: Sequence[Any], graph: Graph) -> Sequence[Tensor | None]:
-        """The operator's outputs for its differentiable inputs; None for those it has not."""
+    def run(self, inputs: Sequence[Any], graph: Graph) -> Sequence[Tensor]:
+        """The operator's outputs for its differentiable inputs."""
         _, num_edges, parts = graph.parts()
         kernel, count = self.kernel, self.operator.outputs
         record = kernel.record((*inputs, *parts))
         if not (self._records and torch.is_grad_enabled()):
-            return kernel.forward(record, inputs[0], inputs[1], 0)[:count]
+            found = kernel.forward(record, inputs[0], inputs[1], 0)[:count]
+            return [self.nothing if t is None else t for t in found]
         size = kernel.kept_size(record, num_edges)
         if size and size * self._itemsize > activation_budget():
             size = 0
@@ -197,7 +199,7 @@ class Plan:
         outputs = self._function((self, outputs, constants, parts), *self.present(inputs))
         if len(outputs) == count:
             return outputs
-        spread: list[Tensor | None] = [None] * count
+        spread = [self.nothing] * count
         for k, t in zip(kernel.outputs, outputs, strict=True):
             spread[k] = t
         return spread
@@ -296,6 +298,6 @@ def short_function(operator: Operator) -> Callable[..., tuple[Tensor, ...]]:
             wanted = ctx.needs_input_grad[1:]
             return (None, *plan.backward(wanted, cotangents, ctx.saved_tensors))
 
-    Short.__name__ = Short.__qualname__ = operator.function.__name__
+    named(Short, operator.function.__name__)
     # Function.apply in Python looks at each argument for transforms, of which there are none here
     return super(torch.autograd.Function, Short).apply

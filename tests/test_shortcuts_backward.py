@@ -41,6 +41,12 @@ def test_second_derivatives_go_by_the_operators_and_third_ones_raise(
             torch.autograd.grad(value, x)
 
 
+def test_autograd_knows_both_ways_by_one_name() -> None:
+    layer, args = layer_inputs()
+    names = [layer(**args)[0].grad_fn.name() for _ in range(2)]
+    assert names == ["EgnnFast_layerBackward"] * 2
+
+
 @pytest.mark.parametrize("face", FACES)
 def test_the_graph_of_a_call_can_be_kept_or_is_freed(face: str) -> None:
     problem = FACES[face](torch.float32)
