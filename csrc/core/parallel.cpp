@@ -19,7 +19,10 @@ namespace egnn {
 namespace {
 
 // every OpenMP runtime in use with PyTorch (GNU, LLVM, Intel) exports the GNU entry point
-using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+struct OpenMP {
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+  int (*thread_number)() = nullptr;
+};
 
 std::atomic<bool> in_forked_child{false};
 
@@ -40,8 +43,9 @@ int collect_openmp(dl_phdr_info* info, size_t, void* found) {
 }
 #endif
 
-GompParallel find_gomp_parallel() {
+OpenMP find_openmp() {
   void* symbol = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+  void* number = dlsym(RTLD_DEFAULT, "omp_get_thread_num");
 #if defined(__linux__)
   std::vector<std::string> names;
   // the loader holds a lock while it calls: no dlopen in there
@@ -52,14 +56,17 @@ GompParallel find_gomp_parallel() {
     void* handle = dlopen(name.c_str(), RTLD_LAZY | RTLD_NOLOAD);
     if (handle == nullptr) continue;
     symbol = dlsym(handle, "GOMP_parallel");
+    number = dlsym(handle, "omp_get_thread_num");
     dlclose(handle);
   }
 #endif
-  return reinterpret_cast<GompParallel>(symbol);
+  if (symbol == nullptr) return {};
+  return {reinterpret_cast<decltype(OpenMP::parallel)>(symbol),
+          reinterpret_cast<decltype(OpenMP::thread_number)>(number)};
 }
 
-GompParallel gomp_parallel() {
-  static const GompParallel found = find_gomp_parallel();
+const OpenMP& openmp() {
+  static const OpenMP found = find_openmp();
   return found;
 }
 
@@ -87,30 +94,54 @@ void wait_for(const std::atomic<int64_t>& done, int64_t count) {
 
 struct Region {
   // on cache lines of their own: all threads write to them
-  struct alignas(64) Counters {
-    std::atomic<int64_t> next{0}, done{0};
+  struct alignas(64) Counter {
+    std::atomic<int64_t> value{0};
   };
 
-  explicit Region(const std::vector<Schedule::Step>& steps_)
-      : steps(steps_), counters(steps_.size()) {}
+  Region(const std::vector<Schedule::Step>& steps_, int threads_)
+      : steps(steps_), threads(threads_), done(steps_.size()) {
+    size_t parts = 0;
+    for (const auto& step : steps) parts += step.parts.size();
+    taken = std::vector<Counter>(parts * threads);
+  }
 
   const std::vector<Schedule::Step>& steps;
-  std::vector<Counters> counters;
+  const int threads;
+  std::vector<Counter> done;   // tasks of each step
+  std::vector<Counter> taken;  // tasks of each share: a part's tasks for a worker
   std::atomic<int> workers{0};
+
+  // Runs what is left of a share.
+  void run_share(const Schedule::Part& part, Counter* shares, int share, int worker,
+                 std::atomic<int64_t>& finished) {
+    const int64_t begin = part.count * share / threads, end = part.count * (share + 1) / threads;
+    for (;;) {
+      const int64_t task = begin + shares[share].value.fetch_add(1, std::memory_order_relaxed);
+      if (task >= end) return;
+      part.body(task, worker);
+      finished.fetch_add(1, std::memory_order_release);
+    }
+  }
 
   static void work(void* data) {
     auto& region = *static_cast<Region*>(data);
-    const int worker = region.workers.fetch_add(1, std::memory_order_relaxed);
+    // the same thread has the same number in each region
+    const int arrival = region.workers.fetch_add(1, std::memory_order_relaxed);
+    const int worker = openmp().thread_number != nullptr ? openmp().thread_number() : arrival;
+    Counter* shares = region.taken.data();
     for (size_t k = 0; k < region.steps.size(); ++k) {
       const Schedule::Step& step = region.steps[k];
-      Counters& counters = region.counters[k];
-      for (;;) {
-        const int64_t task = counters.next.fetch_add(1, std::memory_order_relaxed);
-        if (task >= step.count) break;
-        step.run(task, worker);
-        counters.done.fetch_add(1, std::memory_order_release);
+      std::atomic<int64_t>& finished = region.done[k].value;
+      for (int help = 0; help < region.threads; ++help) {
+        if (help > 0 && finished.load(std::memory_order_relaxed) == step.count) break;
+        const int share = (worker + help) % region.threads;
+        for (size_t part = 0; part < step.parts.size(); ++part) {
+          region.run_share(step.parts[part], shares + part * region.threads, share, worker,
+                           finished);
+        }
       }
-      wait_for(counters.done, step.count);
+      shares += step.parts.size() * region.threads;
+      wait_for(finished, step.count);
     }
   }
 };
@@ -121,14 +152,15 @@ void Schedule::run(int threads) const {
   if (threads > most) threads = static_cast<int>(most);
   if (threads <= 1 || in_forked_child.load(std::memory_order_relaxed)) {
     for (const Step& step : steps_) {
-      for (int64_t task = 0; task < step.count; ++task) step.run(task, 0);
+      for (const Part& part : step.parts) {
+        for (int64_t task = 0; task < part.count; ++task) part.body(task, 0);
+      }
     }
     return;
   }
-  const GompParallel gomp = gomp_parallel();
-  Region region(steps_);
-  if (gomp != nullptr) {
-    gomp(Region::work, &region, static_cast<unsigned>(threads), 0);
+  Region region(steps_, threads);
+  if (openmp().parallel != nullptr) {
+    openmp().parallel(Region::work, &region, static_cast<unsigned>(threads), 0);
     return;
   }
   std::vector<std::thread> pool;
@@ -143,7 +175,7 @@ void Schedule::run(int threads) const {
 }
 
 const char* thread_source() {
-  return gomp_parallel() != nullptr ? "OpenMP of the process" : "std::thread";
+  return openmp().parallel != nullptr ? "OpenMP of the process" : "std::thread";
 }
 
 }  // namespace egnn

@@ -11,6 +11,9 @@ namespace egnn {
 // Steps one after the other, the tasks of a step in any order on any thread: results must not
 // depend on it. One parallel region serves all steps, and a step waits for tasks, not for threads:
 // a thread that the system keeps from running holds nothing up unless it has taken a task.
+//
+// Each thread begins with a share of its own, the same in all steps and calls, and then helps the
+// others: what a thread has written is in its own cache, and far from the others'.
 class Schedule {
  public:
   // (task from 0 to count - 1, worker from 0 to threads - 1)
@@ -27,27 +30,19 @@ class Schedule {
     if (steps_.empty()) steps_.emplace_back();
     Step& step = steps_.back();
     step.count += count;
-    step.parts.push_back({step.count, std::move(body)});
+    step.parts.push_back({count, std::move(body)});
   }
 
   void run(int threads) const;
 
  private:
   struct Part {
-    int64_t end;  // of its tasks among the step's
+    int64_t count;
     Body body;
   };
   struct Step {
-    int64_t count = 0;
+    int64_t count = 0;  // of all parts
     std::vector<Part> parts;
-
-    void run(int64_t task, int worker) const {
-      int64_t begin = 0;
-      for (const Part& part : parts) {
-        if (task < part.end) return part.body(task - begin, worker);
-        begin = part.end;
-      }
-    }
   };
   friend struct Region;
   std::vector<Step> steps_;
