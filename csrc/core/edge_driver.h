@@ -97,7 +97,7 @@ class EdgeForward {
   EdgeForward(const KernelTable<T>& kernels, Problem<T>& p, int threads)
       : kernels_(kernels), p_(p), threads_(threads) {
     p.tasks = std::min(task_count(p.edges), kMaxForwardTasks);
-    scratch_size_ = round_up(kernels.forward_scratch(p), 16);
+    scratch_size_ = round_up(kernels.forward_scratch(p), kPage / sizeof(T));
   }
 
   void reserve(Workspace& ws) {
@@ -145,7 +145,7 @@ class EdgeBackward {
                     ((p.needs_w3 && p.needs_w_x) || !p.head);
     // without a cotangent all gradients are zero
     nothing_ = p.edges == 0 || (p.g_m == nullptr && p.g_shift == nullptr);
-    scratch_size_ = round_up(kernels.backward_scratch(p), 16);
+    scratch_size_ = round_up(kernels.backward_scratch(p), kPage / sizeof(T));
     const int64_t bytes_per_task =
         static_cast<int64_t>(sizeof(T)) * (p.at.size + kTaskEdges * (p.ld + p.dim));
     const int64_t fitting = std::max<int64_t>(kWaveBytes / bytes_per_task, threads);

@@ -157,12 +157,16 @@ struct Kept {
   int64_t pq, z_h, z_v, z2, z3, size;
 
   Kept(int64_t nodes, int64_t edges, int64_t ld, bool velocity, bool head) {
+    const auto rows = [&](int64_t count, int64_t width) {
+      return aligned_size((count + kSpareRows) * width * sizeof(T)) /
+             static_cast<int64_t>(sizeof(T));
+    };
     pq = 0;
-    z_h = pq + (nodes + kSpareRows) * 2 * ld;
-    z_v = z_h + (nodes + kSpareRows) * ld;
-    z2 = z_v + (velocity ? (nodes + kSpareRows) * ld : 0);
-    z3 = z2 + (edges + kSpareRows) * ld;
-    size = z3 + (head ? (edges + kSpareRows) * ld : 0);
+    z_h = pq + rows(nodes, 2 * ld);
+    z_v = z_h + rows(nodes, ld);
+    z2 = z_v + (velocity ? rows(nodes, ld) : 0);
+    z3 = z2 + rows(edges, ld);
+    size = z3 + (head ? rows(edges, ld) : 0);
   }
 };
 
@@ -190,7 +194,7 @@ void run_forward(const LayerArgs& a) {
   p.pq_stride = 2 * static_cast<int64_t>(p.ld);
   p.pq_padded = true;
   EdgeForward<T> pass(kernels, p, threads);
-  const int64_t scratch_size = round_up(kernels.node_scratch(n), 16);
+  const int64_t scratch_size = round_up(kernels.node_scratch(n), kPage / sizeof(T));
   T* scratch = nullptr;
   Workspace ws;
   Schedule schedule;
@@ -303,7 +307,7 @@ void run_backward(const LayerArgs& a) {
   const int64_t node_wave =
       std::min(node_tasks(n.nodes), std::max(2 * kWaveTasks, int64_t{4} * threads));
   const int64_t node_waves = divide_up(node_tasks(n.nodes), std::max<int64_t>(node_wave, 1));
-  const int64_t scratch_size = round_up(kernels.node_scratch(n), 16);
+  const int64_t scratch_size = round_up(kernels.node_scratch(n), kPage / sizeof(T));
   T *scratch = nullptr, *g_m = nullptr, *g_shift = nullptr;
   Workspace ws;
   Schedule schedule;

@@ -45,7 +45,9 @@ int64_t size_class(int64_t bytes) {
 char* allocate(int64_t bytes) {
   void* memory = nullptr;
   const bool large = bytes >= 2 * kHugePage;
-  const auto alignment = static_cast<size_t>(large ? kHugePage : kAlignment);
+  const auto alignment = static_cast<size_t>(large           ? kHugePage
+                                             : bytes < kPage ? kAlignment
+                                                             : kPage);
   if (posix_memalign(&memory, alignment, static_cast<size_t>(bytes)) != 0) throw std::bad_alloc();
 #if defined(__linux__)
   if (large) madvise(memory, static_cast<size_t>(bytes), MADV_HUGEPAGE);  // a wish
@@ -76,7 +78,7 @@ void return_buffer(char* buffer, int64_t bytes) {
   bytes = size_class(bytes);
   Pool& p = pool();
   const std::unique_lock<std::mutex> lock(p.mutex, std::try_to_lock);
-  if (!lock.owns_lock() || bytes > kPooledBytes) {
+  if (!lock.owns_lock() || bytes > kPooledBuffer) {
     std::free(buffer);
     return;
   }

@@ -14,18 +14,15 @@ inline int64_t node_scratch(const NodeProblem<T>& p) {
          12 * kWidth<T>;
 }
 
-// A block's rows of a [nodes, columns] array as a tile with padded rows: copied to `tile`, or
-// where they lie if they are as good as one there, spare rows included.
+// A block's rows of a [nodes, columns] array as a tile with padded rows. Copied even where they
+// would do as they lie: tiles have the places in their pages that memory.h speaks of.
 template <class T>
-inline const T* read_rows(const T* from, int64_t begin, int rows, int64_t nodes, int columns,
-                          int ld, T* tile) {
-  if (columns == 0) return tile;  // an empty array has no address
-  if (columns == ld && begin + rows + kSpareRows <= nodes) return from + begin * columns;
+inline void read_rows(const T* from, int64_t begin, int rows, int columns, int ld, T* tile) {
+  if (columns == 0) return;  // an empty array has no address
   for (int b = 0; b < rows; ++b) {
     memcpy(tile + b * ld, from + (begin + b) * columns, columns * sizeof(T));
     for (int c = columns; c < ld; ++c) tile[b * ld + c] = 0;
   }
-  return tile;
 }
 
 template <class T>
@@ -60,18 +57,17 @@ inline void multiply_rows(T* a, const T* b, int64_t count) {
 
 template <class T>
 struct NodeTiles {
-  T *h_tile, *g_h, *spare_in, *m_tile, *z, *d, *g_z, *g_m, *out, *g_out_tile, *attr_tile, *g_attr;
-  const T *h, *m, *g_out, *attr;  // what was read: the tile or the caller's array
+  T *h, *g_h, *spare_in, *m, *z, *d, *g_z, *g_m, *out, *g_out, *attr, *g_attr;
 
   NodeTiles(const NodeProblem<T>& p, T* scratch) {
     Carver<T> carve{scratch};
-    T** const in[] = {&h_tile, &g_h, &spare_in};
+    T** const in[] = {&h, &g_h, &spare_in};
     for (T** tile : in) *tile = carve.take(static_cast<int64_t>(kBlockRows) * p.ld_in);
-    T** const hidden[] = {&m_tile, &z, &d, &g_z, &g_m};
+    T** const hidden[] = {&m, &z, &d, &g_z, &g_m};
     for (T** tile : hidden) *tile = carve.take(static_cast<int64_t>(kBlockRows) * p.ld_hidden);
-    T** const outs[] = {&out, &g_out_tile};
+    T** const outs[] = {&out, &g_out};
     for (T** tile : outs) *tile = carve.take(static_cast<int64_t>(kBlockRows) * p.ld_out);
-    T** const attrs[] = {&attr_tile, &g_attr};
+    T** const attrs[] = {&attr, &g_attr};
     for (T** tile : attrs) *tile = carve.take(static_cast<int64_t>(kBlockRows) * p.ld_attrs);
   }
 };
@@ -81,7 +77,7 @@ inline void node_pq(const NodeProblem<T>& p, int64_t begin, int64_t end, T* scra
   NodeTiles<T> t(p, scratch);
   const int rows = static_cast<int>(end - begin), vectors = p.ld_hidden / kWidth<T>;
   const int64_t stride = 2 * static_cast<int64_t>(p.ld_hidden);
-  t.h = read_rows(p.h, begin, rows, p.nodes, p.in, p.ld_in, t.h_tile);
+  read_rows(p.h, begin, rows, p.in, p.ld_in, t.h);
   T* pq = p.pq + begin * stride;
   gemm(t.h, p.ld_in, rows, p.w_i, p.in, vectors, Start::kBias, p.b1, pq, stride);
   gemm(t.h, p.ld_in, rows, p.w_j, p.in, vectors, Start::kZero, kNone<T>, pq + p.ld_hidden, stride);
@@ -90,9 +86,9 @@ inline void node_pq(const NodeProblem<T>& p, int64_t begin, int64_t end, T* scra
 // Reads the rows that phi_h takes.
 template <class T>
 inline void read_inputs(const NodeProblem<T>& p, int64_t begin, int rows, NodeTiles<T>& t) {
-  t.h = read_rows(p.h, begin, rows, p.nodes, p.in, p.ld_in, t.h_tile);
-  t.m = read_rows(p.m, begin, rows, p.nodes, p.hidden, p.ld_hidden, t.m_tile);
-  t.attr = read_rows(p.node_attr, begin, rows, p.nodes, p.attrs, p.ld_attrs, t.attr_tile);
+  read_rows(p.h, begin, rows, p.in, p.ld_in, t.h);
+  read_rows(p.m, begin, rows, p.hidden, p.ld_hidden, t.m);
+  read_rows(p.node_attr, begin, rows, p.attrs, p.ld_attrs, t.attr);
 }
 
 // z = the first linear of phi_h on [h ; M ; node_attr].
@@ -157,7 +153,7 @@ inline void features_back(const NodeProblem<T>& p, int64_t begin, int rows, Node
   const T* z = p.z_h != nullptr ? p.z_h + begin * ld : t.z;
   if (p.z_h == nullptr) node_first(p, rows, t, t.z);
   activate_rows<T, act>(z, t.z, t.d, static_cast<int64_t>(rows) * ld, p.slope);
-  t.g_out = read_rows(p.g_h_out, begin, rows, p.nodes, p.out, p.ld_out, t.g_out_tile);
+  read_rows(p.g_h_out, begin, rows, p.out, p.ld_out, t.g_out);
   gemm(t.g_out, p.ld_out, rows, p.w_out_back, p.out, vectors, Start::kZero, kNone<T>, t.g_z, ld);
   multiply_rows(t.g_z, t.d, static_cast<int64_t>(rows) * ld);
   if (sums != nullptr) {
@@ -243,7 +239,7 @@ inline void node_update_back(const NodeProblem<T>& p, int64_t begin, int64_t end
   if (p.g_h_out != nullptr) {
     features_back<T, act>(p, begin, rows, t, sums, fresh);
   } else {
-    t.h = read_rows(p.h, begin, rows, p.nodes, p.in, p.ld_in, t.h_tile);
+    read_rows(p.h, begin, rows, p.in, p.ld_in, t.h);
     memset(t.g_h, 0, static_cast<size_t>(rows) * p.ld_in * sizeof(T));
   }
   if (moves && p.velocity) velocity_back<T, act>(p, begin, rows, t, sums, fresh);
@@ -270,7 +266,7 @@ inline void node_pq_back(const NodeProblem<T>& p, int64_t begin, int64_t end, T*
   const T* g_p = p.g_pq + begin * stride;
   const T* g_q = g_p + p.ld_hidden;
   if (sums != nullptr) {
-    t.h = read_rows(p.h, begin, rows, p.nodes, p.in, p.ld_in, t.h_tile);
+    read_rows(p.h, begin, rows, p.in, p.ld_in, t.h);
     weight_gemm(g_p, stride, t.h, p.ld_in, rows, p.hidden, vectors, fresh, sums + p.at_pq.i,
                 p.ld_in);
     weight_gemm(g_q, stride, t.h, p.ld_in, rows, p.hidden, vectors, fresh, sums + p.at_pq.j,
