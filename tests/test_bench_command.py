@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from egnn_fast import _native, cli
-from egnn_fast.bench import cases, check, floor, memory, peers, plots
+from egnn_fast.bench import cases, check, floor, measure, memory, peers, plots
 from egnn_fast.bench.cases import CASES, FUSED, INFERENCE, TRAINING
 from egnn_fast.bench.results import (
     CaseResult,
@@ -54,6 +54,19 @@ def call(capsys: pytest.CaptureFixture[str], tmp_path: Path, one_thread: None) -
     return run
 
 
+class FixedRates:
+    """Probes that take no time."""
+
+    def __init__(self, *args: Any) -> None: ...
+
+    def functions(self) -> dict[str, Callable[[], object]]:
+        return {"blas": lambda: 1.0, "silu": lambda: 1.0}
+
+    def rates(self, seconds: dict[str, float]) -> floor.Rates:
+        assert seconds == {"blas": 1.0, "silu": 1.0}
+        return floor.Rates(1e11, 1e9, 1e10)
+
+
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table in a size for tests; rates at once."""
@@ -64,7 +77,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         for case in CASES
     )
     monkeypatch.setattr(cases, "CASES", table)
-    monkeypatch.setattr(floor, "rates", lambda *a: floor.Rates(1e11, 1e9, 1e10))
+    monkeypatch.setattr(floor, "Probes", FixedRates)
+    monkeypatch.setattr(measure, "MIN_SAMPLE", 5e-3)
 
 
 def refused(outcome: tuple[int, str, str], *words: str) -> None:

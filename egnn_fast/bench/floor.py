@@ -9,9 +9,9 @@ a share of it never flatters.
 
 from __future__ import annotations
 
-import math
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +58,7 @@ class Rates:
     Attributes
     ----------
     blas : float
-        Flop of ``torch.mm`` per second: the better of a large square and the layer's shape.
+        Flop of ``torch.mm`` per second, of a large square or the layer's shape, the better one.
     silu : float or None
         SiLUs per second of the extension's own vectorised code; None without the extension.
     copy : float
@@ -68,11 +68,6 @@ class Rates:
     blas: float
     silu: float | None
     copy: float
-
-    def best(self, other: Rates) -> Rates:
-        """The better of two measurements: what disturbs the machine only makes it slower."""
-        silu = None if self.silu is None or other.silu is None else max(self.silu, other.silu)
-        return Rates(max(self.blas, other.blas), silu, max(self.copy, other.copy))
 
     def seconds(self, work: Work) -> float | None:
         """The floor of some work; None where the rate of SiLU is unknown."""
@@ -125,8 +120,11 @@ def pass_work(case: Case, measured: str) -> Work:
     raise ValueError(f"measured: no pass is called {measured!r}")
 
 
-def rates(dtype: str, hidden: int, threads: int) -> Rates:
-    """Measure this machine's rates, in about a second.
+class Probes:
+    """What the rates are measured with, run in turn with what they are to judge.
+
+    A rate taken at another moment, or as the best of many while times are medians, would compare
+    two different machines: neighbours and clock rates come and go.
 
     Parameters
     ----------
@@ -137,16 +135,31 @@ def rates(dtype: str, hidden: int, threads: int) -> Rates:
     threads : int
         Of PyTorch and of the SiLU; must be what ``torch.get_num_threads()`` says.
     """
-    if threads != torch.get_num_threads():
-        raise ValueError(f"threads: PyTorch runs on {torch.get_num_threads()}, got {threads}")
-    kind: torch.dtype = getattr(torch, dtype)
-    blas = max(
-        _product_rate(rows, inner, kind) for rows, inner in ((SQUARE, SQUARE), (TALL, hidden))
-    )
-    return Rates(blas, _silu_rate(kind, threads), _copy_rate(kind))
+
+    def __init__(self, dtype: str, hidden: int, threads: int) -> None:
+        if threads != torch.get_num_threads():
+            raise ValueError(f"threads: PyTorch runs on {torch.get_num_threads()}, got {threads}")
+        kind: torch.dtype = getattr(torch, dtype)
+        products = [_product(SQUARE, SQUARE, kind), _product(TALL, hidden, kind)]
+        # the shape that the BLAS is better at
+        self._product, self._flop = min(products, key=lambda p: _seconds(p[0]) / p[1])
+        silu = _silu(kind, threads)
+        self._silu = None if silu is None else silu[0]
+        self._silus = 0.0 if silu is None else silu[1]
+        self._copy = _copy_rate(kind)
+
+    def functions(self) -> dict[str, Callable[[], object]]:
+        """The probes by name, to be timed along."""
+        found: dict[str, Callable[[], object]] = {"blas": self._product}
+        return found if self._silu is None else {**found, "silu": self._silu}
+
+    def rates(self, seconds: Mapping[str, float]) -> Rates:
+        """The rates, given how long each probe took."""
+        silu = None if self._silu is None else self._silus / seconds["silu"]
+        return Rates(self._flop / seconds["blas"], silu, self._copy)
 
 
-def _product_rate(rows: int, inner: int, dtype: torch.dtype) -> float:
+def _product(rows: int, inner: int, dtype: torch.dtype) -> tuple[Callable[[], object], float]:
     a, b = torch.randn(rows, inner, dtype=dtype), torch.randn(inner, inner, dtype=dtype)
     out = torch.empty(rows, inner, dtype=dtype)
     times = max(1, SQUARE**3 // (rows * inner * inner))
@@ -155,10 +168,10 @@ def _product_rate(rows: int, inner: int, dtype: torch.dtype) -> float:
         for _ in range(times):
             torch.mm(a, b, out=out)
 
-    return times * 2 * rows * inner * inner / _fastest(run)
+    return run, times * 2.0 * rows * inner * inner
 
 
-def _silu_rate(dtype: torch.dtype, threads: int) -> float | None:
+def _silu(dtype: torch.dtype, threads: int) -> tuple[Callable[[], object], float] | None:
     if _native.core is None:
         return None
     silu = _native.core.silu
@@ -169,20 +182,20 @@ def _silu_rate(dtype: torch.dtype, threads: int) -> float | None:
     def run() -> None:
         silu(source.data_ptr(), target.data_ptr(), count, double, threads, repeats)
 
-    return count * repeats / _fastest(run)
+    return run, float(count * repeats)
 
 
 def _copy_rate(dtype: torch.dtype) -> float:
     source = torch.ones(_COPY_BYTES // dtype.itemsize, dtype=dtype)
     target = torch.empty_like(source)
-    return 2 * _COPY_BYTES / _fastest(lambda: target.copy_(source))
+    return 2 * _COPY_BYTES / _seconds(lambda: target.copy_(source))
 
 
-def _fastest(run: Callable[[], object]) -> float:
-    """The least seconds of several runs: a rate is what the machine can do."""
-    best = math.inf
+def _seconds(run: Callable[[], object]) -> float:
+    """The median of a few runs."""
+    times = []
     for _ in range(_REPEATS):
         begin = time.perf_counter()
         run()
-        best = min(best, time.perf_counter() - begin)
-    return best
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-MIN_SAMPLE = 5e-3  # seconds: shorter runs are repeated within a sample
+# seconds: shorter runs are repeated within a sample, so that a training step meets what the step
+# before it left in the caches, as it does in training, rather than what its rival left there
+MIN_SAMPLE = 0.1
 _PROC = Path("/proc/self")
 
 
@@ -32,7 +34,7 @@ class Timing(NamedTuple):
 
 
 def alternate(
-    runs: Mapping[str, Callable[[], object]], repeats: int, min_sample: float = MIN_SAMPLE
+    runs: Mapping[str, Callable[[], object]], repeats: int, min_sample: float | None = None
 ) -> dict[str, Timing]:
     """Time several functions in turn, so that what disturbs the machine disturbs all of them.
 
@@ -44,7 +46,8 @@ def alternate(
     repeats : int
         Samples of each.
     min_sample : float
-        Seconds that a sample lasts at least: short functions run several times in it.
+        Seconds that a sample lasts at least (``MIN_SAMPLE``): short functions run several times in
+        it.
     """
     counts = {name: runs_per_sample(run, min_sample) for name, run in runs.items()}
     samples: dict[str, list[float]] = {name: [] for name in runs}
@@ -63,8 +66,9 @@ def _timing(samples: list[float], runs: int) -> Timing:
     return Timing(median, low, high, min(samples), len(samples), runs)
 
 
-def runs_per_sample(run: Callable[[], object], min_sample: float = MIN_SAMPLE) -> int:
+def runs_per_sample(run: Callable[[], object], min_sample: float | None = None) -> int:
     """Warm up, and find how many runs a sample needs."""
+    min_sample = MIN_SAMPLE if min_sample is None else min_sample
     run()
     seconds, count = _sample(run, 1), 1
     while seconds < min_sample:

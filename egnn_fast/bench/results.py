@@ -61,7 +61,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class RateRow:
-    """The rates that a case's floor is counted with: the better of before and after it."""
+    """The rates that a case's floors were counted with, the median over its passes."""
 
     blas_gflops: float
     silu_g: float | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 
 import torch
@@ -98,7 +99,7 @@ def _time(
     chosen: Sequence[peers.Peer],
     repeats: int,
 ) -> None:
-    rates = floor.rates(case.dtype, case.hidden, torch.get_num_threads())
+    probes = floor.Probes(case.dtype, case.hidden, torch.get_num_threads())
     problem = problems.build(case)
     runners = {}
     for peer in chosen:
@@ -107,20 +108,29 @@ def _time(
             runners[peer.name] = peer.build(problem)
         else:
             result.left_out[peer.name] = reason
-    found: dict[str, dict[str, measure.Timing]] = {}
+    met: list[floor.Rates] = []
     for measured in case.passes:
         # the backward alone is there for its share of the floor
         names = [FUSED] if measured == BACKWARD else list(runners)
         functions = {name: runners[name].timed(measured) for name in names}
-        found[measured] = measure.alternate(functions, repeats)
-    rates = rates.best(floor.rates(case.dtype, case.hidden, torch.get_num_threads()))
-    silu = None if rates.silu is None else rates.silu / 1e9
-    result.rates = RateRow(rates.blas / 1e9, silu, rates.copy / 1e9)
-    result.times = [
-        _row(case, measured, name, timing, timings[FUSED], rates)
-        for measured, timings in found.items()
-        for name, timing in timings.items()
-    ]
+        timings = measure.alternate({**functions, **probes.functions()}, repeats)
+        rates = probes.rates({name: timings.pop(name).median for name in probes.functions()})
+        met.append(rates)
+        result.times += [
+            _row(case, measured, name, timing, timings[FUSED], rates)
+            for name, timing in timings.items()
+        ]
+
+    result.rates = _rate_row(met)
+
+
+def _rate_row(met: Sequence[floor.Rates]) -> RateRow:
+    silu = [rates.silu for rates in met if rates.silu is not None]
+    return RateRow(
+        statistics.median(rates.blas for rates in met) / 1e9,
+        statistics.median(silu) / 1e9 if silu else None,
+        statistics.median(rates.copy for rates in met) / 1e9,
+    )
 
 
 def _row(
