@@ -78,7 +78,7 @@ $(VENV)/.installed: $(VENV)/.made constraints.txt pyproject.toml
 	@$(PIP) --upgrade pip
 	@$(PIP) torch
 	@$(PIP) setuptools pybind11 cmake ninja
-	@EGNN_FAST_NO_EXT=1 PYTHONWARNINGS=ignore $(PIP) --no-build-isolation -e '.[test,dev]'
+	@EGNN_FAST_NO_EXT=1 PYTHONWARNINGS=ignore $(PIP) --no-build-isolation -e '.[test,dev,triton]'
 	@rm $(VENV)/.unfinished
 	@touch $@
 

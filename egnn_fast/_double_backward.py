@@ -39,7 +39,7 @@ def messages(
     """
     inputs = list(args[:_N_DIFF])
     graph = Graph(*args[_N_DIFF : _N_DIFF + 4])
-    *scalars, _backend, needed, needed2 = args[_N_DIFF + 4 :]
+    *scalars, _backend, _precision, needed, needed2 = args[_N_DIFF + 4 :]
     options = _options(*scalars)
     spread = iter(cotangents)
     towards = [next(spread) if n else None for n in needed]

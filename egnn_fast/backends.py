@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 
 from egnn_fast import _native
+from egnn_fast.kernels import MAX_DIM, MAX_HIDDEN, PROVEN, interpreting
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 ENV_BACKEND = "EGNN_FAST_BACKEND"
@@ -92,9 +94,35 @@ def unavailable(backend: str) -> str | None:
     """Why a backend cannot run anything here; None if it can."""
     if backend == "cpu":
         return _native.load_error
-    if backend in ("triton", "cuda"):
-        return "this version of egnn_fast has no GPU kernels"
+    if backend == "triton":
+        return _no_triton()
+    if backend == "cuda":
+        return "this version of egnn_fast has no CUDA kernels"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _no_triton() -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed: pip install 'egnn-fast[triton]'"
+    if torch.cuda.is_available() or interpreting():
+        return None
+    return "PyTorch sees no GPU; TRITON_INTERPRET=1 runs the kernels on the CPU, to check them"
+
+
+def unproven(backend: str) -> str | None:
+    """Why "auto" leaves a backend that could run a call alone; None if it does not."""
+    if backend != "triton" or (torch.cuda.is_available() and _architecture() in PROVEN):
+        return None
+    return (
+        "it was compiled and interpreted, not yet run on such a GPU; backend='triton' or "
+        f"{ENV_BACKEND}=triton names it"
+    )
+
+
+@torch.compiler.assume_constant_result
+def _architecture() -> tuple[int, int]:
+    return torch.cuda.get_device_capability()
 
 
 def refusal(backend: str, call: Call) -> str | None:
@@ -111,6 +139,21 @@ def refusal(backend: str, call: Call) -> str | None:
             return f"the tensors lie on {call.device}, not on the CPU"
         if call.dtype not in (torch.float32, torch.float64):
             return f"the CPU kernel takes float32 and float64, not {call.dtype}"
+    if backend == "triton":
+        return _triton_refusal(call)
+    return None
+
+
+def _triton_refusal(call: Call) -> str | None:
+    device = "cpu" if interpreting() else "cuda"
+    if call.device != device:
+        return f"the tensors lie on {call.device}, not on {device}"
+    if call.dtype != torch.float32:
+        return f"the Triton kernels take float32 (bf16 and fp16 by autocast), not {call.dtype}"
+    if call.hidden > MAX_HIDDEN:
+        return f"the Triton kernels take at most {MAX_HIDDEN} hidden features"
+    if call.coord_dim > MAX_DIM:
+        return f"the Triton kernels take at most {MAX_DIM} coordinates"
     return None
 
 
@@ -134,9 +177,10 @@ def select(argument: str | None, call: Call) -> str:
         return name
     fused = _candidates(call.device)
     for candidate in fused:
-        if refusal(candidate, call) is None:
+        if refusal(candidate, call) is None and unproven(candidate) is None:
             return candidate
-    _warn_once(f"no fused kernel for this call, using the reference: {refusal(fused[0], call)}")
+    reason = refusal(fused[-1], call) or unproven(fused[-1])
+    _warn_once(f"no fused kernel for this call, using the reference: {reason}")
     return "reference"
 
 
@@ -148,6 +192,9 @@ def explain_call(argument: str | None, call: Call) -> Explanation:
         if reason is not None:
             refused[backend] = reason
     name = requested(argument)
+    if name == "auto":
+        left_alone = {b: unproven(b) for b in _candidates(call.device) if b not in refused}
+        refused |= {b: why for b, why in left_alone.items() if why is not None}
     if name != "auto" and name in refused and call.activation is not None:
         raise BackendError(f"backend {name!r} cannot run this call: {refused[name]}")
     if name != "auto" and name not in refused:
@@ -163,6 +210,11 @@ def instruction_set(backend: str) -> str:
     """The instruction set that a backend's kernel runs with here."""
     if backend == "cpu" and _native.core is not None:
         return str(_native.core.instruction_set())
+    if backend == "triton" and unavailable(backend) is None:
+        if interpreting():
+            return "interpreted on the CPU"
+        major, minor = _architecture()
+        return f"sm_{major}{minor}"
     return "PyTorch's own"
 
 

@@ -2,13 +2,14 @@
 
 ``egnn_fast::messages`` is the edge pass, ``egnn_fast::layer`` a whole layer as one native call;
 :mod:`egnn_fast.operators` gives both their derivatives. Arguments are not checked here: that is
-functional's part. Under autocast everything is brought to the dtype of ``x``: distances, MLPs and
-sums keep its precision.
+functional's part. Under autocast everything is brought to the dtype of ``x`` on the CPU: distances,
+MLPs and sums keep its precision. GPU kernels take autocast's dtype for the MLPs' products alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from egnn_fast.budget import activation_budget
 from egnn_fast.graph import Graph, check_count, check_edge_count, check_index_range
 from egnn_fast.operators import Operator, Tensors, lib, transforming, wants_grad
 from egnn_fast.options import EdgeWeights, LayerWeights, Options
+from egnn_fast.precision import matmul_precision
 from egnn_fast.shortcuts import Memory, Plan, can_learn, ordinary, short_function
 
 _GRAPH = "Tensor rowptr, Tensor? senders, Tensor? perm, Tensor? first"
@@ -43,6 +45,7 @@ def _where(names: Sequence[str], prefixes: tuple[str, ...]) -> tuple[bool, ...]:
     return tuple(name.startswith(prefixes) for name in names)
 
 
+_BACKEND = len(MESSAGES_DIFF) + 4 + 5  # its place among the arguments of messages
 _HEAD = _where(MESSAGES_DIFF, ("w3", "b3", "w_x"))
 
 
@@ -54,7 +57,7 @@ def _messages_reached(needed: Sequence[bool], cotangents: Tensors, inputs: Tenso
 
 def _messages_fake(pq: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     has_head = rest[MESSAGES_DIFF.index("w_x") - 2] is not None
-    m = pq.new_empty((pq.shape[0], pq.shape[1] // 2))
+    m = x.new_empty((pq.shape[0], pq.shape[1] // 2))
     return m, x.new_empty((x.shape[0] if has_head else 0, x.shape[1]))
 
 
@@ -103,7 +106,7 @@ def _layer_fake(h: Tensor, x: Tensor, v: Tensor | None, *rest: Any) -> tuple[Ten
 
 _messages = Operator(
     "messages",
-    f"{_schema(MESSAGES_DIFF)}, {_GRAPH}, {_OPTIONS}, str backend",
+    f"{_schema(MESSAGES_DIFF)}, {_GRAPH}, {_OPTIONS}, str backend, str precision",
     outputs=2,
     kept=0,
     n_diff=len(MESSAGES_DIFF),
@@ -112,8 +115,31 @@ _messages = Operator(
     reached=_messages_reached,
     double_backward=_double_backward.messages,
 )
-lib.impl("messages", _cpu.messages, "CPU")
-lib.impl("messages_backward", _cpu.messages_backward, "CPU")
+
+
+def _kernel(args: Sequence[Any]) -> Any:
+    """The module with the kernels of the backend that a call of ``messages`` names."""
+    backend = args[_BACKEND]
+    if backend == "cpu":
+        return _cpu
+    if backend == "triton":
+        return import_module("egnn_fast._triton")
+    raise ValueError(f"backend: {backend!r} has no kernels")
+
+
+def _run_messages(*args: Any) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = _kernel(args).messages(*args)
+    return found
+
+
+def _run_messages_backward(g_m: Tensor | None, g_x: Tensor | None, *args: Any) -> list[Tensor]:
+    found: list[Tensor] = _kernel(args).messages_backward(g_m, g_x, *args)
+    return found
+
+
+for _device in ("CPU", "CUDA"):
+    lib.impl("messages", _run_messages, _device)
+    lib.impl("messages_backward", _run_messages_backward, _device)
 _short_messages = short_function(_messages)
 _known_messages = Memory()
 _MESSAGES_ROWS = {*_cpu.MessagesKernel.NODE_ROWS, *_cpu.MessagesKernel.EDGE_ROWS}
@@ -141,8 +167,9 @@ def messages(
         if plan is not None:
             m, shift = plan.run(inputs, graph)
             return m, shift
-    scalars = (*_scalars(options), backend)
-    m, shift = _messages(*_uncast(x, inputs), *_graph_tensors(graph), *scalars)
+    precision = "highest" if backend == "cpu" else matmul_precision(x.device.type)
+    scalars = (*_scalars(options), backend, precision)
+    m, shift = _messages(*_uncast(x, inputs, backend), *_graph_tensors(graph), *scalars)
     if short and can_learn(inputs):
         kernel = _cpu.MessagesKernel(inputs, scalars)
         if _is_dense(kernel, inputs):
@@ -248,10 +275,12 @@ def _scalars(options: Options) -> tuple[str, float, float, bool, float]:
     )  # fmt: skip
 
 
-def _uncast(x: Tensor, tensors: Tensors) -> Tensors:
+def _uncast(x: Tensor, tensors: Tensors, backend: str = "cpu") -> Tensors:
     if not torch.is_autocast_enabled(x.device.type):
         return tensors
-    return [None if t is None else t.to(x.dtype) for t in tensors]
+    found = [None if t is None else t.to(x.dtype) for t in tensors]
+    # GPU kernels gather P and Q as autocast's linear left them
+    return found if backend == "cpu" else [tensors[0], *found[1:]]
 
 
 def graph_in_trace(edge_index: Tensor, num_nodes: int) -> Graph:

@@ -1,0 +1,114 @@
+"""How a graph's edges are cut into blocks, and these dealt to programs: what GPU kernels read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+class Partition(NamedTuple):
+    """Blocks of edges in receiver order.
+
+    Attributes
+    ----------
+    blocks : int
+        Their number.
+    programs : int
+        Programs that share them, each a run of blocks.
+    rows : Tensor [blocks, 2], int32
+        Rows (receivers) of each block's first and last edge.
+    slots : Tensor [2 programs], int32
+        Rows of each program's first and last edge.
+    """
+
+    blocks: int
+    programs: int
+    rows: Tensor
+    slots: Tensor
+
+
+# of a tensor that a graph keeps: what was computed from it, by key; alive as long as it is
+_kept = WeakTensorKeyDictionary()
+
+
+def kept(tensor: Tensor, key: Any, make: Callable[[], Any]) -> Any:
+    """``make()``, computed once for this tensor (as long as it is not written to) and key."""
+    version = 0 if tensor.is_inference() else tensor._version
+    found = _kept.get(tensor)
+    if found is None or found[0] != (version, tensor.data_ptr()):
+        found = ((version, tensor.data_ptr()), {})
+        _kept[tensor] = found
+    if key not in found[1]:
+        with torch.inference_mode(False):
+            found[1][key] = make()
+    return found[1][key]
+
+
+def by_receiver(rowptr: Tensor, begin: int, end: int, size: int, most: int) -> Partition:
+    """The edges from ``begin`` to ``end`` in blocks of ``size``, for at most ``most`` programs.
+
+    Like all here it does not wait for the device.
+    """
+
+    def receivers(edges: Tensor) -> Tensor:
+        return torch.searchsorted(rowptr, edges, right=True) - 1
+
+    return _partition(receivers, begin, end, size, most, rowptr.device)
+
+
+class SenderOrder(NamedTuple):
+    """A run of edges by sender.
+
+    Attributes
+    ----------
+    order : Tensor [edges], int32
+        Their places in the run, sorted by sender and then by place.
+    keys : Tensor [edges], int32
+        The senders in this order.
+    part : Partition
+        Its rows are senders.
+    """
+
+    order: Tensor
+    keys: Tensor
+    part: Partition
+
+
+def by_sender(
+    rowptr: Tensor, senders: Tensor | None, first: Tensor | None, begin: int, end: int,
+    size: int, most: int,
+) -> SenderOrder:  # fmt: skip
+    """The edges from ``begin`` to ``end`` by sender."""
+    if senders is not None:
+        found = senders[begin:end]
+    else:
+        assert first is not None
+        edges = torch.arange(begin, end, device=rowptr.device)
+        receiver = torch.searchsorted(rowptr, edges, right=True) - 1
+        found = first[receiver] + (edges - rowptr[receiver])
+        found = (found + (found >= receiver)).to(torch.int32)
+    keys, order = torch.sort(found, stable=True)
+    part = _partition(lambda place: keys[place], 0, end - begin, size, most, rowptr.device)
+    return SenderOrder(order.to(torch.int32), keys, part)
+
+
+def _partition(
+    row_of: Callable[[Tensor], Tensor], begin: int, end: int, size: int, most: int,
+    device: torch.device,
+) -> Partition:  # fmt: skip
+    blocks = -(-(end - begin) // size)
+    programs = min(blocks, most)
+    start = torch.arange(begin, end, size, device=device)
+    edges = torch.stack((start, (start + (size - 1)).clamp(max=end - 1)), dim=1)
+    rows = row_of(edges).to(torch.int32)
+    # as run_of_blocks deals them: the first programs take one more
+    each, over = divmod(blocks, programs)
+    turn = torch.arange(programs, device=device)
+    head = turn * each + turn.clamp(max=over)
+    tail = head + each + (turn < over).long() - 1
+    slots = torch.stack((rows[head, 0], rows[tail, 1]), dim=1)
+    return Partition(blocks, programs, rows, slots.reshape(-1))

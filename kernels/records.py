@@ -1,0 +1,122 @@
+"""What the kernels are given: records of addresses, and the sizes that they are compiled for."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton.language as tl
+
+
+class EdgeList(NamedTuple):
+    """A graph's edges by receiver, cut into blocks.
+
+    Attributes
+    ----------
+    rowptr : [N + 1], int64
+        Node i receives the edges ``rowptr[i]`` to ``rowptr[i + 1]``.
+    senders : [E], int32, or None
+        Sender of each edge; None for complete components.
+    perm : [E], int32, or None
+        The user's number of each edge; None where it is the same.
+    first : [N], int32, or None
+        First node of each node's component, where these are complete.
+    block_rows : [blocks, 2], int32
+        Receivers of each block's first and last edge.
+    begin, end : int
+        The blocks' edges: from ``begin`` to ``end``.
+    """
+
+    rowptr: Any
+    senders: Any
+    perm: Any
+    first: Any
+    block_rows: Any
+    begin: Any
+    end: Any
+
+
+class Rows(NamedTuple):
+    """Where sums over rows of edges go.
+
+    Attributes
+    ----------
+    out : [N, W], float32
+        The rows; those without an edge are not written.
+    slots : [2 programs, W], float32
+        The sums of each program's first and last row, which other programs may share: finish_rows
+        brings them to their places.
+    """
+
+    out: Any
+    slots: Any
+
+
+class Inputs(NamedTuple):
+    """``pq [N, 2H]``, ``x [N, D]``, ``edge_attr [E, A]`` or None, ``edge_mask [E]`` or None."""
+
+    pq: Any
+    x: Any
+    edge_attr: Any
+    edge_mask: Any
+
+
+class Weights(NamedTuple):
+    """The edge pass's weights, dense; matrices in the type of the products' operands."""
+
+    w_r: Any
+    w_a: Any
+    w2: Any
+    b2: Any
+    w_g: Any
+    b_g: Any
+    w3: Any
+    b3: Any
+    w_x: Any
+
+
+class Numbers(NamedTuple):
+    """Options that are numbers: slope of LeakyReLU, the k of ``coord_norm``, ``coord_clamp``."""
+
+    slope: Any
+    norm: Any
+    clamp: Any
+
+
+class Spec(NamedTuple):
+    """What a kernel is compiled for.
+
+    Attributes
+    ----------
+    H, D, A : hidden width, coordinate dimension, width of the edge attributes
+    HP, DP, AP : the same, padded to what a tile can have
+    BLOCK : edges of a block
+    ACT : 0 SiLU, 1 ReLU, 2 LeakyReLU
+    NORM : 0 none, 1 "unit", 2 a number
+    TANH, CLAMP : whether the coordinate head has them
+    OPERAND : type of the products' operands
+    DOT, EXACT : ``input_precision`` of products of float32 operands, and of sums in float32
+    PTX : whether NVIDIA's own instructions may be used where Triton has none for them
+    SPILL_WEIGHTS : whether the sums for w2 and w3 lie in memory, not in registers (backward)
+    """
+
+    H: Any
+    D: Any
+    A: Any
+    HP: Any
+    DP: Any
+    AP: Any
+    BLOCK: Any
+    ACT: Any
+    NORM: Any
+    TANH: Any
+    CLAMP: Any
+    OPERAND: Any
+    DOT: Any
+    EXACT: Any
+    PTX: Any
+    SPILL_WEIGHTS: Any
+
+    @classmethod
+    def of(cls, **fields: Any) -> Spec:
+        """A record of constants."""
+        return cls(**{name: tl.constexpr(value) for name, value in fields.items()})
