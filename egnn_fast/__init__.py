@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from egnn_fast.graph import Graph
     from egnn_fast.nn import explain
     from egnn_fast.options import EdgeWeights, LayerWeights, Options
+    from egnn_fast.precision import approximate_activations
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "egcl_messages",
     "use_backend",
     "set_activation_budget",
+    "approximate_activations",
     "info",
     "explain",
     "BackendError",
@@ -44,6 +46,7 @@ _HOMES = {
     "egcl_messages": "functional",
     "use_backend": "backends",
     "set_activation_budget": "budget",
+    "approximate_activations": "precision",
     "info": "backends",
     "BackendError": "backends",
     "explain": "nn",

@@ -37,15 +37,26 @@ _kept = WeakTensorKeyDictionary()
 
 def kept(tensor: Tensor, key: Any, make: Callable[[], Any]) -> Any:
     """``make()``, computed once for this tensor (as long as it is not written to) and key."""
-    version = 0 if tensor.is_inference() else tensor._version
-    found = _kept.get(tensor)
-    if found is None or found[0] != (version, tensor.data_ptr()):
-        found = ((version, tensor.data_ptr()), {})
-        _kept[tensor] = found
-    if key not in found[1]:
+    found = _of(tensor)
+    if key not in found:
         with torch.inference_mode(False):
-            found[1][key] = make()
-    return found[1][key]
+            found[key] = make()
+    return found[key]
+
+
+def know(tensor: Tensor, key: Any, value: Any) -> None:
+    """Let ``kept`` find a value that is known already."""
+    _of(tensor).setdefault(key, value)
+
+
+def _of(tensor: Tensor) -> dict[Any, Any]:
+    state = (0 if tensor.is_inference() else tensor._version, tensor.data_ptr())
+    entry = _kept.get(tensor)
+    if entry is None or entry[0] != state:
+        entry = (state, {})
+        _kept[tensor] = entry
+    values: dict[Any, Any] = entry[1]
+    return values
 
 
 def by_receiver(rowptr: Tensor, begin: int, end: int, size: int, most: int) -> Partition:

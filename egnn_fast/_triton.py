@@ -11,22 +11,29 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from egnn_fast._partition import Partition, SenderOrder, by_receiver, by_sender, kept
 from egnn_fast.graph import INT32_MAX
-from egnn_fast.kernels import interpreting
-from egnn_fast.kernels.backward import VECTORS, Cotangents, Gradients, edge_backward
+from egnn_fast.kernels import APPROXIMATE, interpreting
+from egnn_fast.kernels.backward import Cotangents, Gradients, edge_backward
 from egnn_fast.kernels.blocks import Blocks, blocks_for
 from egnn_fast.kernels.forward import edge_forward
-from egnn_fast.kernels.records import EdgeList, Inputs, Numbers, Rows, Spec, Weights
+from egnn_fast.kernels.records import (
+    EdgeList,
+    Inputs,
+    Numbers,
+    Rows,
+    Spec,
+    Weights,
+    padded,
+    weight_parts,
+)
 from egnn_fast.kernels.sums import finish_rows, sender_sums
 
 N_DIFF = 13  # differentiable inputs of the operator: pq, x, edge_attr, edge_mask, EdgeWeights
 # bytes of the gradients that wait for their sum over senders: what stays in the L2 cache
 CHUNK_BYTES = 24 << 20
-_ACTIVATION_CODES = {"silu": 0, "relu": 1, "leaky_relu": 2}
 _OPERANDS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _SENDER_BLOCK = 64  # edges
 MAX_BLOCK = 1024  # no edge of a last block may lie beyond int32
@@ -51,20 +58,15 @@ class _Call:
                 f"graph: the Triton kernels take at most {INT32_MAX - MAX_BLOCK} edges, "
                 f"got {self.num_edges}"
             )
-        width = _padded(self.hidden)
-        self.blocks: Blocks = blocks_for(direction, self.precision, width)
-        operand = _OPERANDS.get(self.precision, torch.float32)
-        on_nvidia = torch.version.hip is None
-        self.exact = "tf32x3" if on_nvidia else "ieee"
-        self.spec = Spec.of(
-            H=self.hidden, D=self.dim, A=self.attrs,
-            HP=width, DP=triton.next_power_of_2(self.dim), AP=_padded(self.attrs),
-            BLOCK=self.blocks.edges, ACT=_ACTIVATION_CODES[activation],
-            NORM=0 if norm == 0 else 1 if norm < 0 else 2, TANH=tanh, CLAMP=clamp > 0,
-            OPERAND=getattr(tl, str(operand)[6:]), EXACT=self.exact,
-            DOT=self.exact if self.precision == "highest" else "tf32",
-            PTX=on_nvidia and not interpreting(), SPILL_WEIGHTS=self.blocks.spill,
+        products = self.precision.removesuffix(APPROXIMATE)
+        self.blocks: Blocks = blocks_for(direction, products, padded(self.hidden))
+        self.spec = Spec.make(
+            hidden=self.hidden, dim=self.dim, attrs=self.attrs, precision=self.precision,
+            activation=activation, norm=norm, tanh=tanh, clamp=clamp, blocks=self.blocks,
+            nvidia=torch.version.hip is None,
         )  # fmt: skip
+        self.weight_parts = weight_parts(self.hidden, self.attrs)
+        operand = _OPERANDS.get(products, torch.float32)
         self.numbers = Numbers(float(slope), float(norm), float(clamp))
         self.inputs = Inputs(pq, x, edge_attr, edge_mask)
         found = Weights(*weights)
@@ -179,7 +181,7 @@ class _Backward:
         hidden, dim = call.hidden, call.dim
         for_pq, for_x, for_attr, for_mask = needed[:4]
         self.pq = call.zeros(2 * hidden) if for_pq else None
-        width = 2 * hidden * hidden + len(VECTORS) * hidden + hidden * call.attrs + 1
+        width = sum(call.weight_parts.values())
         self.gradients = Gradients(
             p=None if self.pq is None else call.rows(self.pq[:, :hidden], programs),
             receiver=call.rows(call.zeros(dim), programs) if for_x else None,
@@ -217,7 +219,7 @@ class _Backward:
         sender_sums[(part.programs,)](
             order, keys, part.rows, end - begin, part.blocks, g.messages, q, 2 * call.hidden,
             g.shifts, x, H=call.hidden, D=call.dim, HP=call.spec.HP, DP=call.spec.DP,
-            BLOCK=_SENDER_BLOCK, EXACT=call.exact,
+            BLOCK=_SENDER_BLOCK, EXACT=call.spec.EXACT,
         )  # fmt: skip
         call.finish(part, q, x)
 
@@ -226,21 +228,15 @@ class _Backward:
         x = None if g.receiver is None or g.sender is None else g.receiver.out - g.sender
         found: dict[str, Tensor | None] = dict.fromkeys(Weights._fields)
         if g.weights is not None:
-            hidden = call.hidden
-            names = ("w2", "w3", *VECTORS, "w_a", "b_g")
-            sizes = [hidden * hidden] * 2 + [hidden] * len(VECTORS) + [hidden * call.attrs, 1]
             # copies: an operator's outputs share no memory
             total: Any = g.weights.sum(dim=0)
-            parts: Any = torch.ops.aten.split_with_sizes_copy.default(total, sizes)
-            found |= dict(zip(names, parts, strict=True))
+            parts: Any = torch.ops.aten.split_with_sizes_copy.default(
+                total, list(call.weight_parts.values())
+            )
+            found |= dict(zip(call.weight_parts, parts, strict=True))
         grads = (self.pq, x, g.edge_attr, g.edge_mask, *(found[n] for n in Weights._fields))
         return [t if n else None for t, n in zip(grads, self.needed, strict=True)]
 
 
 # how often the kernels were launched
 launches = {"forward": 0, "backward": 0}
-
-
-def _padded(width: int) -> int:
-    """The width of a tile: a power of 2 that the matrix units take."""
-    return max(16, int(triton.next_power_of_2(width)))

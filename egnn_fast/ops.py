@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egnn_fast import _cpu, _double_backward, _sorting
+from egnn_fast import _cpu, _double_backward, _partition, _sorting
 from egnn_fast.budget import activation_budget
 from egnn_fast.graph import Graph, check_count, check_edge_count, check_index_range
 from egnn_fast.operators import Operator, Tensors, lib, transforming, wants_grad
@@ -167,7 +167,12 @@ def messages(
         if plan is not None:
             m, shift = plan.run(inputs, graph)
             return m, shift
-    precision = "highest" if backend == "cpu" else matmul_precision(x.device.type)
+    precision = "highest"
+    if backend != "cpu":
+        precision = matmul_precision(x.device.type)
+        if not transforming():
+            # what the kernel would have to ask the device for
+            _partition.know(graph.rowptr, "num_edges", graph.num_edges)
     scalars = (*_scalars(options), backend, precision)
     m, shift = _messages(*_uncast(x, inputs, backend), *_graph_tensors(graph), *scalars)
     if short and can_learn(inputs):

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+
+from egnn_fast.kernels import APPROXIMATE
+
+ENV_APPROXIMATE = "EGNN_FAST_APPROXIMATE"
+_approximate = os.environ.get(ENV_APPROXIMATE, "").lower() in ("1", "true", "on", "yes")
 
 _AUTOCAST = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -10,8 +19,30 @@ _AUTOCAST = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 def matmul_precision(device: str) -> str:
     """Precision of matrix products on a device: autocast's, else that of float32 products.
 
-    ``"bf16"`` or ``"fp16"`` under autocast; ``"highest"`` (float32) or ``"high"`` (tf32) otherwise.
+    ``"bf16"`` or ``"fp16"`` under autocast; ``"highest"`` (float32) or ``"high"`` (tf32) otherwise;
+    with a ``"~"`` at the end where :func:`approximate_activations` allowed them.
     """
+    return _products(device) + (APPROXIMATE if _approximate else "")
+
+
+@contextmanager
+def approximate_activations(allowed: bool = True) -> Iterator[None]:
+    """Let GPU kernels compute SiLU, inside the block, from a tanh of 11 bits.
+
+    NVIDIA's special units have one (``tanh.approx``); it needs 3 instructions where SiLU takes 7.
+    The error, some 5e-4 of an activation, is that of bf16 rounding: of use under autocast, where it
+    is not the largest error. ``EGNN_FAST_APPROXIMATE=1`` allows it for the whole process. Other
+    backends and activations take no notice.
+    """
+    global _approximate
+    before, _approximate = _approximate, allowed
+    try:
+        yield
+    finally:
+        _approximate = before
+
+
+def _products(device: str) -> str:
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         if dtype not in _AUTOCAST:

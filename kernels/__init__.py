@@ -10,6 +10,8 @@ import os
 import torch
 
 MAX_HIDDEN, MAX_DIM = 256, 16
+# what a precision's name ends with where activations may be approximate
+APPROXIMATE = "~"
 # compute capabilities of the GPUs on which all checks passed: see bench/results
 PROVEN: frozenset[tuple[int, int]] = frozenset()
 

@@ -47,9 +47,9 @@ class Gradients(NamedTuple):
     edge_attr : [E, A]; edge_mask : [E]
     messages : [chunk, H] and shifts : [chunk, D]
         If not None, each edge's part of Q's and x's gradient instead of sums over senders.
-    weights : [programs, K], float32
-        Each program's sums for the weights, one after the other: w2, w3, the vectors of
-        VECTORS, w_a, b_g.
+    weights : [programs, K], float32, zero at first
+        Each program's sums for the weights, one after the other as in
+        :func:`egnn_fast.kernels.records.weight_parts`.
     """
 
     p: Any
@@ -62,8 +62,7 @@ class Gradients(NamedTuple):
     weights: Any
 
 
-# rows of the [16, H] tile in which the gradients of the weights that are vectors are summed
-VECTORS = ("w_r", "b2", "b3", "w_x", "w_g")
+# rows of the tile in which the gradients of VECTORS are summed
 _ROWS = tl.constexpr(16)
 
 
@@ -123,9 +122,7 @@ def edge_backward(edges, inputs, weights, numbers, cotangents, gradients, num_bl
     if has_gate:
         b_g = tl.load(weights.b_g).to(tl.float32)
     if for_weights:
-        own = gradients.weights + tl.program_id(0).to(tl.int64) * (
-            2 * H * H + 5 * H + H * spec.A + 1
-        )
+        own = gradients.weights + tl.program_id(0).to(tl.int64) * spec.K
         vectors = tl.zeros((_ROWS, spec.HP), tl.float32)
         g_w2 = tl.zeros((1, 1) if spec.SPILL_WEIGHTS else (spec.HP, spec.HP), tl.float32)
         g_w3 = tl.zeros((1, 1) if spec.SPILL_WEIGHTS else (spec.HP, spec.HP), tl.float32)
@@ -137,7 +134,7 @@ def edge_backward(edges, inputs, weights, numbers, cotangents, gradients, num_bl
     carry_p = tl.zeros((spec.HP,), tl.float32)
     carry_x = tl.zeros((spec.DP,), tl.float32)
     last = head_row
-    for block in range(begin, end):
+    for block in tl.range(begin, end, disable_licm=True):
         e, live, i, j, first, last = block_of_edges(edges, block, spec)
         user = e
         if edges.perm is not None:
@@ -172,9 +169,9 @@ def edge_backward(edges, inputs, weights, numbers, cotangents, gradients, num_bl
         if has_head:
             m = (n * share[:, None]).to(spec.OPERAND)
             z = product(m, tl.trans(w3), spec) + load_vector(weights.b3, spec)[None, :]
-            w_x = load_vector(weights.w_x, spec)
             a3, slope3 = activation_and_slope(z, numbers, spec)
-            s = tl.sum(a3 * w_x[None, :], axis=1)
+            s = tl.sum(a3 * load_vector(weights.w_x, spec)[None, :], axis=1)
+            a3, slope3 = a3.to(spec.OPERAND), slope3.to(spec.OPERAND)
             if spec.TANH:
                 s = tanh(s)
             u = d
@@ -202,7 +199,8 @@ def edge_backward(edges, inputs, weights, numbers, cotangents, gradients, num_bl
                 g_d = g_d * inverse[:, None] - d * along[:, None]
             elif spec.NORM == 1:
                 g_d *= inverse[:, None]
-            g_z3 = g_s[:, None] * w_x[None, :] * slope3
+            g_z3 = g_s[:, None] * load_vector(weights.w_x, spec)[None, :] * slope3
+            g_z3 = g_z3.to(spec.OPERAND)
             if for_weights:
                 vectors = _add_vector(vectors, 3, g_s, a3, spec)
                 vectors = _add_vector(vectors, 2, live.to(tl.float32), g_z3, spec)
@@ -226,7 +224,7 @@ def edge_backward(edges, inputs, weights, numbers, cotangents, gradients, num_bl
             if for_weights:
                 vectors = _add_vector(vectors, 4, g_gate, n, spec)
                 g_b_g += tl.sum(g_gate, axis=0)
-        g_z2 = g_n * slope2
+        g_z2 = (g_n * slope2).to(spec.OPERAND)
         if for_weights:
             vectors = _add_vector(vectors, 1, live.to(tl.float32), g_z2, spec)
             g_w2 = _add_matrix(g_w2, own, g_z2, a1, spec)
@@ -243,7 +241,7 @@ def edge_backward(edges, inputs, weights, numbers, cotangents, gradients, num_bl
         if gradients.p is not None:
             carry_p = add_block_rows(
                 gradients.p, 2 * H, H, g_z1, i, first, last, carry_p, carry_row, head_row,
-                spec.OPERAND, spec.EXACT, False,
+                None, spec.OPERAND, spec.EXACT, False,
             )  # fmt: skip
             if gradients.messages is not None:
                 store_rows(gradients.messages, e - edges.begin, live, g_z1, H, H)
@@ -254,7 +252,7 @@ def edge_backward(edges, inputs, weights, numbers, cotangents, gradients, num_bl
             g_d += (2.0 * g_r)[:, None] * d
             carry_x = add_block_rows(
                 gradients.receiver, spec.D, spec.D, g_d, i, first, last, carry_x, carry_row,
-                head_row, tl.float32, spec.EXACT, False,
+                head_row, None, tl.float32, spec.EXACT, False,
             )  # fmt: skip
             if gradients.shifts is not None:
                 store_rows(gradients.shifts, e - edges.begin, live, g_d, spec.D, spec.D)

@@ -63,10 +63,31 @@ def _sigmoid_tile(z, PTX: tl.constexpr):
 
 
 @triton.jit
+def _approximate_sigmoid(z, PTX: tl.constexpr):
+    """The sigmoid by the special units' tanh, which has 11 bits: one operation, no exponential."""
+    half = 0.5 * z
+    if PTX:
+        t = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [half], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        t = tanh(half)
+    return 0.5 * t + 0.5
+
+
+@triton.jit
+def _silu_sigmoid(z, spec):
+    if spec.APPROX:
+        return _approximate_sigmoid(z, spec.PTX)
+    else:
+        return _sigmoid_tile(z, spec.PTX)
+
+
+@triton.jit
 def activation(z, numbers, spec):
     """act(z) of a tile."""
     if spec.ACT == 0:
-        return z * _sigmoid_tile(z, spec.PTX)
+        return z * _silu_sigmoid(z, spec)
     elif spec.ACT == 1:
         return tl.where(z < 0, 0.0, z)  # NaN stays
     else:
@@ -77,7 +98,7 @@ def activation(z, numbers, spec):
 def activation_and_slope(z, numbers, spec):
     """act(z) and act'(z) of a tile; 0 is on the lower side, as in PyTorch."""
     if spec.ACT == 0:
-        sig = _sigmoid_tile(z, spec.PTX)
+        sig = _silu_sigmoid(z, spec)
         a = z * sig
         return a, sig + a * (1.0 - sig)
     elif spec.ACT == 1:
@@ -213,15 +234,26 @@ def inverse_norm(r, numbers, spec):
 
 
 @triton.jit
-def window_sums(values, index, row, SUM_TYPE: tl.constexpr, EXACT: tl.constexpr):
+def window_sums(values, index, row, broken, SUM_TYPE: tl.constexpr, EXACT: tl.constexpr):
     """Sums ``[WINDOW, W]`` of the values whose index is row, row + 1, ...
 
-    By the matrix units: a NaN or infinity among the values makes NaN of all these sums.
+    The matrix units multiply by 0 what is not chosen, so a NaN or infinity among the values would
+    reach all rows: ``broken`` tells which edges have any, if not None, and makes NaN of their rows.
     """
     rows = row + tl.arange(0, WINDOW)
     chosen = rows[:, None] == index[None, :]
-    values = values.to(SUM_TYPE)
-    sums = tl.dot(chosen.to(SUM_TYPE), values, input_precision=EXACT)
+    if values.shape[1] <= 4:
+        sums = tl.sum(tl.where(chosen[:, :, None], values[None, :, :], 0.0), axis=1)
+    elif broken is None:
+        sums = tl.dot(chosen.to(SUM_TYPE), values.to(SUM_TYPE), input_precision=EXACT)
+    else:
+        some = tl.max(broken, axis=0) > 0
+        if some:
+            values = tl.where(broken[:, None] > 0, 0.0, values)
+        sums = tl.dot(chosen.to(SUM_TYPE), values.to(SUM_TYPE), input_precision=EXACT)
+        if some:
+            lost = tl.max(tl.where(chosen, broken[None, :], 0), axis=1) > 0
+            sums = tl.where(lost[:, None], float("nan"), sums)
     return sums
 
 
@@ -245,13 +277,14 @@ def _store_vector(base, row, values, stride, width: tl.constexpr, wanted, ADD: t
 @triton.jit
 def add_block_rows(
     rows, stride, width: tl.constexpr, values, index, first, last, carry, carry_row, head_row,
-    SUM_TYPE: tl.constexpr, EXACT: tl.constexpr, ADD: tl.constexpr,
+    broken, SUM_TYPE: tl.constexpr, EXACT: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """Sum a block's values ``[BLOCK, W]`` into rows; ``index`` ascends.
 
     A row that may go on in the next block is carried there: ``carry`` is the sum of the row
     ``carry_row`` up to this block, the result that of the row ``last``. The program's first row,
-    ``head_row``, goes to its slot. With ADD, rows are added to what is there.
+    ``head_row``, goes to its slot. With ADD, rows are added to what is there. ``broken``: see
+    window_sums.
     """
     columns = tl.arange(0, values.shape[1])
     slot = 2 * tl.program_id(0)
@@ -264,7 +297,7 @@ def add_block_rows(
     row = first
     while row <= last:
         window = row + tl.arange(0, WINDOW)
-        sums = window_sums(values, index, row, SUM_TYPE, EXACT)
+        sums = window_sums(values, index, row, broken, SUM_TYPE, EXACT)
         sums += tl.where((window == first)[:, None], carried[None, :], 0.0)
         carry += tl.sum(tl.where((window == last)[:, None], sums, 0.0), axis=0)
         in_slot = rows_and_columns((window < last) & (window == head_row), width, values.shape[1])

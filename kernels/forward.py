@@ -40,7 +40,7 @@ def edge_forward(edges, inputs, weights, numbers, m_rows, x_rows, num_blocks, sp
     carry_m = tl.zeros((spec.HP,), tl.float32)
     carry_x = tl.zeros((spec.DP,), tl.float32)
     last = head_row
-    for block in range(begin, end):
+    for block in tl.range(begin, end, disable_licm=True):
         e, live, i, j, first, last = block_of_edges(edges, block, spec)
         user = e
         if edges.perm is not None:
@@ -66,15 +66,23 @@ def edge_forward(edges, inputs, weights, numbers, m_rows, x_rows, num_blocks, sp
         if inputs.edge_mask is not None:
             mask = tl.load(inputs.edge_mask + user, mask=live, other=0.0)
         m *= mask[:, None]
-        carry_m = add_block_rows(
-            m_rows, spec.H, spec.H, m, i, first, last, carry_m, carry_row, head_row,
-            spec.OPERAND, spec.EXACT, False,
-        )  # fmt: skip
         if weights.w3 is not None:
             z = product(m, tl.trans(w3), spec) + load_vector(weights.b3, spec)[None, :]
-            s = tl.sum(
-                activation(z, numbers, spec) * load_vector(weights.w_x, spec)[None, :], axis=1
-            )
+            a3 = activation(z, numbers, spec)
+            s = tl.sum(a3 * load_vector(weights.w_x, spec)[None, :], axis=1)
+        # an edge whose message is not finite must not touch other rows; the head shows it, but for
+        # an infinity that ReLU took away
+        check = tl.zeros((spec.BLOCK,), tl.float32)
+        if weights.w3 is not None:
+            check += s
+        if weights.w3 is None or spec.ACT != 0:
+            check += tl.sum(m.to(spec.OPERAND).to(tl.float32), axis=1)
+        broken = tl.where(tl.abs(check) < float("inf"), 0, 1)
+        carry_m = add_block_rows(
+            m_rows, spec.H, spec.H, m, i, first, last, carry_m, carry_row, head_row,
+            broken, spec.OPERAND, spec.EXACT, False,
+        )  # fmt: skip
+        if weights.w3 is not None:
             if spec.TANH:
                 s = tanh(s)
             t = d * s[:, None]
@@ -86,7 +94,7 @@ def edge_forward(edges, inputs, weights, numbers, m_rows, x_rows, num_blocks, sp
             t *= mask[:, None]
             carry_x = add_block_rows(
                 x_rows, spec.D, spec.D, t, i, first, last, carry_x, carry_row, head_row,
-                tl.float32, spec.EXACT, False,
+                broken, tl.float32, spec.EXACT, False,
             )  # fmt: skip
         carry_row = last
     finish_block_rows(m_rows, spec.H, carry_m, last, head_row)

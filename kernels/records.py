@@ -4,7 +4,29 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import triton
 import triton.language as tl
+
+from egnn_fast.kernels import APPROXIMATE, interpreting
+from egnn_fast.kernels.blocks import Blocks
+
+ACTIVATIONS = {"silu": 0, "relu": 1, "leaky_relu": 2}
+OPERANDS = {"bf16": tl.bfloat16, "fp16": tl.float16}  # float32 in other precisions
+# the gradients of the weights that are vectors: the rows of the tile in which they are summed
+VECTORS = ("w_r", "b2", "b3", "w_x", "w_g")
+
+
+def padded(width: int) -> int:
+    """The width of a tile: a power of 2 that the matrix units take."""
+    return max(16, int(triton.next_power_of_2(width)))
+
+
+def weight_parts(hidden: int, attrs: int) -> dict[str, int]:
+    """Names and sizes of the parts of a row of ``Gradients.weights``; the last is padding."""
+    sizes = {"w2": hidden * hidden, "w3": hidden * hidden}
+    sizes |= dict.fromkeys(VECTORS, hidden) | {"w_a": hidden * attrs, "b_g": 1}
+    # rows begin where wide accesses may
+    return sizes | {"padding": -sum(sizes.values()) % 32}
 
 
 class EdgeList(NamedTuple):
@@ -95,7 +117,9 @@ class Spec(NamedTuple):
     TANH, CLAMP : whether the coordinate head has them
     OPERAND : type of the products' operands
     DOT, EXACT : ``input_precision`` of products of float32 operands, and of sums in float32
+    APPROX : whether SiLU is computed from the special units' tanh, to 11 bits
     PTX : whether NVIDIA's own instructions may be used where Triton has none for them
+    K : width of a program's sums for the weights (backward)
     SPILL_WEIGHTS : whether the sums for w2 and w3 lie in memory, not in registers (backward)
     """
 
@@ -113,10 +137,35 @@ class Spec(NamedTuple):
     OPERAND: Any
     DOT: Any
     EXACT: Any
+    APPROX: Any
     PTX: Any
+    K: Any
     SPILL_WEIGHTS: Any
 
     @classmethod
     def of(cls, **fields: Any) -> Spec:
         """A record of constants."""
         return cls(**{name: tl.constexpr(value) for name, value in fields.items()})
+
+    @classmethod
+    def make(
+        cls, *, hidden: int, dim: int, attrs: int, precision: str, activation: str, norm: float,
+        tanh: bool, clamp: float, blocks: Blocks, nvidia: bool,
+    ) -> Spec:  # fmt: skip
+        """The constants of a call: options and ``precision`` as the operator has them.
+
+        ``norm`` is 0 for none, below 0 for "unit"; ``clamp`` is 0 for none.
+        """
+        products = precision.removesuffix(APPROXIMATE)
+        # tf32x3 is NVIDIA's alone; elsewhere such products are float32's own
+        exact = "tf32x3" if nvidia else "ieee"
+        return cls.of(
+            H=hidden, D=dim, A=attrs,
+            HP=padded(hidden), DP=triton.next_power_of_2(dim), AP=padded(attrs),
+            BLOCK=blocks.edges, ACT=ACTIVATIONS[activation],
+            NORM=0 if norm == 0 else 1 if norm < 0 else 2, TANH=tanh, CLAMP=clamp > 0,
+            OPERAND=OPERANDS.get(products, tl.float32), EXACT=exact,
+            DOT=exact if products == "highest" else "tf32",
+            APPROX=precision != products, PTX=nvidia and not interpreting(),
+            K=sum(weight_parts(hidden, attrs).values()), SPILL_WEIGHTS=blocks.spill,
+        )  # fmt: skip

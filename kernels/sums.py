@@ -54,8 +54,8 @@ def _sum_rows(
 ):  # fmt: skip
     found = load_rows(values, place, live, width, width, W)
     return add_block_rows(
-        rows, stride, width, found, key, first, last, carry, carry_row, head_row, tl.float32,
-        EXACT, True,
+        rows, stride, width, found, key, first, last, carry, carry_row, head_row, None,
+        tl.float32, EXACT, True,
     )  # fmt: skip
 
 
