@@ -111,7 +111,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("triton", "PyTorch sees no GPU"), ("cuda", "no CUDA kernels")]
+    ("name", "reason"), [("triton", "PyTorch sees no GPU"), ("cuda", ".* no CUDA kernels")]
 )
 @pytest.mark.usefixtures("without_gpu")
 def test_a_named_backend_that_cannot_run_says_why(
@@ -129,7 +129,7 @@ def test_a_named_backend_that_cannot_run_says_why(
 def test_triton_on_a_machine_without_a_gpu() -> None:
     """Without its interpreter: named, it says why; "auto" runs the CPU kernel, and says nothing."""
     code = """
-import warnings
+import sys, warnings
 import torch
 from egnn_fast import BackendError, _native, backends, functional
 from egnn_fast._cases import Case
@@ -150,8 +150,7 @@ except BackendError as error:
     print(error)
 problem.run(problem.leaves, "auto", 0)
 print(_native.core.calls()[0] - before)
-import sys
-print("triton" in sys.modules, "egnn_fast._triton" in sys.modules)
+print("egnn_fast._triton" in sys.modules)
 """
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -164,7 +163,7 @@ print("triton" in sys.modules, "egnn_fast._triton" in sys.modules)
         assert refusal.startswith(f"{start}PyTorch sees no GPU; TRITON_INTERPRET=1 ")
     assert absence == f"{start}triton is not installed: pip install 'egnn-fast[triton]'"
     assert (runs, runs_again) == ("1", "2")
-    assert imported == "False False"
+    assert imported == "False"
 
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
