@@ -121,7 +121,7 @@ sanitize: setup
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	  UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(abspath $(BIN))/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
-	  -p no:cacheprovider --capture=sys $(CURDIR)/tests -m "native and not values" \
+	  -p no:cacheprovider --capture=sys $(CURDIR)/tests -m "native and not values and not interpreted" \
 	  --hypothesis-profile=brief $(PYTEST_ARGS)
 
 clean:

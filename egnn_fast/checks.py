@@ -5,7 +5,7 @@
     report = run(quick=True, progress=print)
     report.rows           # Row: backend, dtype, case, quantity, error, bound, worst, passed
     report.equivariance   # EquivarianceRow: backend, dtype, dim, symmetry, error, bound, passed
-    report.missing        # {"triton": "why it was not checked", ...}
+    report.missing        # {"cuda": "why it was not checked", "triton, float64": "...", ...}
     report.passed         # False: exit with a non-zero status
     report.to_json()      # all of it as text
 
@@ -18,6 +18,7 @@ of several orders of summation), plus a few ulp.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -32,8 +33,10 @@ from egnn_fast._cases import ORDERS, Case, Outputs, Problem, check_cases
 from egnn_fast.backends import (
     BACKENDS,
     BackendError,
+    Call,
     check_name,
     instruction_set,
+    refusal,
     unavailable,
 )
 from egnn_fast.options import Options
@@ -131,7 +134,7 @@ def run(
     ----------
     backends : sequence of str, optional
         Which ones; all that are available here by default. ``"reference"`` itself is tested for
-        equivariance only.
+        equivariance only. A dtype that one of them has not is left out, and said to be missing.
     dtypes : sequence of torch.dtype, optional
         float64 and float32 by default.
     quick : bool
@@ -153,19 +156,26 @@ def run(
         if dtype not in DTYPES:
             raise ValueError(f"dtypes: expected some of {DTYPES}, got {dtype}")
     say = progress or (lambda line: None)
-    fused = [name for name in names if name != "reference"]
+    able: dict[torch.dtype, list[str]] = {dtype: [] for dtype in chosen}
+    for name, dtype in itertools.product(names, chosen):
+        reason = refusal(name, Call("cpu", dtype, hidden=1, coord_dim=1, activation="silu"))
+        if reason is None:
+            able[dtype].append(name)
+        else:
+            missing[f"{name}, {_name(dtype)}"] = reason
+    fused = {dtype: [n for n in found if n != "reference"] for dtype, found in able.items()}
     rows: list[Row] = []
-    for case in check_cases(quick) if fused else ():
+    for case in check_cases(quick) if any(fused.values()) else ():
         say(case.name)
         with nullcontext() if case.edges >= THREADED_EDGES else _one_thread():
-            for dtype in chosen:
-                rows += compare(case.layer(dtype), case.name, fused, dtype)
+            for dtype, found in fused.items():
+                rows += compare(case.layer(dtype), case.name, found, dtype) if found else ()
     moved: list[EquivarianceRow] = []
     for dim in DIMS:
         say(f"equivariance, D {dim}")
         with _one_thread():
             for dtype in chosen:
-                moved += equivariance(names, dtype, dim)
+                moved += equivariance(able[dtype], dtype, dim)
     return Report(tuple(rows), tuple(moved), missing, time.perf_counter() - start)
 
 

@@ -3,24 +3,49 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
+import pytest
 import torch
 
 from egnn_fast import _native
 from egnn_fast._cases import Case, check_cases
-from egnn_fast.backends import BACKENDS, unavailable
 from egnn_fast.options import Options
 
-# the CPU kernel is named whether it is there or not: without it the tests fail
-FUSED_BACKENDS = tuple(
-    name
-    for name in BACKENDS
-    if name != "reference" and (name == "cpu" or unavailable(name) is None)
-)
+# Backends are named whether they are there or not: without one of them the tests fail. Those that
+# run every case in every dtype:
+FUSED_BACKENDS = ("cpu",)
+# Triton's interpreter takes about 60 ms for a block of edges: for tests that ask for little.
+# Triton's wheels are for Linux alone.
+INTERPRETED_BACKENDS = ("triton",) if sys.platform == "linux" else ()
 DTYPES = (torch.float64, torch.float32)
+# a backend with each dtype that it takes
+BACKENDS_AND_DTYPES = (
+    *itertools.product(FUSED_BACKENDS, DTYPES),
+    *itertools.product(INTERPRETED_BACKENDS, (torch.float32,)),
+)
+
+
+def _marked(*values: Any) -> Any:
+    marks = [pytest.mark.interpreted] if values[0] in INTERPRETED_BACKENDS else []
+    name = "-".join(str(v).removeprefix("torch.") for v in values)
+    return pytest.param(*values, marks=marks, id=name)
+
+
+interpreted = pytest.mark.parametrize("backend", [_marked(name) for name in INTERPRETED_BACKENDS])
+even_interpreted = pytest.mark.parametrize(
+    "backend", [_marked(name) for name in (*FUSED_BACKENDS, *INTERPRETED_BACKENDS)]
+)
+even_interpreted_or_reference = pytest.mark.parametrize(
+    "backend", [_marked(name) for name in (*FUSED_BACKENDS, *INTERPRETED_BACKENDS, "reference")]
+)
+even_interpreted_dtypes = pytest.mark.parametrize(
+    ("backend", "dtype"), [_marked(*pair) for pair in BACKENDS_AND_DTYPES]
+)
 
 EVERYTHING = Options(
     attention=True, coord_norm=0.7, coord_tanh=True, coord_clamp=0.05, coord_scale=0.6
@@ -164,18 +189,33 @@ def describe(options: Options) -> str:
     return " ".join(changed) or "default"
 
 
+def widest(backend: str) -> torch.dtype:
+    """The widest dtype that a backend takes."""
+    return torch.float32 if backend == "triton" else torch.float64
+
+
 @contextmanager
-def kernel_calls(forward: int | None = None, backward: int | None = None) -> Iterator[None]:
-    """Assert how often the C++ kernels run inside the block; None: at least once."""
-    assert _native.core is not None, _native.load_error
-    before = _native.core.calls()
+def kernel_calls(
+    forward: int | None = None, backward: int | None = None, backend: str = "cpu"
+) -> Iterator[None]:
+    """Assert how often a backend's kernels run inside the block; None: at least once."""
+    before = _counts(backend)
     yield
-    after = _native.core.calls()
-    for name, wanted, found in (
-        ("forward", forward, after[0] - before[0]),
-        ("backward", backward, after[1] - before[1]),
-    ):
+    after = _counts(backend)
+    for name, wanted in (("forward", forward), ("backward", backward)):
+        found = after[name] - before[name]
         if wanted is None:
             assert found > 0, f"the {name} kernel did not run"
         else:
             assert found == wanted, f"the {name} kernel ran {found} times, not {wanted}"
+
+
+def _counts(backend: str) -> Mapping[str, int]:
+    """How often a backend's kernels have run; the reference's, which has none, are the CPU's."""
+    if backend == "triton":
+        # Triton is imported only where it is used
+        from egnn_fast import _triton
+
+        return dict(_triton.launches)
+    assert _native.core is not None, _native.load_error
+    return dict(zip(("forward", "backward"), _native.core.calls(), strict=True))

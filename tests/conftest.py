@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,10 @@ import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
+
+# Triton reads it while its kernels are imported. The tests' tensors lie on the CPU, on a machine
+# with a GPU too: what only a GPU can show is not tested here.
+os.environ["TRITON_INTERPRET"] = "1"
 
 from egnn_fast import _native, backends, functional, ops, shortcuts
 
@@ -36,6 +41,12 @@ def _isolated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def one_thread() -> None:
     """For many small problems: threads would wait for each other longest."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton is not installed."""
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
 
 
 @pytest.fixture

@@ -7,7 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import EVERYTHING, FUSED_BACKENDS, SINGLE_OPTIONS, describe, kernel_calls, option_grid
+from cases import (
+    EVERYTHING,
+    FUSED_BACKENDS,
+    SINGLE_OPTIONS,
+    describe,
+    even_interpreted,
+    even_interpreted_or_reference,
+    kernel_calls,
+    option_grid,
+    widest,
+)
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -107,7 +117,7 @@ def test_the_clamp_acts_on_some_components(options: Options) -> None:
 
 
 def third_order(backend: str) -> Tensor:
-    problem = SMALL.edge_pass(torch.float64)
+    problem = SMALL.edge_pass(widest(backend))
     leaves = {k: t.clone().requires_grad_() for k, t in problem.leaves.items()}
     value = torch.stack([t.pow(2).sum() for t in problem.run(leaves, backend, 0).values()]).sum()
     for _ in range(3):
@@ -116,7 +126,7 @@ def third_order(backend: str) -> Tensor:
     return value
 
 
-@every_backend
+@even_interpreted
 def test_third_order_is_refused(backend: str) -> None:
     with pytest.raises(NotImplementedError, match=r"egnn_fast: .* second order; .*'reference'"):
         third_order(backend)
@@ -150,9 +160,9 @@ def test_second_order_through_first_order_of_weights(backend: str) -> None:
         torch.testing.assert_close(found[backend][name], right, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("backend", [*FUSED_BACKENDS, "reference"])
+@even_interpreted_or_reference
 def test_unreached_tensors_get_none(backend: str) -> None:
-    problem = replace(SMALL, options=Options(attention=True)).edge_pass(torch.float64)
+    problem = replace(SMALL, options=Options(attention=True)).edge_pass(widest(backend))
     leaves = {k: t.clone().requires_grad_() for k, t in problem.leaves.items()}
     out = problem.run(leaves, backend, 0)
     out["M"].sum().backward()
@@ -160,30 +170,30 @@ def test_unreached_tensors_get_none(backend: str) -> None:
         assert (t.grad is None) == (name in ("w3", "b3", "w_x")), name
 
 
-@pytest.mark.parametrize("backend", [*FUSED_BACKENDS, "reference"])
+@even_interpreted_or_reference
 def test_last_layer_without_use_of_its_coordinates(backend: str) -> None:
-    problem = SMALL.layer(torch.float64)
+    problem = SMALL.layer(widest(backend))
     leaves = {k: t.clone().requires_grad_() for k, t in problem.leaves.items()}
     problem.run(leaves, backend, 0)["h"].sum().backward()
     unreached = {name for name, t in leaves.items() if t.grad is None}
     assert unreached == {"coord_w1", "coord_b1", "coord_w2"}
 
 
-@pytest.mark.parametrize("backend", [*FUSED_BACKENDS, "reference"])
+@even_interpreted_or_reference
 def test_tensors_that_need_no_gradient_get_none(backend: str) -> None:
-    problem = SMALL.edge_pass(torch.float64)
+    problem = SMALL.edge_pass(widest(backend))
     leaves = {k: t.clone().requires_grad_(k == "w2") for k, t in problem.leaves.items()}
     torch.stack([t.sum() for t in problem.run(leaves, backend, 0).values()]).sum().backward()
     assert {name for name, t in leaves.items() if t.grad is not None} == {"w2"}
 
 
-@every_backend
+@even_interpreted
 def test_nothing_runs_backward_where_nothing_is_needed(backend: str) -> None:
-    problem = SMALL.edge_pass(torch.float64)
-    with kernel_calls(forward=1, backward=0):
+    problem = SMALL.edge_pass(widest(backend))
+    with kernel_calls(1, 0, backend):
         out = problem.run(problem.leaves, backend, 0)
     assert not any(t.requires_grad for t in out.values())
-    with torch.no_grad(), kernel_calls(forward=1, backward=0):
+    with torch.no_grad(), kernel_calls(1, 0, backend):
         out = problem.run({k: t.clone().requires_grad_() for k, t in problem.leaves.items()},
                           backend, 0)  # fmt: skip
     assert not any(t.requires_grad for t in out.values())
@@ -212,9 +222,9 @@ def test_no_edges(nodes: int, backend: str) -> None:
         assert gradgradcheck(run, inputs)
 
 
-@every_backend
+@even_interpreted
 def test_retained_graph_gives_the_same_gradients_again(backend: str) -> None:
-    problem = SMALL.edge_pass(torch.float64)
+    problem = SMALL.edge_pass(widest(backend))
     leaves = {k: t.clone().requires_grad_() for k, t in problem.leaves.items()}
     total = torch.stack([t.sum() for t in problem.run(leaves, backend, 0).values()]).sum()
     first = torch.autograd.grad(total, list(leaves.values()), retain_graph=True)
@@ -223,9 +233,9 @@ def test_retained_graph_gives_the_same_gradients_again(backend: str) -> None:
         assert torch.equal(a, b)
 
 
-@every_backend
+@even_interpreted
 def test_editing_a_saved_input_is_noticed(backend: str) -> None:
-    problem = SMALL.edge_pass(torch.float64)
+    problem = SMALL.edge_pass(widest(backend))
     leaves = {k: t.clone().requires_grad_() for k, t in problem.leaves.items()}
     out = problem.run(leaves, backend, 0)["M"].sum()
     with torch.no_grad():
@@ -234,14 +244,14 @@ def test_editing_a_saved_input_is_noticed(backend: str) -> None:
         out.backward()
 
 
-@every_backend
+@even_interpreted
 def test_a_graph_that_was_warm_in_inference_mode_still_trains(backend: str) -> None:
     for make in (
         lambda: Graph.complete([3, 2]),
         lambda: Graph.from_edge_index([[0, 4], [1, 2]], 5),
     ):
         case = replace(SMALL, nodes=5, attrs=0, mask=None)
-        leaves = case.layer(torch.float64).leaves
+        leaves = case.layer(widest(backend)).leaves
         weights = LayerWeights(
             **{k: t.clone().requires_grad_() for k, t in leaves.items() if "_w" in k or "_b" in k}
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -102,17 +103,67 @@ def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
         layer()
 
 
-@pytest.mark.parametrize("name", ["triton", "cuda"])
+@pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a user without a GPU: Triton is there, but not to interpret."""
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("triton", "PyTorch sees no GPU"), ("cuda", ".* no CUDA kernels")]
+)
+@pytest.mark.usefixtures("without_gpu")
 def test_a_named_backend_that_cannot_run_says_why(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(BackendError, match=f"backend '{name}' cannot run this call: .*GPU"):
+    with pytest.raises(BackendError, match=f"backend '{name}' cannot run this call: {reason}"):
         layer(name)
     with pytest.raises(BackendError, match=name), egnn_fast.use_backend(name):
         layer()
     monkeypatch.setenv("EGNN_FAST_BACKEND", name)
     with pytest.raises(BackendError, match=name):
         layer()
+
+
+def test_triton_on_a_machine_without_a_gpu() -> None:
+    """Without its interpreter: named, it says why; "auto" runs the CPU kernel, and says nothing."""
+    code = """
+import sys, warnings
+import torch
+from egnn_fast import BackendError, _native, backends, functional
+from egnn_fast._cases import Case
+warnings.simplefilter("error")
+torch.cuda.is_available = lambda: False
+problem = Case("child", nodes=4, edges=9).edge_pass(torch.float32)
+try:
+    problem.run(problem.leaves, "triton", 0)
+except BackendError as error:
+    print(error)
+before = _native.core.calls()[0]
+problem.run(problem.leaves, "auto", 0)
+print(_native.core.calls()[0] - before)
+backends.find_spec = lambda name: None
+try:
+    problem.run(problem.leaves, "triton", 0)
+except BackendError as error:
+    print(error)
+problem.run(problem.leaves, "auto", 0)
+print(_native.core.calls()[0] - before)
+print("egnn_fast._triton" in sys.modules)
+"""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    refusal, runs, absence, runs_again, imported = done.stdout.splitlines()
+    start = "backend 'triton' cannot run this call: "
+    if importlib.util.find_spec("triton") is not None:
+        assert refusal.startswith(f"{start}PyTorch sees no GPU; TRITON_INTERPRET=1 ")
+    assert absence == f"{start}triton is not installed: pip install 'egnn-fast[triton]'"
+    assert (runs, runs_again) == ("1", "2")
+    assert imported == "False"
 
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +228,7 @@ def test_info_lists_every_backend() -> None:
         assert line.reason
 
 
+@pytest.mark.usefixtures("without_gpu")
 def test_explain() -> None:
     leaves = CASE.layer(torch.float32).leaves
     h, x = leaves["h"], leaves["x"]

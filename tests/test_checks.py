@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FUSED_BACKENDS
+from cases import BACKENDS_AND_DTYPES, FUSED_BACKENDS, INTERPRETED_BACKENDS
 from torch import Tensor
 
 from egnn_fast import BackendError, Graph, _native, checks, ops
@@ -25,13 +25,14 @@ def quick() -> checks.Report:
 def test_everything_here_passes(quick: checks.Report) -> None:
     assert quick.passed
     cases = len(check_cases(quick=True))
-    assert len(quick.rows) == len(FUSED_BACKENDS) * cases * 2 * 3
-    assert len(quick.equivariance) == (len(FUSED_BACKENDS) + 1) * 2 * 3 * 4
-    assert {row.backend for row in quick.rows} == set(FUSED_BACKENDS)
+    pairs = {(backend, str(dtype)[6:]) for backend, dtype in BACKENDS_AND_DTYPES}
+    assert len(quick.rows) == len(pairs) * cases * 3
+    assert len(quick.equivariance) == (len(pairs) + 2) * 3 * 4
+    assert {(row.backend, row.dtype) for row in quick.rows} == pairs
     assert {row.quantity for row in quick.rows} == {"outputs", "gradients", "second order"}
     assert {row.dtype for row in quick.rows} == {"float64", "float32"}
     assert {row.dim for row in quick.equivariance} == {2, 3, 8}
-    assert set(quick.missing) == {"triton", "cuda"}
+    assert set(quick.missing) == {"cuda", *(f"{b}, float64" for b in INTERPRETED_BACKENDS)}
     for row in quick.rows:
         assert 0 <= row.error <= row.bound
         if row.dtype == "float64":
@@ -44,7 +45,11 @@ def test_report_as_json(quick: checks.Report) -> None:
     assert len(content["rows"]) == len(quick.rows)
     assert content["rows"][0]["passed"] is True
     assert content["equivariance"][0]["symmetry"] == "rotation"
-    assert content["instruction_sets"].keys() == {"reference", *FUSED_BACKENDS}
+    assert content["instruction_sets"].keys() == {
+        "reference",
+        *FUSED_BACKENDS,
+        *INTERPRETED_BACKENDS,
+    }
 
 
 def test_progress_names_each_case() -> None:
@@ -101,15 +106,25 @@ def test_wrong_numbers_are_found(place: str, how: str, monkeypatch: pytest.Monke
     assert (quantity, place) in {(r.quantity, r.worst) for r in report.rows if not r.passed}
 
 
+@pytest.mark.usefixtures("without_triton")
 def test_an_unavailable_backend_is_missing_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "core", None)
     monkeypatch.setattr(_native, "load_error", "not built")
     report = checks.run(quick=True)
     assert report.missing["cpu"] == "not built"
+    assert "not installed" in report.missing["triton"]
     assert report.rows == ()
     assert {row.backend for row in report.equivariance} == {"reference"}
     with pytest.raises(BackendError, match="'cpu' cannot run here: not built"):
         checks.run(["cpu"])
+
+
+def test_a_dtype_that_a_backend_has_not_is_missing() -> None:
+    report = checks.run(["triton"], [torch.float64], quick=True)
+    assert not report.passed
+    assert set(report.missing) == {"triton, float64"}
+    assert "float32" in report.missing["triton, float64"]
+    assert report.rows == report.equivariance == ()
 
 
 def test_bad_arguments() -> None:

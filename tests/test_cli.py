@@ -86,6 +86,7 @@ def test_info_names_each_backend_and_why(call: Call) -> None:
     assert found["reference"]["available"]
 
 
+@pytest.mark.usefixtures("without_triton")
 def test_check_passes_and_tells_the_errors(call: Call) -> None:
     code, out, _ = call("check", "--quick", "--backend", "cpu", "--dtype", "float64")
     assert code == 0

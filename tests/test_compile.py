@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
-from cases import FUSED_BACKENDS, kernel_calls
+from cases import FUSED_BACKENDS, even_interpreted, interpreted, kernel_calls, widest
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.export import Dim
@@ -114,27 +114,48 @@ def assert_equal(found: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 def test_training_compiles_whole_and_once(
     make: Callable[[Tensor, int], Any], kind: str, dynamic: bool | None, backend: str
 ) -> None:
+    compile_and_train(make, kind, dynamic, backend, SIZES)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("make", "kind", "dynamic"),
+    [(raw, "attributes and edge mask", None), (complete, "node mask", True)],
+)
+def test_training_compiles_on_an_interpreted_backend(
+    make: Callable[[Tensor, int], Any], kind: str, dynamic: bool, backend: str
+) -> None:
+    compile_and_train(make, kind, dynamic, backend, SIZES[:3])
+
+
+def compile_and_train(
+    make: Callable[[Tensor, int], Any],
+    kind: str,
+    dynamic: bool | None,
+    backend: str,
+    sizes: Sequence[tuple[int, int]],
+) -> None:
     model = nn.EGNN(5, 8, 4, n_layers=2, backend=backend, **INPUTS[kind])
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     # by itself PyTorch takes the first sizes for constants, and learns at the second call
     free = 1 if dynamic else 2
-    for k, (nodes, edges) in enumerate(SIZES):
+    for k, (nodes, edges) in enumerate(sizes):
         args, arguments = inputs(kind, make, nodes, edges)
         stance = torch.compiler.set_stance("default" if k < free else "fail_on_recompile")
-        with stance, kernel_calls(forward=2, backward=2):
+        with stance, kernel_calls(2, 2, backend):
             found = training_step(compiled, model, args, arguments)
         assert_equal(found, training_step(model, model, args, arguments))
     assert counters["stats"]["unique_graphs"] == free
     assert not counters["graph_break"]
 
 
-@every_backend
+@even_interpreted
 def test_inductor(backend: str) -> None:
     model = nn.EGNN(5, 8, 4, n_layers=1, attention=True, backend=backend)
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
-    for nodes, edges in SIZES:
+    for nodes, edges in SIZES[:2]:
         args, arguments = inputs("plain", unsorted, nodes, edges)
-        with kernel_calls(forward=1, backward=1):
+        with kernel_calls(1, 1, backend):
             found = training_step(compiled, model, args, arguments)
         assert_equal(found, training_step(model, model, args, arguments))
     assert counters["stats"]["unique_graphs"] == 1
@@ -154,14 +175,14 @@ def test_networks_with_velocities(carry: bool, backend: str) -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@every_backend
+@even_interpreted
 @pytest.mark.parametrize("face", ["edge_pass", "layer"])
 def test_functions(face: str, backend: str) -> None:
     case = Case(
         "compile", nodes=9, edges=25, attrs=2, mask="soft", hidden=5,
         options=Options(attention=True, coord_norm="unit", coord_tanh=True, coord_clamp=0.1),
     )  # fmt: skip
-    problem = getattr(case, face)(torch.float64)
+    problem = getattr(case, face)(widest(backend))
     found = {}
     for name, call in (
         ("eager", problem.run),
@@ -216,7 +237,7 @@ def test_edge_attr_of_the_wrong_length_is_refused_inside_too(backend: str) -> No
             compiled(h, x, graph, edge_attr=torch.randn(graph.num_edges + 1, 2))
 
 
-@every_backend
+@even_interpreted
 def test_context_and_environment_choose_the_backend_of_compiled_code(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,18 +246,18 @@ def test_context_and_environment_choose_the_backend_of_compiled_code(
     args, _ = inputs("plain", unsorted, 10, 30)
     right = model(*args)
     for _ in range(2):
-        with egnn_fast.use_backend("reference"), kernel_calls(forward=0, backward=0):
+        with egnn_fast.use_backend("reference"), kernel_calls(0, 0, backend):
             found = compiled(*args)
         assert_equal({"h": found[0]}, {"h": right[0]})
-        with egnn_fast.use_backend(backend), kernel_calls(forward=1, backward=0):
+        with egnn_fast.use_backend(backend), kernel_calls(1, 0, backend):
             compiled(*args)
     torch._dynamo.reset()
     monkeypatch.setenv("EGNN_FAST_BACKEND", "reference")
-    with kernel_calls(forward=0, backward=0):
+    with kernel_calls(0, 0, backend):
         compiled(*args)
 
 
-@every_backend
+@even_interpreted
 def test_compiled_double_backward_is_refused_by_pytorch(backend: str) -> None:
     """PyTorch's own limit (pytorch#91469): an error, never a wrong number."""
     model = nn.EGNN(5, 8, 4, n_layers=1, backend=backend)
@@ -270,7 +291,7 @@ def reloaded(program: torch.export.ExportedProgram) -> torch.nn.Module:
     return torch.export.load(file).module()
 
 
-@every_backend
+@even_interpreted
 @pytest.mark.parametrize(
     ("make", "strict"), [(unsorted, False), (unsorted, True), (complete, False)]
 )
@@ -283,7 +304,7 @@ def test_export_with_the_graph_in_the_module(
     assert len(exported_operators(program)) >= 2
     for call in (program.module(), reloaded(program)):
         args = (torch.randn(10, 5), torch.randn(10, 3))
-        with torch.no_grad(), kernel_calls(forward=2, backward=0):
+        with torch.no_grad(), kernel_calls(2, 0, backend):
             found = call(*args)
         for a, b in zip(found, model(*args), strict=True):
             assert torch.equal(a, b)
@@ -312,7 +333,7 @@ def test_export_with_edge_index_and_sizes_as_inputs(strict: bool, backend: str) 
                 assert torch.equal(a, b)
 
 
-@every_backend
+@even_interpreted
 def test_graphs_are_not_filled_with_traced_tensors(backend: str) -> None:
     """What a trace computes of a graph must not stay in it."""
     model = nn.EGNN(5, 8, 4, n_layers=1, backend=backend)

@@ -295,6 +295,7 @@ def test_residual_needs_equal_widths(backend: str) -> None:
     functional.egcl(**arguments, backend=backend, residual=False)
 
 
+@pytest.mark.usefixtures("without_triton")
 def test_backends() -> None:
     arguments = layer_arguments()
     for name, error, message in (

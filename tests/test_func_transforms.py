@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import EVERYTHING, FUSED_BACKENDS, kernel_calls
+from cases import EVERYTHING, FUSED_BACKENDS, even_interpreted, kernel_calls, widest
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import (
@@ -24,7 +24,7 @@ from torch.func import (
 from torch.utils._pytree import tree_leaves
 
 from egnn_fast import checks, nn
-from egnn_fast._cases import Case
+from egnn_fast._cases import ORDERS, Case
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_backend = pytest.mark.parametrize("backend", FUSED_BACKENDS)
@@ -36,15 +36,22 @@ CASE = Case(
 Leaves = dict[str, Tensor]
 
 
-def loss_of(face: str, backend: str) -> tuple[Callable[[Leaves], Tensor], Leaves]:
+def loss_of(
+    face: str, backend: str, dtype: torch.dtype | None = None, order: int = 0
+) -> tuple[Callable[[Leaves], Tensor], Leaves]:
     """A scalar of all outputs of a problem, and the leaves to call it with."""
-    problem = getattr(CASE, face)(torch.float64)
+    problem = getattr(CASE, face)(dtype or widest(backend))
 
     def loss(leaves: Leaves) -> Tensor:
-        out = problem.run(leaves, backend, 0)
+        out = problem.run(leaves, backend, order)
         return torch.stack([t.sin().sum() for t in out.values()]).sum()
 
     return loss, problem.leaves
+
+
+def orders(dtype: torch.dtype) -> range:
+    """In which the reference's own error is found; in float64 the bound is a number."""
+    return range(0 if dtype == torch.float64 else ORDERS)
 
 
 Transform = Callable[[Callable[[Leaves], Tensor], Leaves], Any]
@@ -52,17 +59,22 @@ Transform = Callable[[Callable[[Leaves], Tensor], Leaves], Any]
 
 def agree(transform: Transform, face: str, backend: str, backward: int | None = None) -> None:
     """A transform of the fused loss gives what it gives of the reference."""
-    with kernel_calls(backward=backward):
+    with kernel_calls(backward=backward, backend=backend):
         found = tree_leaves(transform(*loss_of(face, backend)))
     right = tree_leaves(transform(*loss_of(face, "reference")))
     assert len(right) > 0
-    for a, b in zip(found, right, strict=True):
+    dtype = widest(backend)
+    plain = [
+        tree_leaves(transform(*loss_of(face, "reference", dtype, order))) for order in orders(dtype)
+    ]
+    for k, (a, b) in enumerate(zip(found, right, strict=True)):
         assert b.abs().max() > 0
-        assert checks.relative_error(a, b) <= checks.FLOAT64_BOUND
+        allowed = checks.bound(dtype, [checks.relative_error(p[k], b) for p in plain])
+        assert checks.relative_error(a, b) <= allowed
 
 
 @every_face
-@every_backend
+@even_interpreted
 def test_grad(face: str, backend: str) -> None:
     def transform(loss: Callable[[Leaves], Tensor], leaves: Leaves) -> Any:
         return grad(loss)(leaves), grad_and_value(loss)(leaves)
@@ -71,7 +83,7 @@ def test_grad(face: str, backend: str) -> None:
 
 
 @every_face
-@every_backend
+@even_interpreted
 def test_grad_of_grad(face: str, backend: str) -> None:
     def transform(loss: Callable[[Leaves], Tensor], leaves: Leaves) -> Any:
         def force(values: Leaves) -> Tensor:
@@ -83,33 +95,36 @@ def test_grad_of_grad(face: str, backend: str) -> None:
 
 
 @every_face
-@every_backend
+@even_interpreted
 def test_vjp(face: str, backend: str) -> None:
     def transform(loss: Callable[[Leaves], Tensor], leaves: Leaves) -> Any:
         value, pull = vjp(loss, leaves)[:2]
-        return value, pull(torch.tensor(0.3, dtype=torch.float64))
+        return value, pull(torch.full_like(value, 0.3))
 
     agree(transform, face, backend)
 
 
 @every_face
-@every_backend
+@even_interpreted
 def test_jacrev(face: str, backend: str) -> None:
-    problem = getattr(CASE, face)(torch.float64)
+    def jacobian(name: str, dtype: torch.dtype, order: int = 0) -> Any:
+        problem = getattr(CASE, face)(dtype)
 
-    def jacobian(name: str) -> Any:
         def outputs(x: Tensor) -> Any:
-            return problem.run(problem.leaves | {"x": x}, name, 0)
+            return problem.run(problem.leaves | {"x": x}, name, order)
 
         return jacrev(outputs)(problem.leaves["x"])
 
-    found, right = jacobian(backend), jacobian("reference")
+    dtype = widest(backend)
+    found, right = jacobian(backend, dtype), jacobian("reference", torch.float64)
+    plain = [jacobian("reference", dtype, order) for order in orders(dtype)]
     for name, t in right.items():
-        assert checks.relative_error(found[name], t) <= checks.FLOAT64_BOUND
+        allowed = checks.bound(dtype, [checks.relative_error(p[name], t) for p in plain])
+        assert checks.relative_error(found[name], t) <= allowed
 
 
 @every_face
-@every_backend
+@even_interpreted
 def test_second_derivatives_by_jacrev_of_grad(face: str, backend: str) -> None:
     """What to use in place of hessian, which runs forward over reverse."""
 
@@ -127,7 +142,7 @@ def stacked(t: Tensor) -> Tensor:
 
 
 @every_face
-@every_backend
+@even_interpreted
 @pytest.mark.parametrize("batched", ["x", "all"])
 def test_vmap(batched: str, face: str, backend: str) -> None:
     def transform(loss: Callable[[Leaves], Tensor], leaves: Leaves) -> Any:
@@ -143,7 +158,7 @@ def test_vmap(batched: str, face: str, backend: str) -> None:
 
 
 @every_face
-@every_backend
+@even_interpreted
 def test_vmap_along_other_dimensions(face: str, backend: str) -> None:
     def transform(loss: Callable[[Leaves], Tensor], leaves: Leaves) -> Any:
         batch = stacked(leaves["x"]).movedim(0, -1)
@@ -153,7 +168,7 @@ def test_vmap_along_other_dimensions(face: str, backend: str) -> None:
 
 
 @every_face
-@every_backend
+@even_interpreted
 def test_vmap_of_grad_is_a_gradient_per_sample(face: str, backend: str) -> None:
     def transform(loss: Callable[[Leaves], Tensor], leaves: Leaves) -> Any:
         return vmap(lambda x: grad(loss)(leaves | {"x": x}))(stacked(leaves["x"]))
@@ -162,7 +177,7 @@ def test_vmap_of_grad_is_a_gradient_per_sample(face: str, backend: str) -> None:
 
 
 @every_face
-@every_backend
+@even_interpreted
 def test_grad_of_vmap(face: str, backend: str) -> None:
     def transform(loss: Callable[[Leaves], Tensor], leaves: Leaves) -> Any:
         def total(values: Leaves) -> Tensor:
@@ -174,7 +189,7 @@ def test_grad_of_vmap(face: str, backend: str) -> None:
 
 
 @every_face
-@every_backend
+@even_interpreted
 def test_vmap_of_vmap(face: str, backend: str) -> None:
     def transform(loss: Callable[[Leaves], Tensor], leaves: Leaves) -> Any:
         inner = vmap(lambda x: loss(leaves | {"x": x}))
@@ -184,7 +199,7 @@ def test_vmap_of_vmap(face: str, backend: str) -> None:
 
 
 @every_face
-@every_backend
+@even_interpreted
 def test_backward_through_vmap(face: str, backend: str) -> None:
     def transform(loss: Callable[[Leaves], Tensor], leaves: Leaves) -> Any:
         weights = {k: t.clone().requires_grad_() for k, t in leaves.items()}
@@ -198,7 +213,7 @@ FORWARD_MODE = r"egnn_fast: .* no forward-mode derivative .*jacrev.* backend='re
 
 
 @every_face
-@every_backend
+@even_interpreted
 @pytest.mark.parametrize("name", ["jvp", "jacfwd", "hessian", "dual"])
 def test_forward_mode_is_refused(name: str, face: str, backend: str) -> None:
     loss, leaves = loss_of(face, backend)
@@ -230,7 +245,7 @@ def test_forward_mode_works_on_the_reference(face: str) -> None:
 
 
 @every_face
-@every_backend
+@even_interpreted
 def test_third_derivative_is_refused(face: str, backend: str) -> None:
     loss, leaves = loss_of(face, backend)
 
@@ -283,7 +298,7 @@ def test_ensembles_of_models(backend: str) -> None:
 
 
 @every_face
-@every_backend
+@even_interpreted
 def test_vmap_over_nothing_is_refused(face: str, backend: str) -> None:
     loss, leaves = loss_of(face, backend)
     batch = torch.empty(0, *leaves["x"].shape, dtype=leaves["x"].dtype)

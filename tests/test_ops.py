@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import EVERYTHING, FUSED_BACKENDS, kernel_calls
+from cases import (
+    EVERYTHING,
+    FUSED_BACKENDS,
+    even_interpreted,
+    even_interpreted_dtypes,
+    kernel_calls,
+    widest,
+)
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,11 +56,11 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def record(case: Case) -> Calls:
+def record(case: Case, backend: str = "cpu") -> Calls:
     """Calls of every operator that a case reaches, by its two faces, through second order."""
     with Recorder() as recorder:
-        for problem in (case.edge_pass(torch.float64), case.layer(torch.float64)):
-            checks.evaluate(problem, "cpu")
+        for problem in (case.edge_pass(widest(backend)), case.layer(widest(backend))):
+            checks.evaluate(problem, backend)
         edges = torch.randint(case.num_nodes, (2, 9))
         torch.ops.egnn_fast.sort_by_receiver(edges, case.num_nodes)
     return recorder.calls
@@ -82,9 +89,10 @@ def test_the_recorder_meets_every_operator() -> None:
     assert len(operators()) >= 4
 
 
+@even_interpreted
 @pytest.mark.parametrize("name", VARIANTS)
-def test_opcheck(name: str) -> None:
-    for operator, (func, args) in record(VARIANTS[name]).items():
+def test_opcheck(name: str, backend: str) -> None:
+    for operator, (func, args) in record(VARIANTS[name], backend).items():
         with_grad = tuple(needing_grad(a) for a in args)
         if "double_backward" in operator:
             # its derivative is the third order, which is refused
@@ -97,19 +105,21 @@ def test_opcheck(name: str) -> None:
             torch.library.opcheck(func, with_grad)
 
 
+@even_interpreted_dtypes
 @pytest.mark.parametrize("name", VARIANTS)
-def test_fakes_predict_shapes_dtypes_and_strides(name: str) -> None:
-    for dtype in (torch.float64, torch.float32):
-        for func, args in record(VARIANTS[name]).values():
-            args = tuple(cast(a, dtype) for a in args)
-            real = flatten(func(*args))
-            with FakeTensorMode() as mode:
-                fake = flatten(func(*(fakes(mode, a) for a in args)))
-            assert len(real) == len(fake)
-            for a, b in zip(real, fake, strict=True):
-                assert (a.shape, a.dtype, a.stride(), a.device) == (
-                    b.shape, b.dtype, b.stride(), b.device,
-                )  # fmt: skip
+def test_fakes_predict_shapes_dtypes_and_strides(
+    name: str, backend: str, dtype: torch.dtype
+) -> None:
+    for func, args in record(VARIANTS[name], backend).values():
+        args = tuple(cast(a, dtype) for a in args)
+        real = flatten(func(*args))
+        with FakeTensorMode() as mode:
+            fake = flatten(func(*(fakes(mode, a) for a in args)))
+        assert len(real) == len(fake)
+        for a, b in zip(real, fake, strict=True):
+            assert (a.shape, a.dtype, a.stride(), a.device) == (
+                b.shape, b.dtype, b.stride(), b.device,
+            )  # fmt: skip
 
 
 def flatten(values: Any) -> list[Tensor]:
@@ -139,21 +149,21 @@ def test_operators_refuse_what_they_have_no_kernel_for() -> None:
         torch.ops.egnn_fast.sort_by_receiver(torch.tensor([[0, 9], [1, 1]]), 3)
 
 
-@every_backend
+@even_interpreted
 def test_no_cotangents_give_zeros(backend: str) -> None:
-    func, args = record(replace(CASE, velocity=False))["egnn_fast::messages_backward"]
+    func, args = record(replace(CASE, velocity=False), backend)["egnn_fast::messages_backward"]
     grads = func(None, None, *args[2:])
     assert len(grads) > 0
     assert all(not g.any() for g in grads)
 
 
-@every_backend
+@even_interpreted
 def test_inference_mode_and_no_grad_give_the_same_bits(backend: str) -> None:
     for problem in (CASE.edge_pass(torch.float32), CASE.layer(torch.float32)):
         leaves = {k: t.clone().requires_grad_() for k, t in problem.leaves.items()}
         right = problem.run(leaves, backend, 0)
         for mode in (torch.inference_mode, torch.no_grad):
-            with mode(), kernel_calls(forward=1, backward=0):
+            with mode(), kernel_calls(1, 0, backend):
                 found = problem.run(leaves, backend, 0)
             for name, t in right.items():
                 assert torch.equal(t, found[name])

@@ -1,0 +1,272 @@
+"""The Triton kernels, by Triton's interpreter on the CPU, against the reference.
+
+It computes float32 products exactly where a GPU may take tf32, and bfloat16 ones wrongly: the one
+cannot be told apart here, the other is not tested. What is: float32, and float16 under autocast.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    EVERYTHING,
+    INTERPRETED_BACKENDS,
+    SINGLE_OPTIONS,
+    describe,
+    kernel_calls,
+    option_grid,
+)
+
+from egnn_fast import BackendError, Options, checks, ops
+from egnn_fast._cases import ORDERS, Case, Problem
+from egnn_fast.backends import Call, explain_call, info
+from egnn_fast.checks import Row
+
+pytestmark = [
+    pytest.mark.interpreted,
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(not INTERPRETED_BACKENDS, reason="Triton's wheels are for Linux alone"),
+]
+SMALL = Case("small", nodes=12, edges=70, attrs=2, mask="soft", options=EVERYTHING)
+
+
+def _widths() -> Iterator[Case]:
+    """Whole tiles and padded ones; each D and A with some H."""
+    for k, hidden in enumerate((1, 7, 16, 33, 64, 128, 200, 256)):
+        dim, attrs = (1, 2, 3, 8, 16)[k % 5], (0, 1, 4, 20)[k % 4]
+        options = EVERYTHING if k % 2 else Options()
+        yield Case(
+            f"H{hidden} D{dim} A{attrs}", nodes=9, edges=40, hidden=hidden, dim=dim, attrs=attrs,
+            mask="soft", options=options,
+        )  # fmt: skip
+    for k, dim in enumerate((1, 2, 3, 8, 16)):
+        for attrs in ((0, 4), (1, 20))[k % 2]:
+            yield replace(SMALL, name=f"all options, D{dim} A{attrs}", dim=dim, attrs=attrs)
+
+
+def _options() -> Iterator[Case]:
+    for name, options in SINGLE_OPTIONS.items():
+        yield Case(
+            f"option {name}", nodes=12, edges=40, hidden=20, attrs=2, options=options, mask="soft"
+        )
+        yield Case(
+            f"option {name}, complete", "complete", sizes=(4, 1, 6), options=options, mask="binary"
+        )
+
+
+def _graphs() -> Iterator[Case]:
+    # only where no self-loop nor coincident pair makes 1/rho of the unit norm huge
+    rich = replace(EVERYTHING, coord_norm="unit")
+    for kind in ("uniform", "power", "isolated", "sorted"):
+        yield Case(kind, kind, 40, 150, hidden=24, options=rich, attrs=1, mask="soft")
+    yield Case("hub 600", "hub", 100, 600, attrs=1, mask="soft")
+    yield Case("hubs beside each other", "power", 6, 300, options=EVERYTHING)
+    for kind in ("loops", "coincident"):
+        yield Case(kind, kind, 20, 80, options=EVERYTHING, attrs=1, mask="soft")
+    yield Case("few edges among many nodes", nodes=1000, edges=40)
+    yield Case("complete, equal", "complete", sizes=(5,) * 8, hidden=24, attrs=1, mask="soft")
+    yield Case("complete, ragged", "complete", sizes=(1, 12, 0, 2, 7, 1, 3), attrs=1, mask="soft")
+    yield Case("complete, one of 17", "complete", sizes=(17,), options=rich)
+    yield Case("complete, of 1 only", "complete", sizes=(1, 1, 1), attrs=1)
+    yield Case("complete, none", "complete", sizes=(), attrs=1, mask="soft")
+    yield Case("no nodes", nodes=0, edges=0, attrs=1, mask="soft", options=EVERYTHING)
+    yield Case("no edges", nodes=5, edges=0, attrs=1, mask="soft", options=EVERYTHING)
+    yield Case("one node, self-loop", "loops", 1, 1, options=EVERYTHING)
+    yield Case("two nodes, one edge", nodes=2, edges=1, attrs=1, mask="soft")
+
+
+def _block_bounds() -> Iterator[Case]:
+    """Around the ends of blocks and of programs' runs of them: in many rows, and in one."""
+    for edges in (15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 96, 97, 129):
+        yield Case(f"E{edges}", nodes=max(3, edges // 7), edges=edges, attrs=1, mask="soft")
+        yield Case(f"E{edges} in one row", "hub", edges // 3 + 2, edges, options=EVERYTHING)
+
+
+CASES = (*_widths(), *_options(), *_graphs(), *_block_bounds())
+
+
+def rows_of(case: Case, face: str = "edge_pass") -> list[Row]:
+    """The case against the reference in float32; the kernels ran, forward and backward.
+
+    Around the edge pass PyTorch differentiates twice, which takes the backward kernel once more.
+    """
+    runs = int(case.build_graph().num_edges > 0)
+    with kernel_calls(runs, runs if face == "edge_pass" else 2 * runs, backend="triton"):
+        return list(
+            checks.compare(getattr(case, face)(torch.float32), case.name, ["triton"], torch.float32)
+        )
+
+
+def assert_passed(rows: Sequence[Row]) -> None:
+    assert len(rows) > 0
+    failed = [
+        f"{r.case}: {r.quantity}, {r.worst}: {r.error:.2e} > {r.bound:.2e}"
+        for r in rows
+        if not r.passed
+    ]
+    assert not failed, "\n".join(failed)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.usefixtures("poison")
+def test_edge_pass(case: Case) -> None:
+    if case.hidden > 1:
+        assert_passed(rows_of(case))
+        return
+    # with one hidden unit sums are so ill-conditioned that a float32 error says nothing
+    problem = case.edge_pass(torch.float32)
+    with kernel_calls(1, 0, backend="triton"):
+        found = problem.run(problem.leaves, "triton", 0)
+    for name, right in problem.run(problem.leaves, "reference", 0).items():
+        torch.testing.assert_close(found[name], right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("velocity", [False, True])
+@pytest.mark.usefixtures("poison")
+def test_layer(velocity: bool) -> None:
+    """PyTorch's operations around the kernel; `egnn-fast check` has more of these."""
+    case = replace(SMALL, velocity=velocity, carry=velocity, node_attrs=2, node_mask=True)
+    assert_passed(rows_of(case, "layer"))
+
+
+@pytest.mark.usefixtures("poison")
+def test_combinations_of_options() -> None:
+    """Some of all, among which any two values of two options meet."""
+    rows: list[Row] = []
+    for options, mask, attrs in itertools.islice(option_grid(), 1, None, 11):
+        name = f"{describe(options)} mask {mask} A{attrs}"
+        case = Case(name, nodes=6, edges=16, hidden=9, options=options, mask=mask, attrs=attrs)
+        rows += rows_of(case)
+    assert len(rows) == 3 * 29
+    assert_passed(rows)
+
+
+@pytest.mark.parametrize("programs", [1, 2, 7, 1000])
+@pytest.mark.usefixtures("poison")
+def test_any_number_of_programs(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that lie within a program, that two share, and that go through many."""
+    from egnn_fast import _triton
+
+    monkeypatch.setattr(_triton, "_INTERPRETED_PROGRAMS", programs)
+    for kind, nodes in (("uniform", 12), ("power", 4), ("hub", 5)):
+        case = Case(f"{kind}, {programs} programs", kind, nodes, 140, options=EVERYTHING)
+        assert_passed(rows_of(case))
+
+
+@pytest.mark.parametrize("face", ["edge_pass", "layer"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        replace(SMALL, edges=32),
+        Case("H 33, no head", nodes=9, edges=32, hidden=33, options=Options(coord_agg=None)),
+        Case("complete, relu", "complete", sizes=(4, 1, 5), options=Options(activation="relu")),
+    ],
+    ids=lambda case: case.name,
+)
+@pytest.mark.usefixtures("poison")
+def test_float16_under_autocast(case: Case, face: str) -> None:
+    """Within twice the error of the reference under the same autocast.
+
+    Sums of so few roundings may come out right by chance: several draws say what the errors are.
+    """
+    found, plain = defaultdict[tuple[str, str], list[float]](list), defaultdict(list)
+    for seed in range(4):
+        problem = getattr(replace(case, seed=seed), face)(torch.float32)
+        exact = Problem({k: t.double() for k, t in problem.leaves.items()}, problem.run)
+        truth = checks.evaluate(exact, "reference")
+        with torch.autocast("cpu", torch.float16):
+            with kernel_calls(1, backend="triton"):
+                runs = [(found, checks.evaluate(problem, "triton"))]
+            runs += [(plain, checks.evaluate(problem, "reference", k)) for k in range(ORDERS)]
+        for errors, values in runs:
+            for quantity, name in ((q, n) for q, tensors in truth.items() for n in tensors):
+                error = checks.relative_error(values[quantity][name], truth[quantity][name])
+                errors[quantity, name].append(error)
+    for key, errors in found.items():
+        assert max(errors) <= checks.bound(torch.float32, plain[key]), key
+    # products in float32 would be far more accurate
+    assert max(max(errors) for errors in found.values()) > 1e-5
+
+
+@pytest.mark.parametrize("low", [torch.float16, torch.float32])
+def test_autocast_keeps_what_is_no_product_in_float32(low: torch.dtype) -> None:
+    """P and Q come as they are; outputs, and gradients of what is float32, are float32."""
+    problem = SMALL.edge_pass(torch.float32)
+    leaves = {k: t.clone() for k, t in problem.leaves.items()}
+    leaves |= {k: leaves[k].to(low) for k in ("P", "Q")}
+    inputs = {k: t.requires_grad_() for k, t in leaves.items()}
+    with torch.autocast("cpu", torch.float16), kernel_calls(1, 0, backend="triton"):
+        out = problem.run(inputs, "triton", 0)
+    assert {t.dtype for t in out.values()} == {torch.float32}
+    torch.stack([t.sum() for t in out.values()]).sum().backward()
+    for name, t in inputs.items():
+        assert t.grad is not None, name
+        assert t.grad.dtype == t.dtype, name
+
+
+def test_the_precision_that_was_asked_for_reaches_the_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a GPU "high" means tf32; here the numbers are the same."""
+    from egnn_fast import _triton
+
+    found: list[tuple[str, str, str]] = []
+    make = _triton.Spec.of
+
+    def of(**fields: Any) -> _triton.Spec:
+        found.append((fields["DOT"], fields["EXACT"], str(fields["OPERAND"])))
+        return make(**fields)
+
+    monkeypatch.setattr(_triton.Spec, "of", of)
+    for precision in ("highest", "high"):
+        monkeypatch.setattr(ops, "matmul_precision", lambda device, p=precision: p)
+        assert_passed(rows_of(replace(SMALL, edges=20)))
+    assert found == [("tf32x3", "tf32x3", "fp32")] * 2 + [("tf32", "tf32x3", "fp32")] * 2
+
+
+def test_what_the_kernels_do_not_take_is_refused() -> None:
+    for case, dtype, message in (
+        (SMALL, torch.float64, r"take float32 \(bf16 and fp16 by autocast\), not torch.float64"),
+        (SMALL, torch.float16, "take float32"),
+        (replace(SMALL, hidden=257), torch.float32, "at most 256 hidden features"),
+        (replace(SMALL, dim=17), torch.float32, "at most 16 coordinates"),
+    ):
+        for problem in (case.edge_pass(dtype), case.layer(dtype)):
+            with (
+                kernel_calls(0, 0, backend="triton"),
+                pytest.raises(BackendError, match=f"'triton' cannot run this call: .*{message}"),
+            ):
+                problem.run(problem.leaves, "triton", 0)
+
+
+def test_too_many_edges_are_refused_before_any_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from egnn_fast import _triton
+
+    monkeypatch.setattr(_triton, "INT32_MAX", _triton.MAX_BLOCK + 60)
+    for case in (replace(SMALL, edges=61), Case("many", "complete", sizes=(9,))):
+        problem = case.edge_pass(torch.float32)
+        with (
+            kernel_calls(0, 0, backend="triton"),
+            pytest.raises(ValueError, match=r"^graph: .* at most 60 edges, got (61|72)$"),
+        ):
+            problem.run(problem.leaves, "triton", 0)
+    assert_passed(rows_of(replace(SMALL, edges=60)))
+
+
+def test_auto_leaves_the_interpreter_alone() -> None:
+    """It is there to check the kernels, not to be fast."""
+    state = {line.name: line for line in info()}["triton"]
+    assert state.available
+    assert state.reason == "ready (interpreted on the CPU)"
+    problem = SMALL.edge_pass(torch.float32)
+    with kernel_calls(1, 0), kernel_calls(0, 0, backend="triton"):
+        problem.run(problem.leaves, "auto", 0)
+    call = Call("cpu", torch.float32, hidden=16, coord_dim=3, activation="silu")
+    assert explain_call("triton", call).instruction_set == "interpreted on the CPU"
+    assert explain_call("auto", call).backend == "cpu"
