@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import triton
 import triton.language as tl
+
+from egnn_fast.kernels import interpreting
+from egnn_fast.kernels.blocks import Blocks
+
+ACTIVATIONS = {"silu": 0, "relu": 1, "leaky_relu": 2}
+OPERANDS = {"bf16": tl.bfloat16, "fp16": tl.float16}  # float32 in other precisions
+
+
+def padded(width: int) -> int:
+    """The width of a tile: a power of 2 that the matrix units take."""
+    return max(16, int(triton.next_power_of_2(width)))
 
 
 class EdgeList(NamedTuple):
@@ -120,3 +132,24 @@ class Spec(NamedTuple):
     def of(cls, **fields: Any) -> Spec:
         """A record of constants."""
         return cls(**{name: tl.constexpr(value) for name, value in fields.items()})
+
+    @classmethod
+    def make(
+        cls, *, hidden: int, dim: int, attrs: int, precision: str, activation: str, norm: float,
+        tanh: bool, clamp: float, blocks: Blocks, nvidia: bool,
+    ) -> Spec:  # fmt: skip
+        """The constants of a call: options and ``precision`` as the operator has them.
+
+        ``norm`` is 0 for none, below 0 for "unit"; ``clamp`` is 0 for none.
+        """
+        # tf32x3 is NVIDIA's alone; elsewhere such products are float32's own
+        exact = "tf32x3" if nvidia else "ieee"
+        return cls.of(
+            H=hidden, D=dim, A=attrs,
+            HP=padded(hidden), DP=triton.next_power_of_2(dim), AP=padded(attrs),
+            BLOCK=blocks.edges, ACT=ACTIVATIONS[activation],
+            NORM=0 if norm == 0 else 1 if norm < 0 else 2, TANH=tanh, CLAMP=clamp > 0,
+            OPERAND=OPERANDS.get(precision, tl.float32), EXACT=exact,
+            DOT=exact if precision == "highest" else "tf32",
+            PTX=nvidia and not interpreting(), SPILL_WEIGHTS=blocks.spill,
+        )  # fmt: skip
