@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -217,17 +216,14 @@ def arguments(c: Configuration) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     out = Rows(f32, f32)
     if c.kernel == "finish_rows":
         b, b_width = (out, dim) if c.head else (None, 0)
-        sizes = (width, width, b, b_width, b_width)
+        strides = (width, width, b, b_width, b_width)
         tiles = {"A": triton.next_power_of_2(width), "B": triton.next_power_of_2(b_width)}
-        return finish_rows, (i32, 4 * 33, out, *sizes), tiles
+        return finish_rows, (i32, 4 * 33, out, *strides), tiles
     blocks = -(-_EDGES // c.edges)
     if c.kernel == "sender_sums":
         args = (i32, i32, i32, _EDGES, blocks, f32, out, 2 * width, f32, out)
-        names = ("H", "D", "HP", "DP", "EXACT")
-        return sender_sums, args, {
-            **{name: getattr(spec, name) for name in names},
-            "BLOCK": tl.constexpr(SENDER_BLOCK),
-        }  # fmt: skip
+        sizes = {"H": width, "D": dim, "HP": spec.HP, "DP": spec.DP, "BLOCK": SENDER_BLOCK}
+        return sender_sums, args, {**sizes, "EXACT": spec.EXACT.value}
     edges = EdgeList(
         rowptr=i64, senders=None if c.complete else i32,
         perm=i32 if c.permuted and not c.complete else None, first=i32 if c.complete else None,
@@ -258,7 +254,7 @@ def compile_here(c: Configuration) -> Record:
     driver.set_active(_NoDevice(TARGETS[c.arch]))
     kernel, args, keywords = arguments(c)
     found = kernel.warmup(*args, grid=(1,), num_warps=c.warps, **keywords)
-    shape = {"configuration": c, "warps": c.warps, "edges": c.edges}
+    shape: dict[str, Any] = {"configuration": c, "warps": c.warps, "edges": c.edges}
     if "amdgcn" in found.asm:
         return Record(**shape, shared=found.metadata.shared, **amdgcn_record(found.asm["amdgcn"]))
     usage, sass = _dump(found.asm["cubin"])
@@ -344,8 +340,9 @@ def with_options(c: Configuration) -> Iterator[Configuration]:
     """The same kernel with options that change its code."""
     yield replace(c, head=False)
     yield replace(c, complete=True)
-    everything = {"attention": True, "norm": 1.0, "tanh": True, "clamp": 100.0, "mask": True}
-    yield replace(c, attrs=2, permuted=True, ordered=c.kernel == "edge_backward", **everything)
+    head = replace(c, attention=True, norm=1.0, tanh=True, clamp=100.0)
+    ordered = c.kernel == "edge_backward"
+    yield replace(head, attrs=2, permuted=True, mask=True, ordered=ordered)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

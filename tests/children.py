@@ -272,7 +272,6 @@ def launched_kernels() -> None:
     _triton.messages(*args)
     _triton.messages_backward(*cotangents, *args, needed)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
     of_backward = seen["edge_backward"]
     _triton.messages_backward(*cotangents, *args, needed)
     seen["edge_backward"] = of_backward
