@@ -11,12 +11,13 @@ CXX_CMD := $(if $(filter default undefined,$(origin CXX)),c++,$(firstword $(CXX)
 SOURCES := CMakeLists.txt setup.py $(shell find csrc)
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
 
-.PHONY: help demo test setup lint format sanitize clean distclean FORCE
+.PHONY: help demo test test-full setup lint format sanitize clean distclean FORCE
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo       set up, check the kernels, train n-body for 300 epochs (OUT=$(OUT))'
 	@echo 'make test       set up, lint, run the test suite (PYTEST_ARGS="-k graph" for a part)'
+	@echo 'make test-full  the same and every shipped GPU kernel, compiled without a GPU (an hour)'
 	@echo 'make setup      create $(VENV), install the pinned packages, build the extension'
 	@echo 'make lint       ruff, mypy and clang-format, changing nothing'
 	@echo 'make format     let ruff and clang-format rewrite the sources'
@@ -31,6 +32,9 @@ demo: setup
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-full: lint
+	$(BIN)/python -m pytest -m '' $(PYTEST_ARGS)
 
 # ---- set-up, in three stamped steps: environment, packages, extension --------------------------
 setup: $(VENV)/.built

@@ -233,3 +233,52 @@ def check_instruction_set() -> None:
         for row in checks.compare(problem, label, ["cpu"], torch.float64):
             assert row.passed, row
     print(len(problems))
+
+
+def launched_kernels() -> None:
+    """Each kernel of a training step: its hash as launched, and as compiled offline."""
+    import json
+    from typing import Any
+
+    import torch
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from egnn_fast import _triton
+    from egnn_fast.kernels import offline
+
+    driver.set_active(offline._NoDevice(offline.TARGETS["sm_90"]))
+    launch, seen = JITFunction.run, {}
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        found = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        seen[self.__name__] = found.hash
+        return found
+
+    # sizes for which Triton has no code of their own: no multiples of 16, none 1
+    nodes, edges, hidden, dim = 30, 203, 64, 3
+    rowptr = torch.linspace(0, edges, nodes + 1).long()
+    matrix, vector = torch.randn(hidden, hidden), torch.randn(hidden)
+    args = (
+        torch.randn(nodes, 2 * hidden).bfloat16(), torch.randn(nodes, dim), None, None,
+        vector, None, matrix, vector, None, None, matrix, vector, vector,
+        rowptr, torch.randint(nodes, (edges,), dtype=torch.int32), None, None,
+        "silu", 0.01, 0.0, False, 0.0, "triton", "bf16",
+    )  # fmt: skip
+    needed = [t is not None for t in args[:13]]
+    cotangents = torch.randn(nodes, hidden), torch.randn(nodes, dim)
+    JITFunction.run = compile_only
+    _triton._Call.programs = property(lambda self: 3)  # type: ignore[method-assign,assignment]
+    _triton.messages(*args)
+    _triton.messages_backward(*cotangents, *args, needed)
+    torch.use_deterministic_algorithms(True)
+    of_backward = seen["edge_backward"]
+    _triton.messages_backward(*cotangents, *args, needed)
+    seen["edge_backward"] = of_backward
+
+    def offline_hash(name: str) -> str:
+        kernel, args, keywords = offline.arguments(c := offline.Configuration(name))
+        found = launch(kernel, *args, grid=(1,), warmup=True, num_warps=c.warps, **keywords)
+        return str(found.hash)
+
+    print(json.dumps({name: (seen.get(name), offline_hash(name)) for name in offline.KERNELS}))

@@ -1,0 +1,155 @@
+"""The static model's arithmetic on made-up counts, and one run of its command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+if sys.platform != "linux":
+    pytest.skip("Triton is for Linux", allow_module_level=True)
+
+from egnn_fast.kernels.blocks import Blocks
+from egnn_fast.kernels.disassembly import Loop
+from egnn_fast.kernels.offline import Configuration, Record
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from bench import model  # the checkout's own folder, not installed
+from bench.model import GPUS, Problem
+
+A100, H200 = GPUS["a100"], GPUS["h200"]
+WARPS, EDGES = 4, 64
+UNIFORM = Problem(nodes=1_000_000, edges=32_000_000)
+
+
+def cycles(counts: dict[str, int], gpu: model.Gpu = H200, **macs: int) -> dict[str, float]:
+    loop = Loop("block", counts, {name.replace("_", "."): n for name, n in macs.items()})
+    return model.unit_cycles([loop], gpu, WARPS, EDGES, rows=3)
+
+
+def record(kernel: str = "edge_forward", spill: bool = False, **fields: object) -> Record:
+    blocks = Blocks(EDGES, WARPS, 2, spill, "made up")
+    c = replace(Configuration(kernel, precision="bf16", blocks=blocks), **fields)  # type: ignore[arg-type]
+    counts = {"MUFU.EX2": 96, "MUFU.RCP": 48, "HGMMA": 8, "LDG.128": 16}
+    loops = [Loop("block", counts, {"HGMMA.BF16": 131072})]
+    return Record(c, WARPS, EDGES, 200, 0, 1024, counts, loops=loops)
+
+
+def test_special_units() -> None:
+    # three activations of 64 channels: an exponential each, a reciprocal for two
+    found = cycles({"MUFU.EX2": 96, "MUFU.RCP": 48})
+    assert found["special"] == pytest.approx(3 * 64 * 1.5 / 16)
+    assert found["fma"] == found["alu"] == found["l1"] == found["matrix"] == 0
+    assert found["issue"] == pytest.approx(144 * WARPS / 4 / EDGES)
+
+
+def test_matrix_units() -> None:
+    """2 H² multiply-adds of an edge, at each chip's rate."""
+    macs = 2 * 64 * 64 * EDGES // WARPS
+    assert cycles({}, HGMMA_BF16=macs)["matrix"] == pytest.approx(8192 / 2048)
+    assert cycles({}, HGMMA_TF32=macs)["matrix"] == pytest.approx(8192 / 1024)
+    assert cycles({}, HMMA_BF16=macs)["matrix"] == pytest.approx(8192 / (2048 * 0.629))
+    assert cycles({}, A100, HMMA_BF16=macs)["matrix"] == pytest.approx(8192 / 1024)
+    assert cycles({}, A100, HMMA_TF32=macs)["matrix"] == pytest.approx(8192 / 512)
+
+
+def test_arithmetic() -> None:
+    counts = {"FFMA": 32, "FADD": 16, "FMUL": 16, "IMAD": 64, "ALU": 64}
+    share = WARPS / EDGES
+    hopper, ampere = cycles(counts), cycles(counts, A100)
+    assert hopper["fma"] == pytest.approx((64 * 32 / 128 + 64 * 32 / 64) * share)
+    assert ampere["fma"] == pytest.approx((64 * 32 / 64 + 64 * 32 / 64) * share)
+    assert hopper["alu"] == ampere["alu"] == pytest.approx(64 * 32 / 64 * share)
+
+
+def test_memory_unit_counts_bytes() -> None:
+    one = WARPS / EDGES
+    for name, busy in (("LDS.128", 4), ("LDG.64", 2), ("STS.16", 1), ("SHFL", 1), ("STL.32", 1)):
+        assert cycles({name: 1})["l1"] == pytest.approx(busy * one), name
+
+
+def test_loops_count_by_their_trips() -> None:
+    loops = [
+        Loop("block", {"SHFL": 1}, {}),
+        Loop("window", {"SHFL": 10}, {}),
+        Loop("search", {"SHFL": 100}, {}),
+        Loop("wait", {"SHFL": 1000}, {}),
+    ]
+
+    def shuffles(rows: float) -> float:
+        return model.unit_cycles(loops, H200, 1, 1, rows)["l1"]
+
+    assert shuffles(1) == 111
+    assert shuffles(3) == 211
+    assert shuffles(64) == 1 + 4 * 10 + 6 * 100
+
+
+def test_rows_of_a_block() -> None:
+    assert model.rows_of_block(64, 32) == pytest.approx(1 + 63 / 32)
+    assert model.rows_of_block(64, 1) == model.rows_of_block(64, 0.01) == 64
+
+
+def test_bytes_forward() -> None:
+    rows = (1 + 63 / 32) / 64
+    l2, hbm = model.traffic(record(), H200, UNIFORM)
+    gathered, node, sums = 128 + 32, 128 + 12, 4 * (64 + 3)
+    assert l2 == pytest.approx(gathered + 4 + rows * (node + sums))
+    missed = 1 - (50 << 20) / (140 * 1_000_000)
+    assert hbm == pytest.approx(missed * gathered + 4 + (node + sums) / 32)
+    # what fits into L2 is read from HBM once for each node
+    assert model.traffic(record(), H200, Problem(1000, 32_000))[1] == pytest.approx(4 + 408 / 32)
+    assert model.traffic(record(complete=True), H200, UNIFORM)[0] == pytest.approx(l2 - 4)
+
+
+def test_bytes_backward() -> None:
+    forward = model.traffic(record(), H200, UNIFORM)
+    l2, hbm = model.traffic(record("edge_backward"), H200, UNIFORM)
+    rows = (1 + 63 / 32) / 64
+    assert l2 - forward[0] == pytest.approx(rows * 268 + 2 * (256 + 32))
+    missed = 1 - (50 << 20) / (268 * 1_000_000)
+    assert hbm - forward[1] == pytest.approx(268 / 32 + 2 * 288 * missed)
+    in_memory = model.traffic(record("edge_backward", spill=True), H200, UNIFORM)
+    assert in_memory[0] - l2 == pytest.approx(2 * 2 * 4 * 64 * 64 / 64)
+    assert in_memory[1] == hbm
+
+
+def test_prediction() -> None:
+    found = model.predict(record(), H200, UNIFORM)
+    assert found.limit == "special"
+    assert found.ns_per_edge == pytest.approx(18 / 132 / 1.83)
+    assert found.ms == pytest.approx(32e6 * 18 / 132 / 1.83e6)
+    assert found.ms_in_turn > found.ms
+    # HBM's time does not depend on the clock
+    ns = found.cycles["hbm"] / 132 / 1.83
+    assert ns == pytest.approx(found.hbm_bytes / 4800)
+
+
+def test_what_cannot_be_predicted_is_told() -> None:
+    with pytest.raises(ValueError, match=r"UTC\*MMA"):
+        cycles({"UTCMMA": 1})
+    with pytest.raises(ValueError, match="no loop with matrix instructions"):
+        model.predict(replace(record(), loops=[]), H200, UNIFORM)
+
+
+def test_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    file = tmp_path / "model.json"
+    model.main(["--arch", "h100", "h200", "--hidden", "64", "--precision", "bf16",
+                "--kernel", "forward", "--json", str(file)])  # fmt: skip
+    assert "A prediction from compiled code, not a measurement" in capsys.readouterr().out
+    content = json.loads(file.read_text())
+    assert content["prediction"] is True
+    h100, h200 = content["rows"]
+    assert (h100["gpu"], h200["gpu"]) == ("h100", "h200")
+    for row in (h100, h200):
+        # three activations of 64 channels, an exponential and half a reciprocal each
+        assert row["cycles"]["special"] >= 18
+        assert row["cycles"]["matrix"] >= 4
+        assert row["ms"] == pytest.approx(32e6 * max(row["cycles"].values()) / 132 / 1.83e6)
+        assert row["limit"] in row["cycles"]
+    assert h100["cycles"]["hbm"] == pytest.approx(h200["cycles"]["hbm"] * 4800 / 3350)
