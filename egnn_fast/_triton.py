@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -99,9 +100,9 @@ class _Call:
         graph = (self.rowptr, self.senders, self.first)
         return kept(self.rowptr, ("senders", *key), lambda: by_sender(*graph, *key))
 
-    def edges(self, part: Partition, begin: int, end: int) -> EdgeList:
+    def edges(self, part: Partition) -> EdgeList:
         """The record of such a run of edges."""
-        return EdgeList(self.rowptr, self.senders, self.perm, self.first, part.rows, begin, end)
+        return EdgeList(self.rowptr, self.senders, self.perm, self.first, part.rows)
 
     def rows(self, out: Tensor, programs: int) -> Rows:
         """Rows with slots of their own."""
@@ -124,6 +125,11 @@ class _Call:
 
 def messages(*args: Any) -> tuple[Tensor, Tensor]:
     """``egnn_fast::messages`` by Triton."""
+    with _current(args[1].device):
+        return _messages(*args)
+
+
+def _messages(*args: Any) -> tuple[Tensor, Tensor]:
     call = _Call("forward", args)
     m, shift = call.zeros(call.hidden), call.zeros(call.dim) if call.has_head else None
     if call.num_edges:
@@ -131,8 +137,8 @@ def messages(*args: Any) -> tuple[Tensor, Tensor]:
         m_rows = call.rows(m, part.programs)
         x_rows = None if shift is None else call.rows(shift, part.programs)
         edge_forward[(part.programs,)](
-            call.edges(part, 0, call.num_edges), call.inputs, call.weights, call.numbers,
-            m_rows, x_rows, part.blocks, call.spec, num_warps=call.blocks.warps,
+            call.edges(part), call.inputs, call.weights, call.numbers,
+            m_rows, x_rows, 0, call.num_edges, part.blocks, call.spec, num_warps=call.blocks.warps,
         )  # fmt: skip
         call.finish(part, m_rows, x_rows)
         launches["forward"] += 1
@@ -141,6 +147,11 @@ def messages(*args: Any) -> tuple[Tensor, Tensor]:
 
 def messages_backward(g_m: Tensor | None, g_x: Tensor | None, *args: Any) -> list[Tensor]:
     """``egnn_fast::messages_backward`` by Triton."""
+    with _current(args[1].device):
+        return _messages_backward(g_m, g_x, *args)
+
+
+def _messages_backward(g_m: Tensor | None, g_x: Tensor | None, *args: Any) -> list[Tensor]:
     *args, needed = args  # type: ignore[assignment]
     call = _Call("backward", args)
     if not call.has_head:
@@ -154,6 +165,11 @@ def messages_backward(g_m: Tensor | None, g_x: Tensor | None, *args: Any) -> lis
         for t, grad, n in zip(args, found, needed, strict=False)
         if n and grad is not None
     ]
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class _Backward:
@@ -201,8 +217,8 @@ class _Backward:
         weights = call.weights._replace(**none)
         for bounds, part in zip(self.chunks, self.parts, strict=True):
             edge_backward[(part.programs,)](
-                call.edges(part, *bounds), call.inputs, weights, call.numbers, self.cotangents, g,
-                part.blocks, call.spec, num_warps=call.blocks.warps,
+                call.edges(part), call.inputs, weights, call.numbers, self.cotangents, g,
+                *bounds, part.blocks, call.spec, num_warps=call.blocks.warps,
             )  # fmt: skip
             if g.p is not None or g.receiver is not None:
                 call.finish(part, g.p, g.receiver)

@@ -99,8 +99,10 @@ def _add_matrix(total, place, left, right, spec):
         return total + found
 
 
-@triton.jit
-def edge_backward(edges, inputs, weights, numbers, cotangents, gradients, num_blocks, spec):
+@triton.jit(do_not_specialize=("begin_edge", "end_edge", "num_blocks"))
+def edge_backward(
+    edges, inputs, weights, numbers, cotangents, gradients, begin_edge, end_edge, num_blocks, spec
+):
     """The gradients of a run of edges.
 
     The coordinate head is left out where X has no cotangent: ``weights.w3`` is None then.
@@ -135,7 +137,7 @@ def edge_backward(edges, inputs, weights, numbers, cotangents, gradients, num_bl
     carry_x = tl.zeros((spec.DP,), tl.float32)
     last = head_row
     for block in tl.range(begin, end, disable_licm=True):
-        e, live, i, j, first, last = block_of_edges(edges, block, spec)
+        e, live, i, j, first, last = block_of_edges(edges, begin_edge, end_edge, block, spec)
         user = e
         if edges.perm is not None:
             user = tl.load(edges.perm + e, mask=live, other=0)
@@ -244,7 +246,7 @@ def edge_backward(edges, inputs, weights, numbers, cotangents, gradients, num_bl
                 None, spec.OPERAND, spec.EXACT, False,
             )  # fmt: skip
             if gradients.messages is not None:
-                store_rows(gradients.messages, e - edges.begin, live, g_z1, H, H)
+                store_rows(gradients.messages, e - begin_edge, live, g_z1, H, H)
             else:
                 add_rows_at(gradients.p.out + H, j, live, g_z1, 2 * H, H)
         if for_x:
@@ -255,7 +257,7 @@ def edge_backward(edges, inputs, weights, numbers, cotangents, gradients, num_bl
                 head_row, None, tl.float32, spec.EXACT, False,
             )  # fmt: skip
             if gradients.shifts is not None:
-                store_rows(gradients.shifts, e - edges.begin, live, g_d, spec.D, spec.D)
+                store_rows(gradients.shifts, e - begin_edge, live, g_d, spec.D, spec.D)
             else:
                 add_rows_at(gradients.sender, j, live, g_d, spec.D, spec.D)
         carry_row = last

@@ -124,13 +124,13 @@ def run_of_blocks(num_blocks):
 
 
 @triton.jit
-def block_of_edges(edges, block, spec):
-    """``(e, live, i, j, first, last)`` of a block: edges, which exist, their nodes; its rows.
+def block_of_edges(edges, begin_edge, end_edge, block, spec):
+    """``(e, live, i, j, first, last)``: a block's edges, which exist, their nodes; its rows.
 
     ``i`` is -1 where there is no edge.
     """
-    e = edges.begin + block * spec.BLOCK + tl.arange(0, spec.BLOCK)
-    live = e < edges.end
+    e = begin_edge + block * spec.BLOCK + tl.arange(0, spec.BLOCK)
+    live = e < end_edge
     first = tl.load(edges.block_rows + 2 * block)
     last = tl.load(edges.block_rows + 2 * block + 1)
     # the last row that begins at or before e

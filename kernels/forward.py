@@ -22,8 +22,10 @@ from egnn_fast.kernels.device import (
 )
 
 
-@triton.jit
-def edge_forward(edges, inputs, weights, numbers, m_rows, x_rows, num_blocks, spec):
+@triton.jit(do_not_specialize=("begin_edge", "end_edge", "num_blocks"))
+def edge_forward(
+    edges, inputs, weights, numbers, m_rows, x_rows, begin_edge, end_edge, num_blocks, spec
+):
     """The rows of ``M [N, H]`` and ``X [N, D]``; each program takes an equal run of blocks."""
     begin, end = run_of_blocks(num_blocks)
     head_row = tl.load(edges.block_rows + 2 * begin)
@@ -41,7 +43,7 @@ def edge_forward(edges, inputs, weights, numbers, m_rows, x_rows, num_blocks, sp
     carry_x = tl.zeros((spec.DP,), tl.float32)
     last = head_row
     for block in tl.range(begin, end, disable_licm=True):
-        e, live, i, j, first, last = block_of_edges(edges, block, spec)
+        e, live, i, j, first, last = block_of_edges(edges, begin_edge, end_edge, block, spec)
         user = e
         if edges.perm is not None:
             user = tl.load(edges.perm + e, mask=live, other=0)

@@ -227,7 +227,7 @@ def arguments(c: Configuration) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     edges = EdgeList(
         rowptr=i64, senders=None if c.complete else i32,
         perm=i32 if c.permuted and not c.complete else None, first=i32 if c.complete else None,
-        block_rows=i32, begin=0, end=_EDGES,
+        block_rows=i32,
     )  # fmt: skip
     attr = f32 if c.attrs else None
     gate, head = (f32 if c.attention else None), (f32 if c.head else None)
@@ -237,14 +237,14 @@ def arguments(c: Configuration) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         w3=operand if c.head else None, b3=head, w_x=head,
     )  # fmt: skip
     numbers = Numbers(0.01, c.norm, c.clamp)
-    shared = (edges, inputs, weights, numbers)
+    shared, run = (edges, inputs, weights, numbers), (0, _EDGES, blocks)
     if c.kernel == "edge_forward":
-        return edge_forward, (*shared, out, out if c.head else None, blocks, spec), {}
+        return edge_forward, (*shared, out, out if c.head else None, *run, spec), {}
     gradients = Gradients(
         p=out, receiver=out, sender=f32, edge_attr=attr, edge_mask=None,
         messages=f32 if c.ordered else None, shifts=f32 if c.ordered else None, weights=f32,
     )  # fmt: skip
-    return edge_backward, (*shared, Cotangents(f32, head), gradients, blocks, spec), {}
+    return edge_backward, (*shared, Cotangents(f32, head), gradients, *run, spec), {}
 
 
 def compile_here(c: Configuration) -> Record:

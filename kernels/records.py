@@ -44,8 +44,6 @@ class EdgeList(NamedTuple):
         First node of each node's component, where these are complete.
     block_rows : [blocks, 2], int32
         Receivers of each block's first and last edge.
-    begin, end : int
-        The blocks' edges: from ``begin`` to ``end``.
     """
 
     rowptr: Any
@@ -53,8 +51,6 @@ class EdgeList(NamedTuple):
     perm: Any
     first: Any
     block_rows: Any
-    begin: Any
-    end: Any
 
 
 class Rows(NamedTuple):

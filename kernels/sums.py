@@ -28,7 +28,7 @@ def _finish(rows, slot_rows, slot, num_slots, row, stride, width, W: tl.constexp
     tl.store(place, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_slots",))
 def finish_rows(
     slot_rows, num_slots, a, a_stride, a_width, b, b_stride, b_width,
     A: tl.constexpr, B: tl.constexpr,
@@ -59,7 +59,7 @@ def _sum_rows(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_edges", "num_blocks"))
 def sender_sums(
     order, keys, block_rows, num_edges, num_blocks, messages, q_rows, q_stride, shifts, x_rows,
     H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
