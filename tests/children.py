@@ -26,7 +26,7 @@ TIMEOUT = 120  # seconds, after which a child hangs
 FORKS = 5
 
 
-def run(name: str, env: Mapping[str, str] | None = None) -> str:
+def run(name: str, env: Mapping[str, str] | None = None, timeout: float = TIMEOUT) -> str:
     """Call a function in a fresh process; its output. A hang or a failure there is one here."""
     code = f"import sys; sys.path.append({str(Path(__file__).parent)!r})\n"
     code += f"import children; children.{name}()"
@@ -39,7 +39,7 @@ def run(name: str, env: Mapping[str, str] | None = None) -> str:
         start_new_session=True,
     ) as process:
         try:
-            out, errors = process.communicate(timeout=TIMEOUT)
+            out, errors = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise

@@ -165,11 +165,14 @@ def test_matrix_units_by_chip(records: list[Record]) -> None:
 
 def test_products_are_as_many_as_the_algorithm_has(records: list[Record]) -> None:
     """2 H² multiply-adds an edge forward, 6 H² backward, three times each in tf32x3."""
+    checked = 0
     for record in records:
         c = record.configuration
         plain = c.head and not c.attrs and c.arch in ("sm_80", "sm_90")
-        if c.kernel not in EDGE_KERNELS or not plain or c.hidden == 33:
+        # several warps do the same for a matrix of 16 x 16; one of 33 x 33 is padded
+        if c.kernel not in EDGE_KERNELS or not plain or c.hidden < 64:
             continue
+        checked += 1
         block = record.loops[0]
         macs = sum(block.macs.values()) * record.warps / record.edges
         expected = (2 if c.kernel == "edge_forward" else 6) * c.hidden**2
@@ -177,6 +180,7 @@ def test_products_are_as_many_as_the_algorithm_has(records: list[Record]) -> Non
         # backward: sums of the weights that are vectors go through tiles of 16 rows
         vectors = 0 if c.kernel == "edge_forward" else 4 * 16 * c.hidden
         assert expected <= macs <= expected + vectors, c.label
+    assert checked >= 10
 
 
 def test_amd_tells_registers_and_spills(records: list[Record]) -> None:
@@ -190,7 +194,7 @@ def test_amd_tells_registers_and_spills(records: list[Record]) -> None:
 def test_offline_compiles_what_is_launched(cache: Path) -> None:
     """Kernel by kernel, the hash of source, arguments' types, constants and options."""
     environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
-    found = json.loads(children.run("launched_kernels", environment))
+    found = json.loads(children.run("launched_kernels", environment, timeout=900))
     assert set(found) == set(KERNELS)
     for name, (launched, offline) in found.items():
         assert launched == offline, name
