@@ -285,8 +285,9 @@ class QM9Problem(Problem):
     def step(self, module: nn.Module) -> Step:
         """Loss, gradients, Adam."""
         optimizer = torch.optim.Adam(
-            module.parameters(), lr=self.LR, weight_decay=self.WEIGHT_DECAY, fused=True
-        )
+            module.parameters(), lr=self.LR, weight_decay=self.WEIGHT_DECAY, fused=True,
+            capturable=self.inputs["x"].is_cuda,
+        )  # fmt: skip
 
         def run() -> Tensor:
             loss = F.l1_loss(self.forward(module)[0], self.inputs["target"])
