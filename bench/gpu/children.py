@@ -27,6 +27,7 @@ from bench.gpu.setting import FAIL, SKIP, Item, Outcome, Setting
 MARK = "@@ "  # before an answer: whatever else is printed is not one
 BROKEN = 3  # exit status of a child whose CUDA context is
 GRACE = 20.0  # seconds beyond the deadline for what was begun before
+PATIENCE = 10.0  # with the interpreter
 _TAIL = 400  # characters of what a dying child said
 Done = Callable[[Item, Outcome, float], None]
 
@@ -182,8 +183,10 @@ def _run_group(
                     outcome, alive = run_here(item, setting), True
                 else:
                     child = child or _Child(command)
-                    spare = max(item.seconds, deadline - begin + GRACE)
-                    outcome, alive = child.ask(item.name, min(item.limit, spare))
+                    limit = min(item.limit, max(item.seconds, deadline - begin + GRACE))
+                    if not setting.on_gpu:  # limits are those of a GPU
+                        limit = PATIENCE * item.limit
+                    outcome, alive = child.ask(item.name, limit)
                 with lock:
                     done(item, outcome, time.monotonic() - begin)
                 if not alive and child is not None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 BUDGET = 460.0  # seconds: a run ends within eight minutes
 TUNE_BUDGET = 580.0
+CPU_BUDGET = 3600.0
 CHECKS_SHARE = 0.5  # of the budget, where times are wanted too
 JOBS = 14
 LINES = 24  # about kernels, on the terminal
@@ -148,6 +149,8 @@ class _Run:
             raise UsageError("--case: no item matches; --list prints them")
         self.options, self.setting, self.begin = options, setting, begin
         budget = options.budget or (TUNE_BUDGET if options.only == "tune" else BUDGET)
+        if not setting.on_gpu and options.budget is None:
+            budget = CPU_BUDGET
         self.budget, self.deadline = budget, begin + budget
         cores = os.cpu_count() or 1
         self.jobs = min(JOBS, max(1, cores - 1)) if options.jobs is None else options.jobs
