@@ -69,6 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setting = Setting(options.device, options.quick)
     if options.memcheck_child:
         return system.memcheck_child(setting)
+    missing = None if options.child or options.list else _missing(setting)
+    if missing is not None:
+        print(f"gpu_suite.py: {missing}", file=sys.stderr)
+        return 2
     known = items.all_items(setting)
     if options.child:
         return children.serve(known, setting, sys.stdin, sys.stdout)
@@ -76,10 +80,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(chosen))
         return 0
-    missing = _missing(setting)
-    if missing is not None:
-        print(f"gpu_suite.py: {missing}", file=sys.stderr)
-        return 2
     try:
         return _Run(options, setting, chosen, begin).run()
     except ExperimentError as error:
@@ -207,8 +207,9 @@ class _Run:
         wrong = [name for name in every if known.get(name, {}).get("status") != "pass"]
         os.environ[tune.WRONG] = json.dumps(wrong)
         left += self._go(races, min(self.jobs, 1), self.deadline)
-        gpu, date = self.results.environment["gpu"], self.results.environment["date"][:10]
-        for line in tune.table_rows(self.results.sections.get("tune", []), str(gpu), date):
+        gpu = self.results.environment["gpu"] or "no GPU, interpreted"
+        date = self.results.environment["date"][:10]
+        for line in tune.table_rows(self.results.sections.get("tune", []), gpu, date):
             print(line, flush=True)
         return left
 

@@ -12,8 +12,8 @@ def all_items(setting: Setting) -> dict[str, Item]:
     from bench.gpu import checks, large, system, tune
 
     # first what times rest on, which compiles what is timed
-    found = [*large.timed_items(setting), *checks.items(setting), *system.items(setting)]
-    found += large.items(setting)
+    found = [*large.timed_items(setting), *checks.items(setting)]
+    found += [*large.items(setting), *system.items(setting)]
     found += [*_times(setting), *tune.candidate_items(setting), *tune.timing_items(setting)]
     by_name = {item.name: item for item in found}
     if len(by_name) != len(found):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.gpu.checks import EVERYTHING, at, judge_tensors, launched
+from bench.gpu.checks import EVERYTHING, at, judge_tensors, launched, table
 from bench.gpu.children import child_command
 from bench.gpu.setting import SKIP, Item, Outcome, Setting, autocast, deterministic, matmul
 from egnn_fast import nn as layers
@@ -42,7 +42,7 @@ def items(setting: Setting) -> Iterator[Item]:
             yield Item(f"no host synchronisation: {kind}: {precision}", "checks", run)
             run = partial(_compiled, kind, precision)
             yield Item(f"torch.compile: {kind}: {precision}", "checks", run, 40)
-    yield Item("memcheck", "checks", _memcheck, MEMCHECK_SECONDS, MEMCHECK_SECONDS + 30, True)
+    yield Item("memcheck", "checks", _memcheck, 45, MEMCHECK_SECONDS + 30, True)
 
 
 def _same_bits(face: str, precision: str, setting: Setting) -> Outcome:
@@ -244,18 +244,17 @@ MEMCHECK_DONE = "all cases ran"
 
 def memcheck_child(setting: Setting) -> int:
     """What runs under compute-sanitizer: kernels alone, nothing compared."""
-    for case, precision in (
-        (Case("widths", nodes=40, edges=700, hidden=33, dim=2, attrs=3, options=EVERYTHING,
-              mask="soft"), "highest"),
-        (Case("a hub", "hub", 50, 1025, hidden=64), "bf16"),
-        (Case("complete", "complete", sizes=(1, 4, 0, 29), hidden=64), "bf16"),
-    ):  # fmt: skip
+    # of the table, so that they are compiled already
+    for name, precision, ordered in (
+        ("H 33, D 16, A 4, all options", "highest", False),
+        ("1025 edges of one row", "bf16", False),
+        ("complete, 9 to 29", "bf16", True),
+    ):
+        (case,) = (c for _, c, p in table(setting) if (c.name, p) == (name, precision))
         problem = at(case.edge_pass(torch.float32, setting.device), precision, setting.device)
-        for ordered in (False, True):
-            torch.use_deterministic_algorithms(ordered)
-            leaves = {k: t.detach().requires_grad_() for k, t in problem.leaves.items()}
-            _with_gradients(problem.run(leaves, "triton", 0), leaves)
-    if setting.on_gpu:
-        torch.cuda.synchronize()
+        torch.use_deterministic_algorithms(ordered)
+        leaves = {k: t.detach().requires_grad_() for k, t in problem.leaves.items()}
+        _with_gradients(problem.run(leaves, "triton", 0), leaves)
+    torch.cuda.synchronize()
     print(MEMCHECK_DONE, file=sys.stderr)
     return 0

@@ -35,6 +35,7 @@ LEAST, MOST = 5, 40  # samples
 _FLUSH_CACHES = 4  # how many times the L2 cache is written between two samples
 _REACH_FIRST, _REACH_SECONDS = 8_000_000, 30.0
 _PROFILED = 5  # runs
+COMPILED = ("compile",)
 Run = Callable[[], object]
 
 
@@ -172,6 +173,11 @@ def _time(
             usable[name] = run
         except torch.OutOfMemoryError:
             _left_out(outcome, case, precision, measured, name, "out of memory")
+        except Exception as error:
+            if name not in RIVALS + COMPILED:
+                raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            _left_out(outcome, case, precision, measured, name, reason)
         _collect(clock.on_gpu)
     if FUSED not in usable:
         outcome.fail(f"{measured}: out of memory")
