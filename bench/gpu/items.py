@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from bench.gpu.setting import SKIP, Item, Outcome, Setting
+
+# what the models that are timed need beyond PyTorch
+NEEDED = ("lightning_fabric",)
 
 
 def all_items(setting: Setting) -> dict[str, Item]:
@@ -22,10 +26,11 @@ def all_items(setting: Setting) -> dict[str, Item]:
 
 
 def _times(setting: Setting) -> Iterator[Item]:
-    try:
-        from bench.gpu import times
-    except ImportError as error:
-        reason = f"a package is missing: {error}"
+    from bench.gpu import times
+
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        reason = f"not installed: {', '.join(missing)}"
         yield Item("times", "times", lambda setting: Outcome(SKIP, reason), 0)
         return
     yield from times.items(setting)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu import graphs
+from bench.gpu.cases import timed
 from bench.gpu.checks import judge_tensors, launched
 from bench.gpu.setting import SKIP, Item, Outcome, Setting, autocast, matmul
 from egnn_fast import functional, reference
@@ -126,10 +127,6 @@ def items(setting: Setting) -> Iterator[Item]:
 
 def timed_items(setting: Setting) -> Iterator[Item]:
     """For each graph, H and precision that is timed, the check that its times rest on."""
-    try:
-        from bench.gpu.cases import timed
-    except ImportError:  # times will say what is missing
-        return
     for case in timed(setting):
         if case.is_one_pass and case.kind == "edges":
             for precision in case.precisions:
@@ -143,8 +140,6 @@ def check_name(case: str) -> str:
 
 
 def _timed(name: str, precision: str, setting: Setting) -> Outcome:
-    from bench.gpu.cases import timed
-
     (case,) = (case for case in timed(setting) if case.name == name)
     if case.graph == "random":
         graph = graphs.random_graph(case.nodes, case.num_edges, setting.device)

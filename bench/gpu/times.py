@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,18 +17,17 @@ from bench.gpu.cases import (
     ORDERED,
     RIVALS,
     TimedCase,
-    at,
-    build,
-    runner,
     timed,
 )
 from bench.gpu.setting import PRECISIONS, Item, Outcome, Setting, deterministic, matmul
 from bench.gpu.system import captured
 from egnn_fast.bench import measure
 from egnn_fast.bench.cases import FUSED, INFERENCE, TRAINING
-from egnn_fast.bench.peers import Runner
-from egnn_fast.bench.problems import Problem
 from egnn_fast.nn import EGCL
+
+if TYPE_CHECKING:
+    from egnn_fast.bench.peers import Runner
+    from egnn_fast.bench.problems import Problem
 
 SECONDS = 2.0  # of samples of one pass of all peers
 LEAST, MOST = 5, 40  # samples
@@ -99,6 +98,8 @@ def items(setting: Setting) -> Iterator[Item]:
 
 
 def _times(case: TimedCase, precision: str, setting: Setting) -> Outcome:
+    from bench.gpu.problems import at, build, runner
+
     outcome, clock = Outcome(), Clock(setting)
     with matmul(precision):
         problem = at(build(case, setting), precision, setting.device)
@@ -117,6 +118,8 @@ def _times(case: TimedCase, precision: str, setting: Setting) -> Outcome:
 
 
 def _against_compile(case: TimedCase, precision: str, setting: Setting) -> Outcome:
+    from bench.gpu.problems import at, build, runner
+
     outcome, clock = Outcome(), Clock(setting)
     with matmul(precision):
         problem = at(build(case, setting), precision, setting.device)
@@ -257,6 +260,8 @@ def _rates(setting: Setting) -> Outcome:
 
 def _kernels(precision: str, setting: Setting) -> Outcome:
     """What each kernel takes in forward and backward of the large edge pass."""
+    from bench.gpu.problems import at, build, runner
+
     outcome = Outcome()
     (case,) = (case for case in timed(setting) if case.name == "edges-random-64")
     with matmul(precision):
