@@ -33,7 +33,7 @@ from bench.gpu import (
 from bench.gpu.setting import FAIL, PASS, PRECISIONS, SKIP, Item, Outcome, Setting
 from egnn_fast.bench.cases import FUSED, INFERENCE
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "bench" / "gpu_suite.py"
 CPU, GPU = Setting("cpu", True), Setting("cuda")
@@ -45,7 +45,7 @@ def suite(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[st
     variables = {k: v for k, v in os.environ.items() if k not in dropped}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(SCRIPT), *arguments], cwd=ROOT.parent, env=variables,
-        capture_output=True, text=True, timeout=290,
+        capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
