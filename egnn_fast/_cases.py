@@ -125,9 +125,9 @@ class Case:
             edges[1] = (edges[0] + 1 + edges[1] % (n - 1)) % n
         return edges
 
-    def edge_pass(self, dtype: torch.dtype) -> Problem:
+    def edge_pass(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Problem:
         """The fused operator alone: every input and weight of ``functional.egcl_messages``."""
-        graph, draw, h = self.build_graph(), _Draw(dtype, self.seed), self.hidden
+        graph, draw, h = self.build_graph().to(device), _Draw(dtype, self.seed), self.hidden
         leaves = {
             "P": draw.normal(self.num_nodes, h),
             "Q": draw.normal(self.num_nodes, h),
@@ -160,11 +160,16 @@ class Case:
             )  # fmt: skip
             return shuffle.outputs({"M": m} if x is None else {"M": m, "X": x})
 
-        return Problem(leaves, run)
+        return Problem({name: t.to(device) for name, t in leaves.items()}, run)
 
-    def layer(self, dtype: torch.dtype, relabel: Tensor | None = None) -> Problem:
+    def layer(
+        self,
+        dtype: torch.dtype,
+        relabel: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Problem:
         """A whole layer: every input and weight of ``functional.egcl``."""
-        graph, draw = self.build_graph(relabel), _Draw(dtype, self.seed)
+        graph, draw = self.build_graph(relabel).to(device), _Draw(dtype, self.seed)
         h, f = self.hidden, self.features
         out = f if self.residual else f + 1
         shapes: dict[str, tuple[int, ...]] = {
@@ -201,7 +206,7 @@ class Case:
             out = {"h": new_h, "x": new_x}
             return shuffle.outputs(out if new_v is None else out | {"v": new_v})
 
-        return Problem(leaves, run)
+        return Problem({name: t.to(device) for name, t in leaves.items()}, run)
 
     def _edge_inputs(self, graph: Graph, draw: _Draw) -> dict[str, Tensor]:
         x = draw.normal(self.num_nodes, self.dim)
@@ -223,9 +228,10 @@ class _Shuffle:
         if order == 0:
             return
         draw = torch.Generator().manual_seed(order)
-        self.nodes = torch.randperm(graph.num_nodes, generator=draw)
-        self.edges = torch.randperm(graph.num_edges, generator=draw)
-        self.units = torch.randperm(hidden, generator=draw)
+        counts = (graph.num_nodes, graph.num_edges, hidden)
+        self.nodes, self.edges, self.units = (
+            torch.randperm(count, generator=draw).to(graph.device) for count in counts
+        )
         renamed = self.nodes.argsort()[graph.edge_index[:, self.edges]]
         self.graph = Graph.from_edge_index(renamed, graph.num_nodes)
 
@@ -256,7 +262,7 @@ class _Shuffle:
             return t[units][:, units]
         if name == "node_w1":
             features = leaves["h"].shape[1]
-            columns = torch.arange(t.shape[1])
+            columns = torch.arange(t.shape[1], device=t.device)
             columns[features : features + self.hidden] = features + units
             return t[units][:, columns]
         return t

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -180,11 +181,19 @@ def run(
 
 
 def compare(
-    problem: Problem, name: str, backends: Sequence[str], dtype: torch.dtype
+    problem: Problem,
+    name: str,
+    backends: Sequence[str],
+    dtype: torch.dtype,
+    orders: int = ORDERS,
+    rounding: float = 0.0,
 ) -> Iterator[Row]:
-    """Rows for one problem in one dtype: each backend's quantities against the reference's."""
+    """Rows for one problem in one dtype: each backend's quantities against the reference's.
+
+    ``orders`` of summation say what plain PyTorch's error is; ``rounding``: see :func:`bound`.
+    """
     exact = Problem({k: t.double() for k, t in problem.leaves.items()}, problem.run)
-    orders = 0 if dtype == torch.float64 else ORDERS
+    orders = 0 if dtype == torch.float64 else orders
     with _one_thread():
         truth = evaluate(exact, "reference")
         plain = [evaluate(problem, "reference", order) for order in range(orders)]
@@ -193,7 +202,8 @@ def compare(
         for quantity in QUANTITIES:
             lines = []
             for key, right in truth[quantity].items():
-                allowed = bound(dtype, [relative_error(p[quantity][key], right) for p in plain])
+                errors = [relative_error(p[quantity][key], right) for p in plain]
+                allowed = bound(dtype, errors, rounding)
                 error = relative_error(found[quantity][key], right)
                 lines.append(Row(backend, _name(dtype), name, quantity, error, allowed, key))
             # the tensor that goes furthest towards its bound stands for its quantity
@@ -206,7 +216,7 @@ def evaluate(problem: Problem, backend: str, order: int = 0) -> dict[str, Output
 
     def random_like(tensor: Tensor) -> Tensor:
         values = torch.rand(tensor.shape, generator=draw, dtype=torch.float64)
-        return (values + 0.5).to(tensor.dtype)
+        return (values + 0.5).to(tensor.device, tensor.dtype)
 
     leaves = {k: t.detach().clone().requires_grad_() for k, t in problem.leaves.items()}
     outputs = problem.run(leaves, backend, order)
@@ -239,15 +249,40 @@ def relative_error(value: Tensor, right: Tensor) -> float:
     return error / scale if scale > 0 else error
 
 
-def bound(dtype: torch.dtype, plain: Sequence[float]) -> float:
+def bound(dtype: torch.dtype, plain: Sequence[float], rounding: float = 0.0) -> float:
     """The largest error that passes, given those of plain PyTorch in the same dtype.
 
     Its roundings may happen to cancel in one run, so several runs, equal but for the order of
-    nodes, edges and hidden units, say what its error is.
+    nodes, edges and hidden units, say what its error is. ``rounding`` is that of one operand
+    where products take operands of lower precision, which the order does not change.
     """
     if dtype == torch.float64:
         return FLOAT64_BOUND
-    return 2 * max(plain) + ULPS * torch.finfo(dtype).eps
+    return 2 * max(plain) + ULPS * torch.finfo(dtype).eps + rounding
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory holds NaN, and integers far out of range: what is not written shows."""
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, Tensor.new_empty
+
+    def spoiling(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def spoiled(*args: Any, **kwargs: Any) -> Tensor:
+            found = make(*args, **kwargs)
+            if found.is_floating_point():
+                return found.fill_(math.nan)
+            return found.fill_(True if found.dtype == torch.bool else torch.iinfo(found.dtype).max)
+
+        return spoiled
+
+    changed: Any = torch, Tensor
+    changed[0].empty, changed[0].empty_like = spoiling(empty), spoiling(empty_like)
+    changed[1].new_empty = spoiling(new_empty)
+    try:
+        yield
+    finally:
+        changed[0].empty, changed[0].empty_like = empty, empty_like
+        changed[1].new_empty = new_empty
 
 
 def _gradients(
@@ -263,7 +298,7 @@ def _gradients(
 
 
 def equivariance(
-    backends: Sequence[str], dtype: torch.dtype, dim: int
+    backends: Sequence[str], dtype: torch.dtype, dim: int, device: torch.device | str = "cpu"
 ) -> Iterator[EquivarianceRow]:
     """Rows for each symmetry: ``f(T inputs)`` against ``T f(inputs)``, relative to the latter."""
     case = Case(
@@ -274,16 +309,21 @@ def equivariance(
         options=Options(attention=True, coord_norm=1.0),
     )
     for symmetry in SYMMETRIES:
-        plain = [_deviation(case, symmetry, dtype, "reference", k) for k in range(ORDERS)]
+        plain = [_deviation(case, symmetry, dtype, "reference", k, device) for k in range(ORDERS)]
         for backend in backends:
-            error = _deviation(case, symmetry, dtype, backend)
+            error = _deviation(case, symmetry, dtype, backend, 0, device)
             yield EquivarianceRow(
                 backend, _name(dtype), case.dim, symmetry, error, bound(dtype, plain)
             )
 
 
 def _deviation(
-    case: Case, symmetry: str, dtype: torch.dtype, backend: str, order: int = 0
+    case: Case,
+    symmetry: str,
+    dtype: torch.dtype,
+    backend: str,
+    order: int,
+    device: torch.device | str,
 ) -> float:
     """How far the layer's output on transformed inputs is from its transformed output."""
     draw = torch.Generator().manual_seed(4)
@@ -304,13 +344,14 @@ def _deviation(
 
     def transform(values: dict[str, Tensor]) -> dict[str, Tensor]:
         moved = {k: values[k].double() for k in ("h", "x", "v") if k in values}
-        moved["x"] = moved["x"] @ matrix.T + shift
+        turn, step = matrix.T.to(device), shift.to(device)
+        moved["x"] = moved["x"] @ turn + step
         if "v" in moved:
-            moved["v"] = moved["v"] @ matrix.T
-        old = relabel.argsort()
+            moved["v"] = moved["v"] @ turn
+        old = relabel.argsort().to(device)
         return {k: t[old] for k, t in moved.items()}
 
-    here, there = case.layer(dtype), case.layer(dtype, relabel)
+    here, there = (case.layer(dtype, places, device) for places in (None, relabel))
     inputs = there.leaves | {k: t.to(dtype) for k, t in transform(here.leaves).items()}
     right = transform(here.run(here.leaves, backend, order))
     found = there.run(inputs, backend, order)

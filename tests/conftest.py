@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
-from torch import Tensor
 
 # Triton reads it while its kernels are imported. The tests' tensors lie on the CPU, on a machine
 # with a GPU too: what only a GPU can show is not tested here.
 os.environ["TRITON_INTERPRET"] = "1"
 
-from egnn_fast import _native, backends, functional, ops, shortcuts
+from egnn_fast import _native, backends, checks, functional, ops, shortcuts
 
 # the same examples in each run, so that a change is to blame for a failure
 settings.register_profile("egnn_fast", deadline=None, max_examples=40, derandomize=True)
@@ -58,24 +56,7 @@ def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+def poison() -> Iterator[None]:
     """Fresh memory holds NaN, and integers far out of range: what is not written shows."""
-    empty, empty_like, new_empty = torch.empty, torch.empty_like, Tensor.new_empty
-
-    def spoil(tensor: Tensor) -> Tensor:
-        if tensor.is_floating_point():
-            return tensor.fill_(float("nan"))
-        return tensor.fill_(torch.iinfo(tensor.dtype).max)
-
-    def poisoned_empty(*args: Any, **kwargs: Any) -> Tensor:
-        return spoil(empty(*args, **kwargs))
-
-    def poisoned_empty_like(*args: Any, **kwargs: Any) -> Tensor:
-        return spoil(empty_like(*args, **kwargs))
-
-    def poisoned_new_empty(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return spoil(new_empty(self, *args, **kwargs))
-
-    monkeypatch.setattr(torch, "empty", poisoned_empty)
-    monkeypatch.setattr(torch, "empty_like", poisoned_empty_like)
-    monkeypatch.setattr(Tensor, "new_empty", poisoned_new_empty)
+    with checks.poisoned_memory():
+        yield

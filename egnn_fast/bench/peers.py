@@ -93,7 +93,8 @@ class Peer(NamedTuple):
         return f"not installed: {', '.join(absent)}" if absent else None
 
 
-def _on_backend(name: str) -> Callable[[Problem], Runner]:
+def on_backend(name: str) -> Callable[[Problem], Runner]:
+    """A peer's ``build`` that runs a backend of this package."""
     return lambda problem: _runner(problem, problem.with_backend(name))
 
 
@@ -184,8 +185,8 @@ _WIDER = "an edge MLP 4 F + 2 wide (ours H), a coordinate MLP 4 H wide, a node M
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
-        Peer(cases.FUSED, "the fused kernels of the CPU", _on_backend("cpu")),
-        Peer("reference", "backend='reference': plain PyTorch", _on_backend("reference")),
+        Peer(cases.FUSED, "the fused kernels of the CPU", on_backend("cpu")),
+        Peer("reference", "backend='reference': plain PyTorch", on_backend("reference")),
         Peer("official", "plain PyTorch written the official code's way", _official),
         Peer("compile", "torch.compile of the official way", _compiled),
         Peer(

@@ -34,6 +34,8 @@ class Problem(ABC):
     ----------
     case : Case
         Sizes; the dtype of the numbers drawn.
+    graph : Graph, optional
+        In place of the one that the case describes, and of its size.
 
     Attributes
     ----------
@@ -55,11 +57,11 @@ class Problem(ABC):
     module: nn.Module
     inputs: dict[str, Tensor]
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, graph: Graph | None = None) -> None:
         self.case = case
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
-            self.graph = _graph(case)
+            self.graph = _graph(case) if graph is None else graph
             self.edges, self.order = self.graph.shared_edge_index(), None
             self._draw(getattr(torch, case.dtype))
 
@@ -102,6 +104,18 @@ class Problem(ABC):
         }
         return exact
 
+    def to(self, device: torch.device | str) -> Problem:
+        """The same numbers on another device."""
+        moved = copy.copy(self)
+        moved.graph, moved.edges = self.graph.to(device), self.edges.to(device)
+        moved.order = None if self.order is None else self.order.to(device)
+        moved.module = copy.deepcopy(self.module).to(device)
+        moved.inputs = {
+            name: t.detach().to(device).requires_grad_(t.requires_grad)
+            for name, t in self.inputs.items()
+        }
+        return moved
+
     def shuffled(self, seed: int) -> Problem:
         """The same numbers, the edges in another order: sums round in another way."""
         other = copy.copy(self)
@@ -141,9 +155,9 @@ class EdgePass(nn.Module):
         self.third = nn.Linear(hidden, hidden, dtype=dtype)
         self.last = nn.Linear(hidden, 1, bias=False, dtype=dtype)
 
-    def forward(self, p: Tensor, q: Tensor, x: Tensor, graph: Graph) -> tuple[Tensor, Tensor]:
-        """M ``[N, H]`` and X ``[N, 3]``."""
-        weights = EdgeWeights(
+    def weights(self) -> EdgeWeights:
+        """As the function takes them."""
+        return EdgeWeights(
             w_r=self.first.weight.squeeze(1),
             w_a=None,
             w2=self.second.weight,
@@ -152,8 +166,11 @@ class EdgePass(nn.Module):
             b3=self.third.bias,
             w_x=self.last.weight.squeeze(0),
         )
+
+    def forward(self, p: Tensor, q: Tensor, x: Tensor, graph: Graph) -> tuple[Tensor, Tensor]:
+        """M ``[N, H]`` and X ``[N, 3]``."""
         m, shift = functional.egcl_messages(
-            p, q, x, graph, weights, Options(), backend=self.backend
+            p, q, x, graph, self.weights(), Options(), backend=self.backend
         )
         assert shift is not None
         return m, shift
@@ -248,6 +265,13 @@ class QM9Problem(Problem):
         }
         self._molecule = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
 
+    def to(self, device: torch.device | str) -> Problem:
+        """The same numbers on another device."""
+        moved: Any = super().to(device)
+        moved._molecule = self._molecule.to(device)
+        found: Problem = moved
+        return found
+
     def forward(self, module: nn.Module) -> tuple[Tensor, ...]:
         """One number for each molecule."""
         t = self.inputs
@@ -261,8 +285,9 @@ class QM9Problem(Problem):
     def step(self, module: nn.Module) -> Step:
         """Loss, gradients, Adam."""
         optimizer = torch.optim.Adam(
-            module.parameters(), lr=self.LR, weight_decay=self.WEIGHT_DECAY, fused=True
-        )
+            module.parameters(), lr=self.LR, weight_decay=self.WEIGHT_DECAY, fused=True,
+            capturable=self.inputs["x"].is_cuda,
+        )  # fmt: skip
 
         def run() -> Tensor:
             loss = F.l1_loss(self.forward(module)[0], self.inputs["target"])

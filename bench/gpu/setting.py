@@ -1,0 +1,126 @@
+"""Where items run, and what they hand back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+PASS, FAIL, SKIP = "pass", "fail", "skip"
+PRECISIONS = ("highest", "high", "bf16", "fp16")
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# half a unit in the last place of what products take: tf32 has ten bits behind the point
+_ROUNDING = {"highest": 0.0, "high": 2.0**-11, "bf16": 2.0**-8, "fp16": 2.0**-11}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how thoroughly.
+
+    Attributes
+    ----------
+    device : {"cuda", "cpu"}
+        On the CPU Triton interprets the kernels, times are wall clock, sizes are tiny.
+    quick : bool
+        A subset of the items.
+    """
+
+    device: str = "cuda"
+    quick: bool = False
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether sizes and times mean something."""
+        return self.device == "cuda"
+
+
+@dataclass
+class Outcome:
+    """What an item found: its status, why, and rows for sections of the results."""
+
+    status: str = PASS
+    reason: str = ""
+    rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def add(self, section: str, **row: Any) -> None:
+        """One more row."""
+        self.rows.setdefault(section, []).append(row)
+
+    def fail(self, reason: str) -> None:
+        """It failed; the first reason is kept."""
+        if self.status != FAIL:
+            self.status, self.reason = FAIL, reason
+
+    def record(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A named thing to run.
+
+    Attributes
+    ----------
+    name : str
+        Unique.
+    section : {"checks", "times", "tune"}
+        What ``--only`` chooses by.
+    run : callable
+        Gives the outcome; an exception is a failure.
+    seconds : float
+        About what it takes on an H200: it is not begun with less left.
+    limit : float
+        Seconds after which it is ended as hanging.
+    alone : bool
+        Whether nothing may run beside it.
+    """
+
+    name: str
+    section: str
+    run: Callable[[Setting], Outcome]
+    seconds: float = 5.0
+    limit: float = 150.0
+    alone: bool = False
+
+
+@contextmanager
+def matmul(precision: str) -> Iterator[None]:
+    """Run float32 products at a precision; autocast's ones leave them at ``"highest"``."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "high" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def autocast(precision: str, device: str) -> Any:
+    """The context of a forward: autocast where the precision is one of its types."""
+    if precision not in _AUTOCAST:
+        return nullcontext()
+    return torch.autocast(device, dtype=_AUTOCAST[precision])
+
+
+def rounding(precision: str) -> float:
+    """Of one operand of a product; see :func:`egnn_fast.checks.bound`."""
+    return _ROUNDING[precision]
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """PyTorch's deterministic algorithms."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def synchronize(setting: Setting) -> None:
+    """Wait for the GPU: an error of a kernel shows here."""
+    if setting.on_gpu:
+        torch.cuda.synchronize()

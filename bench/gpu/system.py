@@ -1,0 +1,260 @@
+"""Checks of how the kernels behave within PyTorch: same bits, CUDA graphs, compile, memory."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.gpu.checks import EVERYTHING, at, judge_tensors, launched, table
+from bench.gpu.children import child_command
+from bench.gpu.setting import SKIP, Item, Outcome, Setting, autocast, deterministic, matmul
+from egnn_fast import nn as layers
+from egnn_fast._cases import Case
+from egnn_fast.graph import Graph
+
+RUNS = 5  # that must give the same bits
+_TINY_CHUNK = 1 << 11  # bytes, for the interpreter: several chunks of few edges
+_WARM_UP = 3
+MEMCHECK_SECONDS = 120
+Tensors = dict[str, Tensor]
+
+
+def items(setting: Setting) -> Iterator[Item]:
+    """All of them; on the CPU those that need no GPU."""
+    precisions = ("highest", "bf16") if setting.on_gpu else ("highest",)
+    for precision in precisions:
+        for face in ("edge pass", "layer"):
+            run = partial(_same_bits, face, precision)
+            yield Item(f"same bits: {face}: {precision}", "checks", run)
+        for kind in ("complete", "edge list"):
+            run = partial(_cuda_graph, kind, precision)
+            yield Item(f"CUDA graph: {kind}: {precision}", "checks", run)
+            run = partial(_no_waiting, kind, precision)
+            yield Item(f"no host synchronisation: {kind}: {precision}", "checks", run)
+            run = partial(_compiled, kind, precision)
+            yield Item(f"torch.compile: {kind}: {precision}", "checks", run, 40)
+    yield Item("memcheck", "checks", _memcheck, 45, MEMCHECK_SECONDS + 30, True)
+
+
+def _same_bits(face: str, precision: str, setting: Setting) -> Outcome:
+    """Outputs and gradients of several runs, over several chunks of senders' sums."""
+    from egnn_fast import _triton
+
+    outcome = Outcome()
+    nodes, edges, hidden = (6000, 500_000, 64) if setting.on_gpu else (12, 64, 16)
+    case = Case(
+        "same bits", "power", nodes, edges, hidden=hidden, attrs=1, options=EVERYTHING, mask="soft"
+    )
+    make: Callable[..., Any] = case.edge_pass if face == "edge pass" else case.layer
+    problem = at(make(torch.float32, device=setting.device), precision, setting.device)
+
+    def once() -> Tensors:
+        leaves = {k: t.detach().clone().requires_grad_() for k, t in problem.leaves.items()}
+        return _with_gradients(problem.run(leaves, "triton", 0), leaves)
+
+    bytes_before = _triton.CHUNK_BYTES
+    if not setting.on_gpu:
+        _triton.CHUNK_BYTES = _TINY_CHUNK
+    try:
+        chunk = _triton.CHUNK_BYTES // (4 * (hidden + case.dim))
+        if edges < 2 * chunk:
+            outcome.fail(f"{edges} edges are a single chunk of {chunk}")
+        with matmul(precision), deterministic(), launched(outcome, "forward", "backward"):
+            first = once()
+            for _ in range(RUNS - 1 if setting.on_gpu else 1):
+                _compare_bits(outcome, first, once())
+    finally:
+        _triton.CHUNK_BYTES = bytes_before
+    return outcome
+
+
+def _with_gradients(outputs: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> Tensors:
+    total = torch.stack([(t.float() * t.float()).sum() for t in outputs.values()]).sum()
+    grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    named = {f"gradient of {k}": g for k, g in zip(leaves, grads, strict=True) if g is not None}
+    return {k: t.detach() for k, t in outputs.items()} | named
+
+
+def _compare_bits(outcome: Outcome, first: Tensors, again: Tensors) -> None:
+    for name, right in first.items():
+        if not bool(right.isfinite().all()):
+            outcome.fail(f"{name} is not finite")
+        if not torch.equal(right, again[name]):
+            count = int((right != again[name]).sum())
+            outcome.fail(f"{name}: {count} of {right.numel()} numbers differ between two runs")
+
+
+class _Network:
+    """A network of two layers and its inputs, on one backend or another."""
+
+    def __init__(self, kind: str, setting: Setting) -> None:
+        big = setting.on_gpu
+        sizes = (5,) * 40 if big else (3, 2)
+        nodes, edges, hidden = (500, 8000, 64) if big else (8, 40, 16)
+        self.device = setting.device
+        if kind == "complete":
+            self.graph = Graph.complete(sizes, device=setting.device)
+        else:
+            case = Case(kind, nodes=nodes, edges=edges)
+            self.graph = case.build_graph().to(setting.device)
+        draw = torch.Generator().manual_seed(0)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.net = layers.EGNN(
+                4, hidden, 4, n_layers=2, attention=True, coord_norm=1.0, backend="triton"
+            ).to(setting.device)
+        count = self.graph.num_nodes
+        self.inputs = {
+            name: torch.randn(count, width, generator=draw).to(setting.device).requires_grad_()
+            for name, width in (("h", 4), ("x", 3))
+        }
+
+    def like(self, backend: str, dtype: torch.dtype = torch.float32) -> _Network:
+        """The same numbers on another backend or in another dtype."""
+        other = object.__new__(_Network)
+        other.device, other.graph = self.device, self.graph
+        other.net = layers.EGNN(
+            4, self.net.embedding_in.out_features, 4, n_layers=2, attention=True, coord_norm=1.0,
+            backend=backend, dtype=dtype, device=self.device,
+        )  # fmt: skip
+        other.net.load_state_dict(self.net.state_dict())
+        other.inputs = {k: t.detach().to(dtype).requires_grad_() for k, t in self.inputs.items()}
+        return other
+
+    def run(self, precision: str, net: nn.Module | None = None) -> Tensors:
+        """Outputs, and gradients of inputs and weights."""
+        net = self.net if net is None else net  # the truth of a compiled one is not defined
+        with autocast(precision, self.device):
+            h, x = net(self.inputs["h"], self.inputs["x"], self.graph)
+        return _with_gradients({"h": h, "x": x}, self.inputs | dict(self.net.named_parameters()))
+
+    def expected(self, precision: str) -> tuple[Tensors, Tensors]:
+        """Plain PyTorch at this precision, and the truth."""
+        return (
+            self.like("reference").run(precision),
+            self.like("reference", torch.float64).run("highest"),
+        )
+
+
+def _cuda_graph(kind: str, precision: str, setting: Setting) -> Outcome:
+    """Forward and backward, captured and replayed on other inputs, against a run without."""
+    if not setting.on_gpu:
+        return Outcome(SKIP, "needs a GPU")
+    outcome, found = Outcome(), _Network(kind, setting)
+    with matmul(precision), launched(outcome, "forward", "backward"):
+        graph, held = captured(lambda: found.run(precision))
+        with torch.no_grad():
+            for t in found.inputs.values():
+                t.mul_(1.25)
+        graph.replay()
+        torch.cuda.synchronize()
+        replayed = {name: t.clone() for name, t in held.items()}
+        plain, truth = found.expected(precision)
+    judge_tensors(outcome, precision, "EGNN", f"CUDA graph, {kind}", replayed, [plain], truth)
+    return outcome
+
+
+def captured(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of a function after a warm-up on a side stream, and where its results lie."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(_WARM_UP):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = run()
+    return graph, held
+
+
+def _no_waiting(kind: str, precision: str, setting: Setting) -> Outcome:
+    """After a first run neither forward nor backward waits for the GPU."""
+    if not setting.on_gpu:
+        return Outcome(SKIP, "needs a GPU")
+    outcome, found = Outcome(), _Network(kind, setting)
+    with matmul(precision):
+        found.run(precision)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with launched(outcome, "forward", "backward"):
+                found.run(precision)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return outcome
+
+
+def _compiled(kind: str, precision: str, setting: Setting) -> Outcome:
+    """The network compiled without a graph break."""
+    outcome, found = Outcome(), _Network(kind, setting)
+    torch.compiler.reset()
+    backend = "inductor" if setting.on_gpu else "aot_eager"
+    net: Any = torch.compile(found.net, fullgraph=True, backend=backend)
+    with matmul(precision), launched(outcome, "forward", "backward"):
+        compiled = found.run(precision, net)
+        plain, truth = found.expected(precision)
+    judge_tensors(outcome, precision, "EGNN", f"compiled, {kind}", compiled, [plain], truth)
+    return outcome
+
+
+def _memcheck(setting: Setting) -> Outcome:
+    """A few cases under compute-sanitizer, where there is one."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None or not setting.on_gpu:
+        return Outcome(SKIP, "no compute-sanitizer on the PATH" if tool is None else "needs a GPU")
+    child = [*child_command(setting)[:2], "--memcheck-child"]
+    command = [tool, "--tool", "memcheck", "--target-processes", "all", *child]
+    # blocks of a memory pool lie side by side: what is read beyond one of them is in another
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", env=environment,
+            timeout=MEMCHECK_SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return Outcome(SKIP, f"not done after {MEMCHECK_SECONDS} s")
+    return memcheck_outcome(done.returncode, done.stdout + done.stderr)
+
+
+def memcheck_outcome(status: int, said: str) -> Outcome:
+    """What a run of compute-sanitizer means."""
+    errors = [int(count) for count in re.findall(r"ERROR SUMMARY: (\d+) error", said)]
+    last = " ".join(said[-400:].split())
+    if sum(errors) > 0:
+        first = next((line for line in said.splitlines() if "Invalid" in line), last)
+        return Outcome("fail", f"{sum(errors)} errors: {' '.join(first.split())}")
+    if not errors:
+        return Outcome(SKIP, f"compute-sanitizer did not run (status {status}): {last}")
+    if status or MEMCHECK_DONE not in said:
+        return Outcome("fail", f"the cases ended with status {status}: {last}")
+    return Outcome()
+
+
+MEMCHECK_DONE = "all cases ran"
+
+
+def memcheck_child(setting: Setting) -> int:
+    """What runs under compute-sanitizer: kernels alone, nothing compared."""
+    # of the table, so that they are compiled already
+    for name, precision, ordered in (
+        ("H 33, D 16, A 4, all options", "highest", False),
+        ("1025 edges of one row", "bf16", False),
+        ("complete, 9 to 29", "bf16", True),
+    ):
+        (case,) = (c for _, c, p in table(setting) if (c.name, p) == (name, precision))
+        problem = at(case.edge_pass(torch.float32, setting.device), precision, setting.device)
+        torch.use_deterministic_algorithms(ordered)
+        leaves = {k: t.detach().requires_grad_() for k, t in problem.leaves.items()}
+        _with_gradients(problem.run(leaves, "triton", 0), leaves)
+    torch.cuda.synchronize()
+    print(MEMCHECK_DONE, file=sys.stderr)
+    return 0

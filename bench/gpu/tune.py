@@ -1,0 +1,216 @@
+"""Block sizes by trial: which of them are right, which the fastest; rows for ``kernels/blocks.py``.
+
+Every candidate first runs in a child, several side by side, which compiles and checks it. Then
+those that were right are timed one after the other, from the compiler's cache.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.gpu import graphs
+from bench.gpu.checks import judge_tensors
+from bench.gpu.large import Pass
+from bench.gpu.setting import Item, Outcome, Setting, autocast, matmul
+from egnn_fast import functional
+from egnn_fast.options import EdgeWeights, Options
+
+EDGES = (16, 32, 64, 128)
+WARPS = (4, 8)
+PROGRAMS = (1, 2, 3, 4)
+WIDTHS = (64, 128, 256)
+PRECISIONS = ("bf16", "high", "highest")
+_SHARED = 4_000_000  # edges of the graph that all are tried on, N = E / 32
+_SAMPLES = 7
+# environment variable with the names of candidates, as JSON, that are not to be timed
+WRONG = "EGNN_FAST_SUITE_WRONG"
+
+
+class Target(NamedTuple):
+    """A row of the table: ``direction`` is "forward" or "backward"."""
+
+    direction: str
+    precision: str
+    width: int
+
+    @property
+    def name(self) -> str:
+        """As ``--case`` calls it."""
+        return f"{self.direction} {self.precision} {self.width}"
+
+
+class Shape(NamedTuple):
+    """What a kernel is compiled for; how many programs run it is free."""
+
+    edges: int
+    warps: int
+    spill: bool
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.edges} edges, {self.warps} warps{', spilled sums' if self.spill else ''}"
+
+
+def targets(setting: Setting) -> list[Target]:
+    """All rows, the most used first."""
+    if not setting.on_gpu:
+        return [Target("forward", "highest", 16), Target("backward", "highest", 16)]
+    widths = WIDTHS[:1] if setting.quick else WIDTHS
+    return [
+        Target(direction, precision, width)
+        for width, precision in itertools.product(widths, PRECISIONS)
+        for direction in ("forward", "backward")
+    ]
+
+
+def shapes(target: Target, setting: Setting) -> list[Shape]:
+    """What is tried for a row."""
+    if not setting.on_gpu:
+        return [Shape(16, 4, target.direction == "backward"), Shape(32, 4, False)]
+    spills = (True, False) if target.direction == "backward" else (False,)
+    found = [Shape(*values) for values in itertools.product(EDGES, WARPS, spills)]
+    # tiles of [edges, width] that no multiprocessor holds
+    return [shape for shape in found if shape.edges * target.width <= 16_384]
+
+
+def candidate_items(setting: Setting) -> Iterator[Item]:
+    """The trials."""
+    for target in targets(setting):
+        for shape in shapes(target, setting):
+            yield Item(candidate(target, shape), "tune", partial(_try, target, shape), 10, 100)
+
+
+def candidate(target: Target, shape: Shape) -> str:
+    """The name of a trial."""
+    return f"candidate: {target.name}: {shape.name}"
+
+
+def timing_items(setting: Setting) -> Iterator[Item]:
+    """The races among those that were right."""
+    for target in targets(setting):
+        yield Item(f"tune: {target.name}", "tune", partial(_race, target), 6, 120, True)
+
+
+@contextmanager
+def override(direction: str, blocks: Any) -> Iterator[None]:
+    """Launch one direction with other blocks."""
+    from egnn_fast import _triton
+
+    module: Any = _triton
+    before = module.blocks_for
+
+    def chosen(asked: str, precision: str, width: int) -> Any:
+        return blocks if asked == direction else before(asked, precision, width)
+
+    module.blocks_for = chosen
+    try:
+        yield
+    finally:
+        module.blocks_for = before
+
+
+def _problem(target: Target, setting: Setting) -> Pass:
+    edges = _SHARED if setting.on_gpu else 60
+    nodes = max(edges // 32, 8)
+    return Pass(graphs.random_graph(nodes, edges, setting.device), target.width)
+
+
+def _blocks(shape: Shape, programs: int, source: str = "") -> Any:
+    from egnn_fast.kernels.blocks import Blocks
+
+    return Blocks(shape.edges, shape.warps, programs, shape.spill, source)
+
+
+def _try(target: Target, shape: Shape, setting: Setting) -> Outcome:
+    """Compile and check a candidate."""
+    outcome, problem = Outcome(), _problem(target, setting)
+    with matmul(target.precision):
+        with override(target.direction, _blocks(shape, 1)):
+            found = problem.kernel(target.precision)
+        plain, truth = problem.reference(target.precision), problem.reference(None)
+    judge_tensors(
+        outcome, target.precision, "edge pass", f"{target.name}, {shape.name}", found, [plain],
+        truth,
+    )  # fmt: skip
+    return outcome
+
+
+def _row(target: Target, shape: Shape) -> dict[str, Any]:
+    return {**target._asdict(), **shape._asdict()}
+
+
+def _race(target: Target, setting: Setting) -> Outcome:
+    """Time every candidate that was right."""
+    from bench.gpu.times import Clock
+    from egnn_fast.bench import measure
+
+    outcome, clock, problem = Outcome(), Clock(setting), _problem(target, setting)
+    wrong = json.loads(os.environ.get(WRONG, "[]"))
+    runs = {}
+    with matmul(target.precision):
+        for shape in shapes(target, setting):
+            if candidate(target, shape) in wrong:
+                continue
+            for programs in PROGRAMS if setting.on_gpu else PROGRAMS[:1]:
+                run = partial(_run, problem, target, _blocks(shape, programs))
+                runs[json.dumps([*shape, programs])] = clock(run)
+        timings = measure.alternate(runs, _SAMPLES if setting.on_gpu else 1, min_sample=0.0)
+    for key, timing in timings.items():
+        *values, programs = json.loads(key)
+        outcome.add("tune", **_row(target, Shape(*values)), programs=programs,
+                    median_s=timing.median)  # fmt: skip
+    return outcome
+
+
+def _run(problem: Pass, target: Target, blocks: Any) -> None:
+    """One pass of the kernels: forward alone, or both with the same forward each time."""
+    needs_grad = target.direction == "backward"
+    leaves: dict[str, Tensor] = {
+        k: t.detach().requires_grad_(needs_grad) for k, t in problem.leaves.items()
+    }
+    weights = EdgeWeights(
+        leaves["w_r"], None, leaves["w2"], leaves["b2"], w3=leaves["w3"], b3=leaves["b3"],
+        w_x=leaves["w_x"],
+    )  # fmt: skip
+    with (
+        override(target.direction, blocks),
+        autocast(target.precision, problem.graph.device.type),
+    ):
+        m, x = functional.egcl_messages(
+            leaves["P"], leaves["Q"], leaves["x"], problem.graph, weights, Options(),
+            backend="triton",
+        )  # fmt: skip
+        if needs_grad:
+            assert x is not None
+            torch.autograd.grad([m, x], list(leaves.values()), problem.towards)
+
+
+def winners(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The fastest candidate of each target."""
+    best: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for row in rows:
+        target = Target(row["direction"], row["precision"], row["width"])
+        known = best.get(target)
+        if known is None or row["median_s"] < known["median_s"]:
+            best[target] = row
+    return [best[target] for target in sorted(best)]
+
+
+def table_rows(rows: Sequence[dict[str, Any]], gpu: str, date: str) -> list[str]:
+    """Lines for ``kernels/blocks.py``."""
+    return [
+        f'("{row["direction"]}", "{"16" if row["precision"] == "bf16" else row["precision"]}", '
+        f"{row['width']}): Blocks({row['edges']}, {row['warps']}, {row['programs']}, "
+        f'{row["spill"]}, "measured: {gpu}, {date}"),'
+        for row in winners(rows)
+    ]

@@ -1,0 +1,149 @@
+"""What the GPU suite makes of its rows: floors, ratios, goals, files and pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# last: an installed package goes before the checkout
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from bench.gpu import derive, floor, plots
+from bench.gpu.results import Results, environment
+from bench.gpu.setting import FAIL, Item, Outcome, Setting
+from egnn_fast.bench.cases import FUSED, INFERENCE, TRAINING
+from egnn_fast.experiments.errors import UsageError
+
+CPU = Setting("cpu", True)
+ITEM = Item("a", "checks", lambda setting: Outcome())
+
+
+def h200() -> floor.Chip:
+    rates = {"highest": 50e12, "high": 390e12, "bf16": 780e12, "fp16": 780e12}
+    return floor.Chip(132, 1.98e9, 4.0e12, rates)
+
+
+def test_floor_of_the_special_functions() -> None:
+    for kind, cycles in (("ex2 + rcp", 24), ("shared rcp", 18), ("tanh.approx", 12)):
+        assert floor.edge_cycles(64, kind) == cycles
+        assert floor.edge_cycles(128, kind) == 2 * cycles
+    edges = 32_000_000
+    work = floor.work("edges", INFERENCE, 1_000_000, edges, 64, 1)
+    assert work.activations == 3 * 64 * edges
+    assert h200().mufu_seconds(work.activations, "ex2 + rcp") == pytest.approx(2.94e-3, rel=0.01)
+    assert floor.work("qm9", INFERENCE, 0, 10, 64, 1, head=False).activations == 2 * 64 * 10
+
+
+def test_floor_of_products_and_bytes() -> None:
+    nodes, edges = 10, 70
+    work = floor.work("edges", INFERENCE, nodes, edges, 64, 1)
+    assert work.flop == 4 * 64 * 64 * edges
+    assert work.gathered == edges * 4 * (64 + 3)
+    assert work.bytes == pytest.approx(4 * edges + nodes * 4 * 3 * 64)
+    both = floor.work("edges", TRAINING, nodes, edges, 64, 1)
+    assert both.flop == 4 * work.flop
+    assert both.gathered == 3 * work.gathered
+    assert floor.work("network", INFERENCE, nodes, edges, 64, 4).flop == 4 * (
+        floor.work("layer", INFERENCE, nodes, edges, 64, 1).flop
+    )
+    units = h200().seconds(floor.Work(1e12, 0, 2e9, 2e9), "highest", gathers=False)
+    assert units["products"] == pytest.approx(1 / 130)  # three products in tf32
+    assert units["memory"] == pytest.approx(0.5e-3)
+    assert h200().seconds(floor.Work(0, 0, 2e9, 2e9), "bf16", True)["memory"] == 1e-3
+
+
+def time_row(peer: str, seconds: float, case: str = "random-64", **more: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "item": "i", "case": case, "kind": "layer", "nodes": 1_000_000, "edges": 32_000_000,
+        "hidden": 64, "layers": 1, "precision": "bf16", "measured": INFERENCE, "peer": peer,
+        "median_s": seconds,
+    }  # fmt: skip
+    return row | more
+
+
+WHERE = {"multiprocessors": 132, "clock_mhz": 1980.0}
+
+
+def sections() -> dict[str, list[dict[str, Any]]]:
+    rates = {"copy": 4e12, "highest": 5e13, "high": 3.9e14, "bf16": 7.8e14, "fp16": 7.8e14}
+    return {
+        "rates": [{"what": k, "value": v} for k, v in rates.items()],
+        "times": [
+            time_row(FUSED, 4e-3), time_row("reference", 80e-3), time_row("official", 100e-3),
+            time_row(FUSED, 2e-3, measured=TRAINING), time_row("compile", 10e-3, item="other"),
+        ],
+    }  # fmt: skip
+
+
+def test_ratios_floors_and_goals() -> None:
+    found = derive.times(WHERE, sections(), {})
+    # against what was timed in turn with it
+    assert [row["ratio"] for row in found] == [1, 20, 25, 1, None]
+    gathered = 32e6 * (67 * 4 + 4) + 1e6 * 8 * 64 * 4
+    assert found[0]["floor_s"] == pytest.approx(gathered / 4e12, rel=1e-3)
+    assert found[0]["floor_unit"] == "memory"
+    assert found[0]["floor_share"] == found[0]["floor_s"] / 4e-3
+    memory = [
+        {"case": "random-64", "precision": "bf16", "peer": peer, "peak_bytes": size}
+        for peer, size in ((FUSED, 4e9), ("reference", 50e9), ("official", 90e9))
+    ]
+    met = {row["what"]: (row["value"], row["met"]) for row in derive.goals(found, memory)}
+    assert met["times eager, bf16, inference"] == (20, True)  # the faster eager one
+    assert met["peak memory of eager over ours, bf16"] == (12.5, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("edge pass: H 64: bf16", False),
+        ("at full size: random-64: bf16", False),
+        ("edge pass: H 64: highest", True),
+        ("memcheck", True),
+    ],
+)
+def test_no_speed_up_of_what_is_wrong(name: str, told: bool) -> None:
+    known = {name: {"name": name, "section": "checks", "status": FAIL}}
+    found = derive.times(WHERE, sections(), known)
+    assert [row["ratio"] is not None for row in found[:3]] == [told] * 3
+
+
+def test_without_rates_there_is_no_floor() -> None:
+    found = derive.times(WHERE, {"times": sections()["times"]}, {})
+    assert found[0]["floor_s"] is None
+
+
+def test_results_are_written_after_each_item(tmp_path: Path) -> None:
+    results = Results(tmp_path, environment(CPU, "a command", "abc"))
+    outcome = Outcome()
+    outcome.add("checks", error=math.nan)
+    outcome.add("checks", error=1.0)
+    results.add(ITEM, outcome, 1.0)
+    assert len(json.loads((tmp_path / "results.json").read_text())["items"]) == 1
+    results.add(ITEM, Outcome(FAIL, "why"), 1.0)  # anew: the old rows go
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["found"]["checks"] == []
+    assert content["passed"] is False
+    assert content["items"][0]["reason"] == "why"
+    again = Results(tmp_path, environment(CPU, "another", "abc"))
+    assert again.resume() == 1
+    with pytest.raises(UsageError, match=r"commit was 'abc', is 'def'"):
+        Results(tmp_path, environment(CPU, "another", "def")).resume()
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(UsageError, match="holds no results"):
+        again.resume()
+
+
+def test_pictures(tmp_path: Path) -> None:
+    rows = derive.times(WHERE, sections(), {})
+    memory = [{"case": "c", "precision": "bf16", "peer": FUSED, "node_tensors": 9.0}]
+    written = plots.draw(rows, memory, environment(CPU, "", None), tmp_path)
+    assert [path.name for path in written] == ["times.png", "speedup.png", "memory.png"]
+    for path in written:
+        assert path.read_bytes().startswith(b"\x89PNG")
+    assert plots.draw([], [], environment(CPU, "", None), tmp_path) == []
+    assert not list(tmp_path.glob("*.png"))
