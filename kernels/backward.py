@@ -116,9 +116,10 @@ def edge_backward(
     for_weights: tl.constexpr = gradients.weights is not None
     for_x: tl.constexpr = gradients.receiver is not None
 
-    w2 = load_weights(weights.w2, spec)
-    if has_head:
-        w3 = load_weights(weights.w3, spec)
+    if not spec.STREAM:
+        w2 = load_weights(weights.w2, spec)
+        if has_head:
+            w3 = load_weights(weights.w3, spec)
     if has_attr:
         w_a = load_matrix(weights.w_a, H, spec.A, spec.HP, spec.AP)
     if has_gate:
@@ -157,6 +158,8 @@ def edge_backward(
         a1, slope1 = activation_and_slope(z, numbers, spec)
         # what waits for its use does so in the operands' type
         a1, slope1 = a1.to(spec.OPERAND), slope1.to(spec.OPERAND)
+        if spec.STREAM:
+            w2 = load_weights(weights.w2, spec)
         z = product(a1, tl.trans(w2), spec) + load_vector(weights.b2, spec)[None, :]
         n, slope2 = activation_and_slope(z, numbers, spec)
         slope2 = slope2.to(spec.OPERAND)
@@ -170,6 +173,8 @@ def edge_backward(
         g_m = tl.zeros((spec.BLOCK, spec.HP), tl.float32)
         if has_head:
             m = (n * share[:, None]).to(spec.OPERAND)
+            if spec.STREAM:
+                w3 = load_weights(weights.w3, spec)
             z = product(m, tl.trans(w3), spec) + load_vector(weights.b3, spec)[None, :]
             a3, slope3 = activation_and_slope(z, numbers, spec)
             s = tl.sum(a3 * load_vector(weights.w_x, spec)[None, :], axis=1)
@@ -207,6 +212,8 @@ def edge_backward(
                 vectors = _add_vector(vectors, 3, g_s, a3, spec)
                 vectors = _add_vector(vectors, 2, live.to(tl.float32), g_z3, spec)
                 g_w3 = _add_matrix(g_w3, own + H * H, g_z3, m, spec)
+            if spec.STREAM:
+                w3 = load_weights(weights.w3, spec)
             g_m = product(g_z3, w3, spec)
         if cotangents.m is not None:
             g_m += load_rows(cotangents.m, i, live, H, H, spec.HP)
@@ -230,6 +237,8 @@ def edge_backward(
         if for_weights:
             vectors = _add_vector(vectors, 1, live.to(tl.float32), g_z2, spec)
             g_w2 = _add_matrix(g_w2, own, g_z2, a1, spec)
+        if spec.STREAM:
+            w2 = load_weights(weights.w2, spec)
         g_z1 = product(g_z2, w2, spec) * slope1
         if for_weights:
             vectors = _add_vector(vectors, 0, r, g_z1, spec)

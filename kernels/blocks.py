@@ -19,6 +19,8 @@ class Blocks(NamedTuple):
     programs : programs of a multiprocessor
     spill : backward: sums for w2 and w3 in memory, not in registers
     source : where the row comes from
+    stream : weights read anew for each block, not kept in shared memory
+    spills : bytes of stack on sm_90, the most of the row's widths: registers that went to memory
     """
 
     edges: int
@@ -26,6 +28,8 @@ class Blocks(NamedTuple):
     programs: int
     spill: bool
     source: str
+    stream: bool = False
+    spills: int = 0
 
 
 _OFFLINE = "offline: registers and spills on sm_90, Triton 3.7"
@@ -34,22 +38,16 @@ _OFFLINE = "offline: registers and spills on sm_90, Triton 3.7"
 TABLE: dict[tuple[str, str, int], Blocks] = {
     ("forward", "16", 64): Blocks(64, 4, 2, False, _OFFLINE),
     ("forward", "16", 128): Blocks(64, 8, 1, False, _OFFLINE),
-    ("forward", "16", 256): Blocks(32, 8, 1, False, _OFFLINE),
     ("forward", "high", 64): Blocks(64, 4, 2, False, _OFFLINE),
     ("forward", "high", 128): Blocks(32, 8, 1, False, _OFFLINE),
-    ("forward", "high", 256): Blocks(16, 8, 1, False, _OFFLINE),
     ("forward", "highest", 64): Blocks(32, 4, 2, False, _OFFLINE),
     ("forward", "highest", 128): Blocks(16, 8, 1, False, _OFFLINE),
-    ("forward", "highest", 256): Blocks(16, 8, 1, False, _OFFLINE),
     ("backward", "16", 64): Blocks(64, 4, 2, True, _OFFLINE),
     ("backward", "16", 128): Blocks(32, 8, 1, True, _OFFLINE),
-    ("backward", "16", 256): Blocks(16, 8, 1, True, _OFFLINE),
     ("backward", "high", 64): Blocks(32, 4, 2, True, _OFFLINE),
     ("backward", "high", 128): Blocks(16, 8, 1, True, _OFFLINE),
-    ("backward", "high", 256): Blocks(16, 8, 1, True, _OFFLINE),
     ("backward", "highest", 64): Blocks(16, 4, 2, True, _OFFLINE),
     ("backward", "highest", 128): Blocks(16, 8, 1, True, _OFFLINE),
-    ("backward", "highest", 256): Blocks(16, 8, 1, True, _OFFLINE),
 }
 
 

@@ -30,13 +30,14 @@ def edge_forward(
     begin, end = run_of_blocks(num_blocks)
     head_row = tl.load(edges.block_rows + 2 * begin)
 
-    w2 = load_weights(weights.w2, spec)
+    if not spec.STREAM:
+        w2 = load_weights(weights.w2, spec)
+        if weights.w3 is not None:
+            w3 = load_weights(weights.w3, spec)
     if weights.w_a is not None:
         w_a = load_matrix(weights.w_a, spec.H, spec.A, spec.HP, spec.AP)
     if weights.w_g is not None:
         b_g = tl.load(weights.b_g).to(tl.float32)
-    if weights.w3 is not None:
-        w3 = load_weights(weights.w3, spec)
 
     carry_row = tl.full((), -1, tl.int32)
     carry_m = tl.zeros((spec.HP,), tl.float32)
@@ -57,6 +58,8 @@ def edge_forward(
             a = load_rows(inputs.edge_attr, user, live, spec.A, spec.A, spec.AP)
             z += product(a, tl.trans(w_a), spec)
 
+        if spec.STREAM:
+            w2 = load_weights(weights.w2, spec)
         z = (
             product(activation(z, numbers, spec), tl.trans(w2), spec)
             + load_vector(weights.b2, spec)[None, :]
@@ -69,6 +72,8 @@ def edge_forward(
             mask = tl.load(inputs.edge_mask + user, mask=live, other=0.0)
         m *= mask[:, None]
         if weights.w3 is not None:
+            if spec.STREAM:
+                w3 = load_weights(weights.w3, spec)
             z = product(m, tl.trans(w3), spec) + load_vector(weights.b3, spec)[None, :]
             a3 = activation(z, numbers, spec)
             s = tl.sum(a3 * load_vector(weights.w_x, spec)[None, :], axis=1)

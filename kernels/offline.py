@@ -51,7 +51,7 @@ TARGETS = {
 }
 # bytes that one program may have; compute capabilities in the CUDA C++ Programming Guide, CDNA 3
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-SHIPPED_WIDTHS = (16, 33, 64, 128, 256)
+SHIPPED_WIDTHS = (16, 33, 64, 128)
 SENDER_BLOCK = 64  # edges
 _EDGES = 1_000_003  # a number that no specialisation holds for
 

@@ -116,6 +116,7 @@ class Spec(NamedTuple):
     APPROX : whether SiLU is computed from the special units' tanh, to 11 bits
     PTX : whether NVIDIA's own instructions may be used where Triton has none for them
     K : width of a program's sums for the weights (backward)
+    STREAM : whether weights are read anew for each block, as too large to stay in shared memory
     SPILL_WEIGHTS : whether the sums for w2 and w3 lie in memory, not in registers (backward)
     """
 
@@ -136,6 +137,7 @@ class Spec(NamedTuple):
     APPROX: Any
     PTX: Any
     K: Any
+    STREAM: Any
     SPILL_WEIGHTS: Any
 
     @classmethod
@@ -163,5 +165,6 @@ class Spec(NamedTuple):
             OPERAND=OPERANDS.get(products, tl.float32), EXACT=exact,
             DOT=exact if products == "highest" else "tf32",
             APPROX=precision != products, PTX=nvidia and not interpreting(),
-            K=sum(weight_parts(hidden, attrs).values()), SPILL_WEIGHTS=blocks.spill,
+            K=sum(weight_parts(hidden, attrs).values()), STREAM=blocks.stream,
+            SPILL_WEIGHTS=blocks.spill,
         )  # fmt: skip

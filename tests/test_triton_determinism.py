@@ -54,8 +54,9 @@ class Counted:
 def sums(monkeypatch: pytest.MonkeyPatch) -> Counted:
     """The kernel that sums over senders."""
     from egnn_fast import _triton
+    from egnn_fast.kernels.sums import sender_sums
 
-    counted = Counted(_triton.sender_sums)
+    counted = Counted(sender_sums)
     monkeypatch.setattr(_triton, "sender_sums", counted)
     return counted
 

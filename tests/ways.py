@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +13,14 @@ from cases import EVERYTHING
 from torch import Tensor
 
 from egnn_fast import Graph, nn
-from egnn_fast._cases import Case
+from egnn_fast._cases import Case, Problem
 from egnn_fast.operators import Operator
 
 CASE = Case(
     "short", nodes=6, edges=14, hidden=5, attrs=2, mask="soft", options=EVERYTHING,
     velocity=True, node_attrs=1, carry=True, features=3,
 )  # fmt: skip
-FACES = {"layer": CASE.layer, "edge pass": CASE.edge_pass}
+FACES: dict[str, Callable[..., Problem]] = {"layer": CASE.layer, "edge pass": CASE.edge_pass}
 
 
 @dataclass

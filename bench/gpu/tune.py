@@ -27,7 +27,7 @@ from egnn_fast.options import EdgeWeights, Options
 EDGES = (16, 32, 64, 128)
 WARPS = (4, 8)
 PROGRAMS = (1, 2, 3, 4)
-WIDTHS = (64, 128, 256)
+WIDTHS = (64, 128)
 PRECISIONS = ("bf16", "high", "highest")
 _SHARED = 4_000_000  # edges of the graph that all are tried on, N = E / 32
 _SAMPLES = 7
@@ -54,11 +54,13 @@ class Shape(NamedTuple):
     edges: int
     warps: int
     spill: bool
+    stream: bool = False
 
     @property
     def name(self) -> str:
         """For people."""
-        return f"{self.edges} edges, {self.warps} warps{', spilled sums' if self.spill else ''}"
+        spilled, streamed = ", spilled sums" * self.spill, ", streamed weights" * self.stream
+        return f"{self.edges} edges, {self.warps} warps{spilled}{streamed}"
 
 
 def targets(setting: Setting) -> list[Target]:
@@ -78,7 +80,9 @@ def shapes(target: Target, setting: Setting) -> list[Shape]:
     if not setting.on_gpu:
         return [Shape(16, 4, target.direction == "backward"), Shape(32, 4, False)]
     spills = (True, False) if target.direction == "backward" else (False,)
-    found = [Shape(*values) for values in itertools.product(EDGES, WARPS, spills)]
+    # kept weights suit narrow layers, streamed ones those that shared memory does not hold
+    streams = (False,) if target.width <= 64 else (False, True)
+    found = [Shape(*values) for values in itertools.product(EDGES, WARPS, spills, streams)]
     # tiles of [edges, width] that no multiprocessor holds
     return [shape for shape in found if shape.edges * target.width <= 16_384]
 
@@ -128,7 +132,7 @@ def _problem(target: Target, setting: Setting) -> Pass:
 def _blocks(shape: Shape, programs: int, source: str = "") -> Any:
     from egnn_fast.kernels.blocks import Blocks
 
-    return Blocks(shape.edges, shape.warps, programs, shape.spill, source)
+    return Blocks(shape.edges, shape.warps, programs, shape.spill, source, shape.stream)
 
 
 def _try(target: Target, shape: Shape, setting: Setting) -> Outcome:
@@ -211,6 +215,6 @@ def table_rows(rows: Sequence[dict[str, Any]], gpu: str, date: str) -> list[str]
     return [
         f'("{row["direction"]}", "{"16" if row["precision"] == "bf16" else row["precision"]}", '
         f"{row['width']}): Blocks({row['edges']}, {row['warps']}, {row['programs']}, "
-        f'{row["spill"]}, "measured: {gpu}, {date}"),'
+        f'{row["spill"]}, "measured: {gpu}, {date}", {row["stream"]}),'
         for row in winners(rows)
     ]

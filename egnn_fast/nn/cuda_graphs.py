@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from egnn_fast.graph import Graph
 
+DEVICE = "cuda"
 _OPTIONAL = ("v", "edge_attr", "node_attr", "edge_mask", "node_mask")
 
 
@@ -96,7 +97,8 @@ def graphed(
     for name, t in samples.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
-        if t.device.type != "cuda":
+    for name, t in samples.items():
+        if t.device.type != DEVICE:
             raise ValueError(f"{name}: expected to lie on a CUDA device, got {t.device}")
     fixed = _OnOneGraph(network, graph, tuple(samples))
     run = torch.cuda.make_graphed_callables(fixed, tuple(samples.values()))
