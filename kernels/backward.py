@@ -84,19 +84,21 @@ def _add_vector(total, row: tl.constexpr, factor, values, spec):
     """Add the sum over edges of ``factor * values`` to a row of the tile."""
     here = tl.arange(0, _ROWS)[:, None] == row
     left = tl.where(here, factor[None, :], 0.0)
-    return total + tl.dot(left.to(spec.OPERAND), values.to(spec.OPERAND), input_precision=spec.DOT)
+    left, values = left.to(spec.OPERAND), values.to(spec.OPERAND)
+    return tl.dot(left, values, total, input_precision=spec.DOT)
 
 
 @triton.jit
 def _add_matrix(total, place, left, right, spec):
     """Add the sum over edges of their outer products: in registers, or at ``place``."""
-    found = product(tl.trans(left), right, spec)
+    left, right = tl.trans(left).to(spec.OPERAND), right.to(spec.OPERAND)
     if spec.SPILL_WEIGHTS:
+        found = tl.dot(left, right, input_precision=spec.DOT)
         _store_matrix(place, found, spec.H, spec.H)
         tl.debug_barrier()
         return total
     else:
-        return total + found
+        return tl.dot(left, right, total, input_precision=spec.DOT)
 
 
 @triton.jit(do_not_specialize=("begin_edge", "end_edge", "num_blocks"))
@@ -162,7 +164,6 @@ def edge_backward(
             w2 = load_weights(weights.w2, spec)
         z = product(a1, tl.trans(w2), spec) + load_vector(weights.b2, spec)[None, :]
         n, slope2 = activation_and_slope(z, numbers, spec)
-        slope2 = slope2.to(spec.OPERAND)
         share = mask
         if has_gate:
             gate = sigmoid(tl.sum(n * load_vector(weights.w_g, spec)[None, :], axis=1) + b_g)
@@ -178,7 +179,6 @@ def edge_backward(
             z = product(m, tl.trans(w3), spec) + load_vector(weights.b3, spec)[None, :]
             a3, slope3 = activation_and_slope(z, numbers, spec)
             s = tl.sum(a3 * load_vector(weights.w_x, spec)[None, :], axis=1)
-            a3, slope3 = a3.to(spec.OPERAND), slope3.to(spec.OPERAND)
             if spec.TANH:
                 s = tanh(s)
             u = d

@@ -38,6 +38,8 @@ def items(setting: Setting) -> Iterator[Item]:
         for kind in ("complete", "edge list"):
             run = partial(_cuda_graph, kind, precision)
             yield Item(f"CUDA graph: {kind}: {precision}", "checks", run)
+            run = partial(_graphed, kind, precision)
+            yield Item(f"graphed: {kind}: {precision}", "checks", run)
             run = partial(_no_waiting, kind, precision)
             yield Item(f"no host synchronisation: {kind}: {precision}", "checks", run)
             run = partial(_compiled, kind, precision)
@@ -160,6 +162,26 @@ def _cuda_graph(kind: str, precision: str, setting: Setting) -> Outcome:
         replayed = {name: t.clone() for name, t in held.items()}
         plain, truth = found.expected(precision)
     judge_tensors(outcome, precision, "EGNN", f"CUDA graph, {kind}", replayed, [plain], truth)
+    return outcome
+
+
+def _graphed(kind: str, precision: str, setting: Setting) -> Outcome:
+    """``egnn_fast.nn.graphed``, called with other inputs than it was captured with."""
+    if not setting.on_gpu:
+        return Outcome(SKIP, "needs a GPU")
+    outcome, found = Outcome(), _Network(kind, setting)
+    with matmul(precision):
+        with launched(outcome, "forward", "backward"), autocast(precision, found.device):
+            run = layers.graphed(found.net, found.inputs["h"], found.inputs["x"], found.graph)
+        with torch.no_grad():
+            for t in found.inputs.values():
+                t.mul_(1.25)
+        h, x = run(found.inputs["h"], found.inputs["x"])
+        leaves = found.inputs | dict(found.net.named_parameters())
+        replayed = {k: t.clone() for k, t in _with_gradients({"h": h, "x": x}, leaves).items()}
+        torch.cuda.synchronize()
+        plain, truth = found.expected(precision)
+    judge_tensors(outcome, precision, "EGNN", f"graphed, {kind}", replayed, [plain], truth)
     return outcome
 
 

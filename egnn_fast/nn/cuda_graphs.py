@@ -60,7 +60,7 @@ def graphed(
     """Capture a network's forward and backward on one graph as CUDA graphs.
 
     Batches of small graphs leave a GPU idle between kernels; replaying a capture has no such gaps.
-    Shapes and the graph are fixed; tensors, weights and their gradients are not: train with the
+    Shapes, the graph and the precision (autocast or not) are fixed; tensors, weights and their gradients are not: train with the
     result as with the network, with any optimiser. Weights are updated in place, as optimisers do.
 
     Parameters
@@ -101,5 +101,12 @@ def graphed(
         if t.device.type != DEVICE:
             raise ValueError(f"{name}: expected to lie on a CUDA device, got {t.device}")
     fixed = _OnOneGraph(network, graph, tuple(samples))
-    run = torch.cuda.make_graphed_callables(fixed, tuple(samples.values()))
+    # a capture must not hold weights that autocast converted before it
+    with torch.autocast(
+        DEVICE,
+        dtype=torch.get_autocast_dtype(DEVICE),
+        enabled=torch.is_autocast_enabled(DEVICE),
+        cache_enabled=False,
+    ):
+        run = torch.cuda.make_graphed_callables(fixed, tuple(samples.values()))
     return GraphedNetwork(run, samples)
