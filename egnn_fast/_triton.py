@@ -18,7 +18,7 @@ from egnn_fast._partition import Partition, SenderOrder, by_receiver, by_sender,
 from egnn_fast.graph import INT32_MAX
 from egnn_fast.kernels import APPROXIMATE, interpreting
 from egnn_fast.kernels.backward import Cotangents, Gradients, edge_backward
-from egnn_fast.kernels.blocks import Blocks, blocks_for
+from egnn_fast.kernels.blocks import Blocks, blocks_for, sender_block
 from egnn_fast.kernels.forward import edge_forward
 from egnn_fast.kernels.records import (
     EdgeList,
@@ -36,9 +36,16 @@ N_DIFF = 13  # differentiable inputs of the operator: pq, x, edge_attr, edge_mas
 # bytes of the gradients that wait for their sum over senders: what stays in the L2 cache
 CHUNK_BYTES = 24 << 20
 _OPERANDS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_SENDER_BLOCK = 64  # edges
 MAX_BLOCK = 1024  # no edge of a last block may lie beyond int32
 _INTERPRETED_PROGRAMS = 3
+
+
+def architecture(device: torch.device) -> str:
+    """The GPU's, as NVIDIA names it; the interpreter takes Hopper's block sizes."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "sm_90"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 class _Call:
@@ -60,7 +67,9 @@ class _Call:
                 f"got {self.num_edges}"
             )
         products = self.precision.removesuffix(APPROXIMATE)
-        self.blocks: Blocks = blocks_for(direction, products, padded(self.hidden))
+        self.blocks: Blocks = blocks_for(
+            direction, products, padded(self.hidden), architecture(self.device)
+        )
         self.spec = Spec.make(
             hidden=self.hidden, dim=self.dim, attrs=self.attrs, precision=self.precision,
             activation=activation, norm=norm, tanh=tanh, clamp=clamp, blocks=self.blocks,
@@ -96,7 +105,7 @@ class _Call:
 
     def part_by_sender(self, begin: int, end: int) -> SenderOrder:
         """The same edges in the order of their senders."""
-        key = (begin, end, _SENDER_BLOCK, self.programs)
+        key = (begin, end, sender_block(padded(self.hidden)), self.programs)
         graph = (self.rowptr, self.senders, self.first)
         return kept(self.rowptr, ("senders", *key), lambda: by_sender(*graph, *key))
 
@@ -235,7 +244,7 @@ class _Backward:
         sender_sums[(part.programs,)](
             order, keys, part.rows, end - begin, part.blocks, g.messages, q, 2 * call.hidden,
             g.shifts, x, H=call.hidden, D=call.dim, HP=call.spec.HP, DP=call.spec.DP,
-            BLOCK=_SENDER_BLOCK, EXACT=call.spec.EXACT,
+            BLOCK=sender_block(call.spec.HP.value), EXACT=call.spec.EXACT,
         )  # fmt: skip
         call.finish(part, q, x)
 

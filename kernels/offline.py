@@ -29,7 +29,7 @@ from triton.runtime import driver
 
 from egnn_fast.kernels import interpreting
 from egnn_fast.kernels.backward import Cotangents, Gradients, edge_backward
-from egnn_fast.kernels.blocks import TABLE, Blocks, blocks_for
+from egnn_fast.kernels.blocks import TABLE, Blocks, blocks_for, sender_block
 from egnn_fast.kernels.disassembly import (
     Loop,
     amdgcn_record,
@@ -52,7 +52,6 @@ TARGETS = {
 # bytes that one program may have; compute capabilities in the CUDA C++ Programming Guide, CDNA 3
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 SHIPPED_WIDTHS = (16, 33, 64, 128)
-SENDER_BLOCK = 64  # edges
 _EDGES = 1_000_003  # a number that no specialisation holds for
 
 
@@ -106,7 +105,7 @@ class Configuration:
         if self.blocks is not None:
             return self.blocks
         direction = "forward" if self.kernel == "edge_forward" else "backward"
-        return blocks_for(direction, self.precision, padded(self.hidden))
+        return blocks_for(direction, self.precision, padded(self.hidden), self.arch)
 
     @property
     def warps(self) -> int:
@@ -118,7 +117,7 @@ class Configuration:
     @property
     def edges(self) -> int:
         """Edges of a block; 0 where there are none."""
-        sizes = {"finish_rows": 0, "sender_sums": SENDER_BLOCK}
+        sizes = {"finish_rows": 0, "sender_sums": sender_block(padded(self.hidden))}
         return sizes.get(self.kernel, self.row.edges)
 
     @property
@@ -222,7 +221,7 @@ def arguments(c: Configuration) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     blocks = -(-_EDGES // c.edges)
     if c.kernel == "sender_sums":
         args = (i32, i32, i32, _EDGES, blocks, f32, out, 2 * width, f32, out)
-        sizes = {"H": width, "D": dim, "HP": spec.HP, "DP": spec.DP, "BLOCK": SENDER_BLOCK}
+        sizes = {"H": width, "D": dim, "HP": spec.HP, "DP": spec.DP, "BLOCK": c.edges}
         return sender_sums, args, {**sizes, "EXACT": spec.EXACT.value}
     edges = EdgeList(
         rowptr=i64, senders=None if c.complete else i32,

@@ -57,7 +57,7 @@ def test_it_runs_the_network_on_its_graph(velocity: bool) -> None:
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
     found[0].sum().backward()
-    assert network.gcl_0.edge_mlp[0].weight.grad is not None
+    assert network.get_parameter("gcl_0.edge_mlp.0.weight").grad is not None
 
 
 def without(given: dict[str, Tensor], *names: str) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from egnn_fast import BackendError, Options, approximate_activations, checks, op
 from egnn_fast._cases import ORDERS, Case, Problem
 from egnn_fast.backends import Call, explain_call, info
 from egnn_fast.checks import Row
+from egnn_fast.precision import matmul_precision
 
 pytestmark = [
     pytest.mark.interpreted,
@@ -238,11 +239,11 @@ def test_approximate_activations_are_asked_for() -> None:
     """The interpreter has no tanh of 11 bits: the formula around it is what runs here."""
     case = replace(SMALL, options=Options(attention=True))
     with approximate_activations():
-        assert ops.matmul_precision("cpu") == "highest~"
+        assert matmul_precision("cpu") == "highest~"
         assert_passed(rows_of(case))
         with approximate_activations(False):
-            assert ops.matmul_precision("cpu") == "highest"
-    assert ops.matmul_precision("cpu") == "highest"
+            assert matmul_precision("cpu") == "highest"
+    assert matmul_precision("cpu") == "highest"
 
 
 def test_the_precision_that_was_asked_for_reaches_the_kernel(

@@ -113,8 +113,8 @@ def override(direction: str, blocks: Any) -> Iterator[None]:
     module: Any = _triton
     before = module.blocks_for
 
-    def chosen(asked: str, precision: str, width: int) -> Any:
-        return blocks if asked == direction else before(asked, precision, width)
+    def chosen(asked: str, precision: str, width: int, arch: str = "sm_90") -> Any:
+        return blocks if asked == direction else before(asked, precision, width, arch)
 
     module.blocks_for = chosen
     try:

@@ -60,8 +60,9 @@ def graphed(
     """Capture a network's forward and backward on one graph as CUDA graphs.
 
     Batches of small graphs leave a GPU idle between kernels; replaying a capture has no such gaps.
-    Shapes, the graph and the precision (autocast or not) are fixed; tensors, weights and their gradients are not: train with the
-    result as with the network, with any optimiser. Weights are updated in place, as optimisers do.
+    Shapes, the graph and the precision (autocast or not) are fixed; tensors, weights and their
+    gradients are not: train with the result as with the network. Weights must be updated in place,
+    as optimisers do.
 
     Parameters
     ----------
