@@ -244,7 +244,7 @@ class _Backward:
         sender_sums[(part.programs,)](
             order, keys, part.rows, end - begin, part.blocks, g.messages, q, 2 * call.hidden,
             g.shifts, x, H=call.hidden, D=call.dim, HP=call.spec.HP, DP=call.spec.DP,
-            BLOCK=sender_block(call.spec.HP.value), EXACT=call.spec.EXACT,
+            BLOCK=sender_block(call.spec.HP.value), EXACT=call.spec.EXACT.value,
         )  # fmt: skip
         call.finish(part, q, x)
 

@@ -41,6 +41,7 @@ def loss_of(
 ) -> tuple[Callable[[Leaves], Tensor], Leaves]:
     """A scalar of all outputs of a problem, and the leaves to call it with."""
     problem = getattr(CASE, face)(dtype or widest(backend))
+    problem.run(problem.leaves, "reference", order)  # what the order needs is drawn here
 
     def loss(leaves: Leaves) -> Tensor:
         out = problem.run(leaves, backend, order)
@@ -109,6 +110,7 @@ def test_vjp(face: str, backend: str) -> None:
 def test_jacrev(face: str, backend: str) -> None:
     def jacobian(name: str, dtype: torch.dtype, order: int = 0) -> Any:
         problem = getattr(CASE, face)(dtype)
+        problem.run(problem.leaves, "reference", order)  # what the order needs is drawn here
 
         def outputs(x: Tensor) -> Any:
             return problem.run(problem.leaves | {"x": x}, name, order)

@@ -150,10 +150,14 @@ def gradients(
     draw = torch.Generator().manual_seed(0)
     # the same numbers for every dtype
     towards = {k: torch.randn(t.shape, generator=draw).to(t.dtype) for k, t in found.items()}
+    # around an edge pass PyTorch knows which outputs do not depend on what is wanted
+    reached = [k for k in outputs if found[k].requires_grad]
+    if not reached:
+        return dict.fromkeys(wanted)
     grads = torch.autograd.grad(
-        [found[k] for k in outputs],
+        [found[k] for k in reached],
         [inputs[k] for k in wanted],
-        [towards[k] for k in outputs],
+        [towards[k] for k in reached],
         allow_unused=True,
     )
     return dict(zip(wanted, grads, strict=True))

@@ -188,7 +188,8 @@ def test_amd_tells_registers_and_spills(records: list[Record]) -> None:
     assert len(amd) == 5
     for record in amd:
         assert 0 < record.registers <= 512
-        assert (record.spilled_registers > 0) == ("SCRATCH" in record.counts)
+        # scalar registers go to lanes of a vector register first, which is no memory
+        assert record.spilled_registers > 0 or "SCRATCH" not in record.counts
 
 
 def test_offline_compiles_what_is_launched(cache: Path) -> None:
