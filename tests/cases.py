@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 
 from egnn_fast import _native
 from egnn_fast._cases import Case, check_cases
+from egnn_fast.checks import Row
 from egnn_fast.options import Options
 
 # Backends are named whether they are there or not: without one of them the tests fail. Those that
@@ -192,6 +193,16 @@ def describe(options: Options) -> str:
 def widest(backend: str) -> torch.dtype:
     """The widest dtype that a backend takes."""
     return torch.float32 if backend == "triton" else torch.float64
+
+
+def assert_passed(rows: Sequence[Row]) -> None:
+    assert len(rows) > 0
+    failed = [
+        f"{r.case}, {r.dtype}: {r.quantity}, {r.worst}: {r.error:.2e} > {r.bound:.2e}"
+        for r in rows
+        if not r.passed
+    ]
+    assert not failed, "\n".join(failed)
 
 
 @contextmanager

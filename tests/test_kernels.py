@@ -19,6 +19,7 @@ from cases import (
     ISA_CASES,
     LAYER_CASES,
     SINGLE_OPTIONS,
+    assert_passed,
     describe,
     even_interpreted,
     even_interpreted_dtypes,
@@ -68,16 +69,6 @@ def with_dtypes(*faces: tuple[str, Sequence[Case]]) -> pytest.MarkDecorator:
 def problem_of(case: Case, face: str, dtype: torch.dtype) -> Problem:
     problem: Problem = getattr(case, face)(dtype)
     return problem
-
-
-def assert_passed(rows: Sequence[Row]) -> None:
-    assert len(rows) > 0
-    failed = [
-        f"{r.case}, {r.dtype}: {r.quantity}, {r.worst}: {r.error:.2e} > {r.bound:.2e}"
-        for r in rows
-        if not r.passed
-    ]
-    assert not failed, "\n".join(failed)
 
 
 @every_backend

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from cases import (
     EVERYTHING,
     INTERPRETED_BACKENDS,
     SINGLE_OPTIONS,
+    assert_passed,
     describe,
     kernel_calls,
     option_grid,
@@ -103,16 +104,6 @@ def rows_of(case: Case, face: str = "edge_pass") -> list[Row]:
         return list(
             checks.compare(getattr(case, face)(torch.float32), case.name, ["triton"], torch.float32)
         )
-
-
-def assert_passed(rows: Sequence[Row]) -> None:
-    assert len(rows) > 0
-    failed = [
-        f"{r.case}: {r.quantity}, {r.worst}: {r.error:.2e} > {r.bound:.2e}"
-        for r in rows
-        if not r.passed
-    ]
-    assert not failed, "\n".join(failed)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
