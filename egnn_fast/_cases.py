@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -148,11 +147,13 @@ class Case:
                 "w_x": draw.uniform(h, fan_in=h),
             }
 
-        # made once: a transform of PyTorch's would not let them be drawn inside of it
-        shuffles = cache(partial(_Shuffle, graph, h))
+        shuffles = {0: _Shuffle(graph, h, 0)}
 
         def run(leaves: dict[str, Tensor], backend: str, order: int) -> Outputs:
-            shuffle = shuffles(order)
+            # made once: a transform of PyTorch's would not let them be drawn inside of it
+            if order not in shuffles:
+                shuffles[order] = _Shuffle(graph, h, order)
+            shuffle = shuffles[order]
             t, edges = shuffle.leaves(leaves), shuffle.graph
             weights = EdgeWeights(
                 t["w_r"], t.get("w_a"), t["w2"], t["b2"],
@@ -197,11 +198,13 @@ class Case:
         if self.node_mask:
             leaves["node_mask"] = draw.mask(self.num_nodes, "soft")
 
-        # made once: a transform of PyTorch's would not let them be drawn inside of it
-        shuffles = cache(partial(_Shuffle, graph, h))
+        shuffles = {0: _Shuffle(graph, h, 0)}
 
         def run(leaves: dict[str, Tensor], backend: str, order: int) -> Outputs:
-            shuffle = shuffles(order)
+            # made once: a transform of PyTorch's would not let them be drawn inside of it
+            if order not in shuffles:
+                shuffles[order] = _Shuffle(graph, h, order)
+            shuffle = shuffles[order]
             t, edges = shuffle.leaves(leaves), shuffle.graph
             weights = LayerWeights(**{name: t[name] for name in shapes})
             new_h, new_x, new_v = functional.egcl(
