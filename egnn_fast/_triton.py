@@ -24,6 +24,7 @@ from egnn_fast.kernels.records import (
     EdgeList,
     Inputs,
     Numbers,
+    Order,
     Rows,
     Spec,
     Weights,
@@ -111,7 +112,7 @@ class _Call:
 
     def edges(self, part: Partition) -> EdgeList:
         """The record of such a run of edges."""
-        return EdgeList(self.rowptr, self.senders, self.perm, self.first, part.rows)
+        return EdgeList(Order(self.rowptr, None), self.senders, self.perm, self.first, part.rows)
 
     def rows(self, out: Tensor, programs: int) -> Rows:
         """Rows with slots of their own."""
@@ -242,9 +243,10 @@ class _Backward:
         q = None if self.pq is None else call.rows(self.pq[:, call.hidden :], part.programs)
         x = None if g.sender is None else call.rows(g.sender, part.programs)
         sender_sums[(part.programs,)](
-            order, keys, part.rows, end - begin, part.blocks, g.messages, q, 2 * call.hidden,
-            g.shifts, x, H=call.hidden, D=call.dim, HP=call.spec.HP, DP=call.spec.DP,
-            BLOCK=sender_block(call.spec.HP.value), EXACT=call.spec.EXACT.value,
+            order, Order(None, keys), part.rows, end - begin, part.blocks,
+            g.messages, q, 2 * call.hidden, g.shifts, x,
+            H=call.hidden, D=call.dim, HP=call.spec.HP, DP=call.spec.DP,
+            BLOCK=sender_block(call.spec.HP.value), PART=call.spec.PART.value,
         )  # fmt: skip
         call.finish(part, q, x)
 

@@ -9,21 +9,23 @@ import triton.language as tl
 
 from egnn_fast.kernels.device import (
     activation_and_slope,
-    add_block_rows,
     add_rows_at,
     block_of_edges,
-    finish_block_rows,
+    first_linear,
     inverse_norm,
     load_matrix,
     load_rows,
     load_vector,
     load_weights,
+    mask_of,
     product,
     run_of_blocks,
+    senders_of,
     sigmoid,
     store_rows,
     tanh,
 )
+from egnn_fast.kernels.rows import add_block_rows, finish_block_rows
 
 
 class Cotangents(NamedTuple):
@@ -62,36 +64,46 @@ class Gradients(NamedTuple):
     weights: Any
 
 
-# rows of the tile in which the gradients of VECTORS are summed
-_ROWS = tl.constexpr(16)
+# columns of the tile in which the gradients of VECTORS are summed
+_COLUMNS = tl.constexpr(16)
+
+
+@triton.jit
+def _add_to(place, total, inside):
+    """Add a tile to what this program alone writes to."""
+    if inside is None:
+        tl.store(place, tl.load(place) + total)
+    else:
+        tl.store(place, tl.load(place, mask=inside, other=0.0) + total, mask=inside)
 
 
 @triton.jit
 def _store_matrix(place, total, rows: tl.constexpr, columns: tl.constexpr):
-    """Add a tile to a row-major matrix that this program alone writes to."""
+    """Add a tile to a row-major matrix."""
     r = tl.arange(0, total.shape[0])
     c = tl.arange(0, total.shape[1])
     at = place + r[:, None] * columns + c[None, :]
     if rows == total.shape[0] and columns == total.shape[1]:
-        tl.store(at, tl.load(at) + total)
+        _add_to(at, total, None)
     else:
-        mask = (r < rows)[:, None] & (c < columns)[None, :]
-        tl.store(at, tl.load(at, mask=mask, other=0.0) + total, mask=mask)
+        _add_to(at, total, (r < rows)[:, None] & (c < columns)[None, :])
 
 
 @triton.jit
-def _add_vector(total, row: tl.constexpr, factor, values, spec):
-    """Add the sum over edges of ``factor * values`` to a row of the tile."""
-    here = tl.arange(0, _ROWS)[:, None] == row
-    left = tl.where(here, factor[None, :], 0.0)
-    left, values = left.to(spec.OPERAND), values.to(spec.OPERAND)
-    return tl.dot(left, values, total, input_precision=spec.DOT)
+def _add_vector(total, column: tl.constexpr, factor, values, spec):
+    """Add the sum over edges of ``factor * values`` to a column of the tile.
+
+    The values are laid out as in the products for the weights' matrices.
+    """
+    here = tl.arange(0, _COLUMNS)[None, :] == column
+    right = tl.where(here, factor[:, None], 0.0).to(spec.OPERAND)
+    return tl.dot(tl.trans(values.to(spec.OPERAND)), right, total, input_precision=spec.DOT)
 
 
 @triton.jit
 def _add_matrix(total, place, left, right, spec):
     """Add the sum over edges of their outer products: in registers, or at ``place``."""
-    left, right = tl.trans(left).to(spec.OPERAND), right.to(spec.OPERAND)
+    left, right = tl.trans(left.to(spec.OPERAND)), right.to(spec.OPERAND)
     if spec.SPILL_WEIGHTS:
         found = tl.dot(left, right, input_precision=spec.DOT)
         _store_matrix(place, found, spec.H, spec.H)
@@ -122,13 +134,14 @@ def edge_backward(
         w2 = load_weights(weights.w2, spec)
         if has_head:
             w3 = load_weights(weights.w3, spec)
+    w_a = None
     if has_attr:
         w_a = load_matrix(weights.w_a, H, spec.A, spec.HP, spec.AP)
     if has_gate:
         b_g = tl.load(weights.b_g).to(tl.float32)
     if for_weights:
         own = gradients.weights + tl.program_id(0).to(tl.int64) * spec.K
-        vectors = tl.zeros((_ROWS, spec.HP), tl.float32)
+        vectors = tl.zeros((spec.HP, _COLUMNS), tl.float32)
         g_w2 = tl.zeros((1, 1) if spec.SPILL_WEIGHTS else (spec.HP, spec.HP), tl.float32)
         g_w3 = tl.zeros((1, 1) if spec.SPILL_WEIGHTS else (spec.HP, spec.HP), tl.float32)
         if has_attr:
@@ -140,22 +153,11 @@ def edge_backward(
     carry_x = tl.zeros((spec.DP,), tl.float32)
     last = head_row
     for block in tl.range(begin, end, disable_licm=True):
-        e, live, i, j, first, last = block_of_edges(edges, begin_edge, end_edge, block, spec)
-        user = e
-        if edges.perm is not None:
-            user = tl.load(edges.perm + e, mask=live, other=0)
-        d = load_rows(inputs.x, i, live, spec.D, spec.D, spec.DP)
-        d -= load_rows(inputs.x, j, live, spec.D, spec.D, spec.DP)
-        r = tl.sum(d * d, axis=1)
-        z = load_rows(inputs.pq, i, live, 2 * H, H, spec.HP)
-        z += load_rows(inputs.pq + H, j, live, 2 * H, H, spec.HP)
-        z += r[:, None] * load_vector(weights.w_r, spec)[None, :]
-        if has_attr:
-            a = load_rows(inputs.edge_attr, user, live, spec.A, spec.A, spec.AP)
-            z += product(a, tl.trans(w_a), spec)
-        mask = live.to(tl.float32)
-        if inputs.edge_mask is not None:
-            mask = tl.load(inputs.edge_mask + user, mask=live, other=0.0)
+        start, stop, e, live, i, j, first, last = block_of_edges(
+            edges, begin_edge, end_edge, block, spec
+        )
+        user, d, r, z = first_linear(edges, inputs, weights, w_a, e, live, i, j, spec)
+        mask = mask_of(inputs, user, live)
 
         a1, slope1 = activation_and_slope(z, numbers, spec)
         # what waits for its use does so in the operands' type
@@ -244,31 +246,31 @@ def edge_backward(
             vectors = _add_vector(vectors, 0, r, g_z1, spec)
         if has_attr:
             if for_weights:
+                a = load_rows(inputs.edge_attr, user, live, spec.A, spec.A, spec.AP)
                 g_w_a += product(tl.trans(g_z1), a, spec)
             if gradients.edge_attr is not None:
                 store_rows(
                     gradients.edge_attr, user, live, product(g_z1, w_a, spec), spec.A, spec.A
                 )
-        if gradients.p is not None:
-            carry_p = add_block_rows(
-                gradients.p, 2 * H, H, g_z1, i, first, last, carry_p, carry_row, head_row,
-                None, spec.OPERAND, spec.EXACT, False,
-            )  # fmt: skip
-            if gradients.messages is not None:
-                store_rows(gradients.messages, e - begin_edge, live, g_z1, H, H)
-            else:
-                add_rows_at(gradients.p.out + H, j, live, g_z1, 2 * H, H)
         if for_x:
             g_r = tl.sum(g_z1 * load_vector(weights.w_r, spec)[None, :], axis=1)
             g_d += (2.0 * g_r)[:, None] * d
-            carry_x = add_block_rows(
-                gradients.receiver, spec.D, spec.D, g_d, i, first, last, carry_x, carry_row,
-                head_row, None, tl.float32, spec.EXACT, False,
-            )  # fmt: skip
-            if gradients.shifts is not None:
-                store_rows(gradients.shifts, e - begin_edge, live, g_d, spec.D, spec.D)
-            else:
-                add_rows_at(gradients.sender, j, live, g_d, spec.D, spec.D)
+        carry_p, carry_x = add_block_rows(
+            gradients.p, 2 * H, H, g_z1, carry_p, None,
+            gradients.receiver, spec.D, g_d, carry_x, None,
+            edges.order, start, stop, first, last, carry_row, head_row,
+            spec.OPERAND, spec.PART, False,
+        )  # fmt: skip
+        # read anew: held until here they would take registers
+        j = senders_of(edges, e, live, i)
+        if gradients.messages is not None:
+            store_rows(gradients.messages, e - begin_edge, live, g_z1, H, H)
+        elif gradients.p is not None:
+            add_rows_at(gradients.p.out + H, j, live, g_z1, 2 * H, H)
+        if gradients.shifts is not None:
+            store_rows(gradients.shifts, e - begin_edge, live, g_d, spec.D, spec.D)
+        elif for_x:
+            add_rows_at(gradients.sender, j, live, g_d, spec.D, spec.D)
         carry_row = last
 
     if gradients.p is not None:
@@ -281,7 +283,9 @@ def edge_backward(
             if has_head:
                 _store_matrix(own + H * H, g_w3, H, H)
         own += 2 * H * H
-        _store_matrix(own, vectors, 5, H)
+        row = tl.arange(0, spec.HP)[:, None]
+        column = tl.arange(0, _COLUMNS)[None, :]
+        _add_to(own + column * H + row, vectors, (row < H) & (column < 5))
         own += 5 * H
         if has_attr:
             _store_matrix(own, g_w_a, H, spec.A)

@@ -1,4 +1,4 @@
-"""What the kernels share: activations, an edge's geometry, sums over rows of edges."""
+"""What the kernels share: activations, products, an edge's geometry, rows read and written."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import triton.language as tl
 _MAX_EXP2 = tl.constexpr(62.0)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _UNIT_NORM_EPS = tl.constexpr(1e-8)
-# rows of a window: what the matrix units take at once
-WINDOW = tl.constexpr(16)
 
 
 @triton.jit
@@ -30,12 +28,18 @@ def tanh(z):
 
 
 @triton.jit
+def _special(t, INSTRUCTION: tl.constexpr):
+    """What the special units compute of t."""
+    return tl.inline_asm_elementwise(
+        INSTRUCTION, "=f,f", [t], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def _exp2(t, PTX: tl.constexpr):
     """2^t, 0 where that is below the normal numbers."""
     if PTX:
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [t], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return _special(t, "ex2.approx.ftz.f32 $0, $1;")
     else:
         return tl.exp2(t)
 
@@ -44,9 +48,7 @@ def _exp2(t, PTX: tl.constexpr):
 def _reciprocal(t, PTX: tl.constexpr):
     """1 / t of normal numbers below 2^126."""
     if PTX:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [t], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return _special(t, "rcp.approx.ftz.f32 $0, $1;")
     else:
         return 1.0 / t
 
@@ -67,9 +69,7 @@ def _approximate_sigmoid(z, PTX: tl.constexpr):
     """The sigmoid by the special units' tanh, which has 11 bits: one operation, no exponential."""
     half = 0.5 * z
     if PTX:
-        t = tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [half], dtype=tl.float32, is_pure=True, pack=1
-        )
+        t = _special(half, "tanh.approx.f32 $0, $1;")
     else:
         t = tanh(half)
     return 0.5 * t + 0.5
@@ -125,12 +125,15 @@ def run_of_blocks(num_blocks):
 
 @triton.jit
 def block_of_edges(edges, begin_edge, end_edge, block, spec):
-    """``(e, live, i, j, first, last)``: a block's edges, which exist, their nodes; its rows.
+    """``(start, stop, e, live, i, j, first, last)``: of a block's edges.
 
-    ``i`` is -1 where there is no edge.
+    Where they begin and end; their numbers, which exist, their nodes; the block's rows. ``i`` is -1
+    where there is no edge.
     """
-    e = begin_edge + block * spec.BLOCK + tl.arange(0, spec.BLOCK)
-    live = e < end_edge
+    start = begin_edge + block * spec.BLOCK
+    stop = tl.minimum(start + spec.BLOCK, end_edge)
+    e = start + tl.arange(0, spec.BLOCK)
+    live = e < stop
     first = tl.load(edges.block_rows + 2 * block)
     last = tl.load(edges.block_rows + 2 * block + 1)
     # the last row that begins at or before e
@@ -139,17 +142,53 @@ def block_of_edges(edges, begin_edge, end_edge, block, spec):
     span = last - first
     while span > 0:
         middle = (low + high + 1) >> 1
-        begun = tl.load(edges.rowptr + middle) <= e
+        begun = tl.load(edges.order.rowptr + middle) <= e
         low = tl.where(begun, middle, low)
         high = tl.where(begun, high, middle - 1)
         span = span >> 1
+    i = tl.where(live, low, -1)
+    return start, stop, e, live, i, senders_of(edges, e, live, low), first, last
+
+
+@triton.jit
+def senders_of(edges, e, live, i):
+    """The senders of edges that the nodes ``i`` receive."""
     if edges.senders is not None:
-        j = tl.load(edges.senders + e, mask=live, other=0)
+        return tl.load(edges.senders + e, mask=live, other=0)
     else:
-        place = e - tl.load(edges.rowptr + low).to(tl.int32)
-        j = tl.load(edges.first + low) + place
-        j = tl.where(live, j + (j >= low).to(tl.int32), 0)
-    return e, live, tl.where(live, low, -1), j, first, last
+        i = tl.maximum(i, 0)
+        j = tl.load(edges.first + i) + (e - tl.load(edges.order.rowptr + i).to(tl.int32))
+        return tl.where(live, j + (j >= i).to(tl.int32), 0)
+
+
+@triton.jit
+def first_linear(edges, inputs, weights, w_a, e, live, i, j, spec):
+    """``(user, d, r, z)``: the user's numbers of the edges, x_i - x_j, its square, z1.
+
+    ``w_a`` is the matrix of the edge attributes, None without.
+    """
+    user = e
+    if edges.perm is not None:
+        user = tl.load(edges.perm + e, mask=live, other=0)
+    d = load_rows(inputs.x, i, live, spec.D, spec.D, spec.DP)
+    d -= load_rows(inputs.x, j, live, spec.D, spec.D, spec.DP)
+    r = tl.sum(d * d, axis=1)
+    z = load_rows(inputs.pq, i, live, 2 * spec.H, spec.H, spec.HP)
+    z += load_rows(inputs.pq + spec.H, j, live, 2 * spec.H, spec.H, spec.HP)
+    z += r[:, None] * load_vector(weights.w_r, spec)[None, :]
+    if w_a is not None:
+        a = load_rows(inputs.edge_attr, user, live, spec.A, spec.A, spec.AP)
+        z += product(a, tl.trans(w_a), spec)
+    return user, d, r, z
+
+
+@triton.jit
+def mask_of(inputs, user, live):
+    """The edges' mask, 0 where there is no edge."""
+    if inputs.edge_mask is not None:
+        return tl.load(inputs.edge_mask + user, mask=live, other=0.0)
+    else:
+        return live.to(tl.float32)
 
 
 @triton.jit
@@ -231,91 +270,3 @@ def inverse_norm(r, numbers, spec):
         return tl.div_rn(1.0, norm + _UNIT_NORM_EPS), norm
     else:
         return tl.div_rn(1.0, norm + numbers.norm), norm
-
-
-@triton.jit
-def window_sums(values, index, row, broken, SUM_TYPE: tl.constexpr, EXACT: tl.constexpr):
-    """Sums ``[WINDOW, W]`` of the values whose index is row, row + 1, ...
-
-    The matrix units multiply by 0 what is not chosen, so a NaN or infinity among the values would
-    reach all rows: ``broken`` tells which edges have any, if not None, and makes NaN of their rows.
-    """
-    rows = row + tl.arange(0, WINDOW)
-    chosen = rows[:, None] == index[None, :]
-    if values.shape[1] <= 4:
-        sums = tl.sum(tl.where(chosen[:, :, None], values[None, :, :], 0.0), axis=1)
-    elif broken is None:
-        sums = tl.dot(chosen.to(SUM_TYPE), values.to(SUM_TYPE), input_precision=EXACT)
-    else:
-        some = tl.max(broken, axis=0) > 0
-        if some:
-            values = tl.where(broken[:, None] > 0, 0.0, values)
-        sums = tl.dot(chosen.to(SUM_TYPE), values.to(SUM_TYPE), input_precision=EXACT)
-        if some:
-            lost = tl.max(tl.where(chosen, broken[None, :], 0), axis=1) > 0
-            sums = tl.where(lost[:, None], float("nan"), sums)
-    return sums
-
-
-@triton.jit
-def next_window(index, row, last):
-    """The first row at or beyond ``row + WINDOW`` that has an edge; last + 1: none."""
-    return tl.min(tl.where(index >= row + WINDOW, index, last + 1), axis=0)
-
-
-@triton.jit
-def _store_vector(base, row, values, stride, width: tl.constexpr, wanted, ADD: tl.constexpr):
-    """Write a row ``[W]``, or add it to what is there, if it is wanted."""
-    columns = tl.arange(0, values.shape[0])
-    place = base + row.to(tl.int64) * stride + columns
-    inside = wanted & (columns < width)
-    if ADD:
-        values += tl.load(place, mask=inside, other=0.0)
-    tl.store(place, values, mask=inside)
-
-
-@triton.jit
-def add_block_rows(
-    rows, stride, width: tl.constexpr, values, index, first, last, carry, carry_row, head_row,
-    broken, SUM_TYPE: tl.constexpr, EXACT: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
-    """Sum a block's values ``[BLOCK, W]`` into rows; ``index`` ascends.
-
-    A row that may go on in the next block is carried there: ``carry`` is the sum of the row
-    ``carry_row`` up to this block, the result that of the row ``last``. The program's first row,
-    ``head_row``, goes to its slot. With ADD, rows are added to what is there. ``broken``: see
-    window_sums.
-    """
-    columns = tl.arange(0, values.shape[1])
-    slot = 2 * tl.program_id(0)
-    ended = (carry_row != first) & (carry_row >= 0)
-    is_head = carry_row == head_row
-    _store_vector(rows.slots, slot, carry, width, width, ended & is_head, False)
-    _store_vector(rows.out, carry_row, carry, stride, width, ended & (carry_row != head_row), ADD)
-    carried = tl.where(carry_row == first, carry, 0.0)
-    carry = tl.zeros_like(carry)
-    row = first
-    while row <= last:
-        window = row + tl.arange(0, WINDOW)
-        sums = window_sums(values, index, row, broken, SUM_TYPE, EXACT)
-        sums += tl.where((window == first)[:, None], carried[None, :], 0.0)
-        carry += tl.sum(tl.where((window == last)[:, None], sums, 0.0), axis=0)
-        in_slot = rows_and_columns((window < last) & (window == head_row), width, values.shape[1])
-        slot_place = tl.zeros_like(window)[:, None] + slot * width + columns[None, :]
-        tl.store(rows.slots + slot_place, sums, mask=in_slot)
-        whole = rows_and_columns((window < last) & (window != head_row), width, values.shape[1])
-        place = rows.out + window.to(tl.int64)[:, None] * stride + columns[None, :]
-        if ADD:
-            sums += tl.load(place, mask=whole, other=0.0)
-        tl.store(place, sums, mask=whole)
-        row = next_window(index, row, last)
-    return carry
-
-
-@triton.jit
-def finish_block_rows(rows, width: tl.constexpr, carry, last, head_row):
-    """After a program's last block: its last row goes to its slot; without a first one, 0 does."""
-    slot = 2 * tl.program_id(0)
-    _store_vector(rows.slots, slot + 1, carry, width, width, last >= 0, False)
-    nothing = tl.zeros_like(carry)
-    _store_vector(rows.slots, slot, nothing, width, width, last == head_row, False)

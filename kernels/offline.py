@@ -39,7 +39,7 @@ from egnn_fast.kernels.disassembly import (
     macs_by_type,
 )
 from egnn_fast.kernels.forward import edge_forward
-from egnn_fast.kernels.records import EdgeList, Inputs, Numbers, Rows, Spec, Weights, padded
+from egnn_fast.kernels.records import EdgeList, Inputs, Numbers, Order, Rows, Spec, Weights, padded
 from egnn_fast.kernels.sums import finish_rows, sender_sums
 
 KERNELS = ("edge_forward", "edge_backward", "sender_sums", "finish_rows")
@@ -220,11 +220,11 @@ def arguments(c: Configuration) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         return finish_rows, (i32, 4 * 33, out, *strides), tiles
     blocks = -(-_EDGES // c.edges)
     if c.kernel == "sender_sums":
-        args = (i32, i32, i32, _EDGES, blocks, f32, out, 2 * width, f32, out)
+        args = (i32, Order(None, i32), i32, _EDGES, blocks, f32, out, 2 * width, f32, out)
         sizes = {"H": width, "D": dim, "HP": spec.HP, "DP": spec.DP, "BLOCK": c.edges}
-        return sender_sums, args, {**sizes, "EXACT": spec.EXACT.value}
+        return sender_sums, args, {**sizes, "PART": spec.PART.value}
     edges = EdgeList(
-        rowptr=i64, senders=None if c.complete else i32,
+        order=Order(i64, None), senders=None if c.complete else i32,
         perm=i32 if c.permuted and not c.complete else None, first=i32 if c.complete else None,
         block_rows=i32,
     )  # fmt: skip

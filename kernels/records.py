@@ -29,13 +29,28 @@ def weight_parts(hidden: int, attrs: int) -> dict[str, int]:
     return sizes | {"padding": -sum(sizes.values()) % 32}
 
 
+class Order(NamedTuple):
+    """Which edges are a row's, where edges are sorted by row; one of the two is None.
+
+    Attributes
+    ----------
+    rowptr : [N + 1], int64
+        Row i has the edges ``rowptr[i]`` to ``rowptr[i + 1]``.
+    keys : [edges], int32
+        The row of each edge.
+    """
+
+    rowptr: Any
+    keys: Any
+
+
 class EdgeList(NamedTuple):
     """A graph's edges by receiver, cut into blocks.
 
     Attributes
     ----------
-    rowptr : [N + 1], int64
-        Node i receives the edges ``rowptr[i]`` to ``rowptr[i + 1]``.
+    order : Order
+        The rows are the receivers.
     senders : [E], int32, or None
         Sender of each edge; None for complete components.
     perm : [E], int32, or None
@@ -46,7 +61,7 @@ class EdgeList(NamedTuple):
         Receivers of each block's first and last edge.
     """
 
-    rowptr: Any
+    order: Order
     senders: Any
     perm: Any
     first: Any
@@ -112,7 +127,8 @@ class Spec(NamedTuple):
     NORM : 0 none, 1 "unit", 2 a number
     TANH, CLAMP : whether the coordinate head has them
     OPERAND : type of the products' operands
-    DOT, EXACT : ``input_precision`` of products of float32 operands, and of sums in float32
+    DOT : ``input_precision`` of products of float32 operands
+    PART : type of the parts of 8 digits that float32 values are summed in
     APPROX : whether SiLU is computed from the special units' tanh, to 11 bits
     PTX : whether NVIDIA's own instructions may be used where Triton has none for them
     K : width of a program's sums for the weights (backward)
@@ -133,7 +149,7 @@ class Spec(NamedTuple):
     CLAMP: Any
     OPERAND: Any
     DOT: Any
-    EXACT: Any
+    PART: Any
     APPROX: Any
     PTX: Any
     K: Any
@@ -162,8 +178,10 @@ class Spec(NamedTuple):
             HP=padded(hidden), DP=triton.next_power_of_2(dim), AP=padded(attrs),
             BLOCK=blocks.edges, ACT=ACTIVATIONS[activation],
             NORM=0 if norm == 0 else 1 if norm < 0 else 2, TANH=tanh, CLAMP=clamp > 0,
-            OPERAND=OPERANDS.get(products, tl.float32), EXACT=exact,
+            OPERAND=OPERANDS.get(products, tl.float32),
             DOT=exact if products == "highest" else "tf32",
+            # the interpreter has no bfloat16 worth the name
+            PART=tl.float32 if interpreting() else tl.bfloat16,
             APPROX=precision != products, PTX=nvidia and not interpreting(),
             K=sum(weight_parts(hidden, attrs).values()), STREAM=blocks.stream,
             SPILL_WEIGHTS=blocks.spill,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from egnn_fast.kernels.device import add_block_rows, finish_block_rows, load_rows, run_of_blocks
+from egnn_fast.kernels.device import load_rows, run_of_blocks
+from egnn_fast.kernels.rows import add_block_rows, finish_block_rows
 
 _TILE = tl.constexpr(16)
 
@@ -47,28 +48,16 @@ def finish_rows(
             _finish(b, slot_rows, slot, num_slots, row, b_stride, b_width, B)
 
 
-@triton.jit
-def _sum_rows(
-    values, rows, place, live, key, first, last, carry, carry_row, head_row, stride,
-    width: tl.constexpr, W: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    found = load_rows(values, place, live, width, width, W)
-    return add_block_rows(
-        rows, stride, width, found, key, first, last, carry, carry_row, head_row, None,
-        tl.float32, EXACT, True,
-    )  # fmt: skip
-
-
 @triton.jit(do_not_specialize=("num_edges", "num_blocks"))
 def sender_sums(
-    order, keys, block_rows, num_edges, num_blocks, messages, q_rows, q_stride, shifts, x_rows,
+    places, order, block_rows, num_edges, num_blocks, messages, q_rows, q_stride, shifts, x_rows,
     H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
-    EXACT: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
     """Add ``messages [E, H]`` and ``shifts [E, D]`` to their senders' rows, in the order of edges.
 
-    ``order`` sorts the edges by sender, ``keys`` are the senders so sorted; ``block_rows`` holds
-    those of each block's first and last edge.
+    ``places`` sorts the edges by sender, ``order`` holds the senders so sorted,
+    ``block_rows`` those of each block's first and last edge.
     """
     begin, end = run_of_blocks(num_blocks)
     head_row = tl.load(block_rows + 2 * begin)
@@ -77,22 +66,22 @@ def sender_sums(
     carry_x = tl.zeros((DP,), tl.float32)
     last = head_row
     for block in range(begin, end):
-        e = block * BLOCK + tl.arange(0, BLOCK)
-        live = e < num_edges
-        place = tl.load(order + e, mask=live, other=0)
-        key = tl.load(keys + e, mask=live, other=-1)
+        start = block * BLOCK
+        stop = tl.minimum(start + BLOCK, num_edges)
+        e = start + tl.arange(0, BLOCK)
+        live = e < stop
+        place = tl.load(places + e, mask=live, other=0)
         first = tl.load(block_rows + 2 * block)
         last = tl.load(block_rows + 2 * block + 1)
+        message, shift = None, None
         if messages is not None:
-            carry_q = _sum_rows(
-                messages, q_rows, place, live, key, first, last, carry_q, carry_row, head_row,
-                q_stride, H, HP, EXACT,
-            )  # fmt: skip
+            message = load_rows(messages, place, live, H, H, HP)
         if shifts is not None:
-            carry_x = _sum_rows(
-                shifts, x_rows, place, live, key, first, last, carry_x, carry_row, head_row, D, D,
-                DP, EXACT,
-            )  # fmt: skip
+            shift = load_rows(shifts, place, live, D, D, DP)
+        carry_q, carry_x = add_block_rows(
+            q_rows, q_stride, H, message, carry_q, None, x_rows, D, shift, carry_x, None,
+            order, start, stop, first, last, carry_row, head_row, tl.float32, PART, True,
+        )  # fmt: skip
         carry_row = last
     if messages is not None:
         finish_block_rows(q_rows, H, carry_q, last, head_row)

@@ -243,18 +243,18 @@ def test_the_precision_that_was_asked_for_reaches_the_kernel(
     """On a GPU "high" means tf32; here the numbers are the same."""
     from egnn_fast.kernels.records import Spec
 
-    found: list[tuple[str, str, str]] = []
+    found: list[tuple[str, str]] = []
     make = Spec.of
 
     def of(**fields: Any) -> Spec:
-        found.append((fields["DOT"], fields["EXACT"], str(fields["OPERAND"])))
+        found.append((fields["DOT"], str(fields["OPERAND"])))
         return make(**fields)
 
     monkeypatch.setattr(Spec, "of", of)
     for precision in ("highest", "high"):
         monkeypatch.setattr(ops, "matmul_precision", lambda device, p=precision: p)
         assert_passed(rows_of(replace(SMALL, edges=20)))
-    assert found == [("tf32x3", "tf32x3", "fp32")] * 2 + [("tf32", "tf32x3", "fp32")] * 2
+    assert found == [("tf32x3", "fp32")] * 2 + [("tf32", "fp32")] * 2
 
 
 def test_what_the_kernels_do_not_take_is_refused() -> None:
