@@ -11,7 +11,7 @@ from torch import Tensor
 from egnn_fast import Graph
 from egnn_fast._partition import Partition
 from egnn_fast.kernels.device import block_of_edges, run_of_blocks
-from egnn_fast.kernels.records import EdgeList, Spec
+from egnn_fast.kernels.records import EdgeList, Order, Spec
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def _list_edges(  # type: ignore[no-untyped-def]
     begin, end = run_of_blocks(num_blocks)
     tl.store(ends + 2 * tl.program_id(0), tl.load(edges.block_rows + 2 * begin))
     for block in range(begin, end):
-        e, live, i, j, _, last = block_of_edges(edges, begin_edge, end_edge, block, spec)
+        _, _, e, live, i, j, _, last = block_of_edges(edges, begin_edge, end_edge, block, spec)
         tl.atomic_add(times + e, tl.full((spec.BLOCK,), 1, tl.int32), mask=live)
         tl.store(receivers + e, i, mask=live)
         tl.store(senders + e, j, mask=live)
@@ -34,5 +34,5 @@ def list_edges(
     """How often each edge was found, its receiver and sender; each program's first and last row."""
     sizes: dict[str, Any] = dict.fromkeys(Spec._fields, 0)
     spec = Spec.of(**(sizes | {"BLOCK": size}))
-    edges = EdgeList(graph.rowptr, graph.senders, graph.perm, graph.first, part.rows)
+    edges = EdgeList(Order(graph.rowptr, None), graph.senders, graph.perm, graph.first, part.rows)
     _list_edges[(part.programs,)](edges, begin, end, part.blocks, spec, *found, ends)
