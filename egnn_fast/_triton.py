@@ -17,9 +17,10 @@ from torch import Tensor
 from egnn_fast._partition import Partition, SenderOrder, by_receiver, by_sender, kept
 from egnn_fast.graph import INT32_MAX
 from egnn_fast.kernels import APPROXIMATE, interpreting
-from egnn_fast.kernels.backward import Cotangents, Gradients, edge_backward
+from egnn_fast.kernels.backward import edge_backward
 from egnn_fast.kernels.blocks import Blocks, blocks_for, sender_block
 from egnn_fast.kernels.forward import edge_forward
+from egnn_fast.kernels.gradients import Cotangents, Gradients
 from egnn_fast.kernels.records import (
     EdgeList,
     Inputs,

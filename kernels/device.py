@@ -8,7 +8,6 @@ import triton.language as tl
 # an exponential below 2^62: the product of two of them is still a float32
 _MAX_EXP2 = tl.constexpr(62.0)
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_UNIT_NORM_EPS = tl.constexpr(1e-8)
 
 
 @triton.jit
@@ -125,17 +124,21 @@ def run_of_blocks(num_blocks):
 
 @triton.jit
 def block_of_edges(edges, begin_edge, end_edge, block, spec):
-    """``(start, stop, e, live, i, j, first, last)``: of a block's edges.
+    """``(start, stop, e, live, first, last)`` of a block.
 
-    Where they begin and end; their numbers, which exist, their nodes; the block's rows. ``i`` is -1
-    where there is no edge.
+    Where its edges begin and end; their numbers, which exist; the rows of the first and the last.
     """
     start = begin_edge + block * spec.BLOCK
     stop = tl.minimum(start + spec.BLOCK, end_edge)
     e = start + tl.arange(0, spec.BLOCK)
-    live = e < stop
     first = tl.load(edges.block_rows + 2 * block)
     last = tl.load(edges.block_rows + 2 * block + 1)
+    return start, stop, e, e < stop, first, last
+
+
+@triton.jit
+def nodes_of(edges, e, live, first, last):
+    """``(i, j)``: receivers and senders of a block's edges; ``i`` is -1 where there is no edge."""
     # the last row that begins at or before e
     low = tl.zeros_like(e) + first
     high = tl.zeros_like(e) + last
@@ -146,8 +149,7 @@ def block_of_edges(edges, begin_edge, end_edge, block, spec):
         low = tl.where(begun, middle, low)
         high = tl.where(begun, high, middle - 1)
         span = span >> 1
-    i = tl.where(live, low, -1)
-    return start, stop, e, live, i, senders_of(edges, e, live, low), first, last
+    return tl.where(live, low, -1), senders_of(edges, e, live, low)
 
 
 @triton.jit
@@ -162,24 +164,45 @@ def senders_of(edges, e, live, i):
 
 
 @triton.jit
-def first_linear(edges, inputs, weights, w_a, e, live, i, j, spec):
-    """``(user, d, r, z)``: the user's numbers of the edges, x_i - x_j, its square, z1.
-
-    ``w_a`` is the matrix of the edge attributes, None without.
-    """
-    user = e
+def users_of(edges, e, live):
+    """The user's numbers of edges."""
     if edges.perm is not None:
-        user = tl.load(edges.perm + e, mask=live, other=0)
+        return tl.load(edges.perm + e, mask=live, other=0)
+    else:
+        return e
+
+
+@triton.jit
+def geometry(inputs, i, j, live, spec):
+    """``(d, r)``: x_i - x_j ``[BLOCK, D]`` and its square."""
     d = load_rows(inputs.x, i, live, spec.D, spec.D, spec.DP)
     d -= load_rows(inputs.x, j, live, spec.D, spec.D, spec.DP)
-    r = tl.sum(d * d, axis=1)
+    return d, tl.sum(d * d, axis=1)
+
+
+@triton.jit
+def first_linear(inputs, weights, w_a, user, live, i, j, r, spec):
+    """The first linear layer's output; ``w_a`` is the matrix of the edge attributes, or None."""
     z = load_rows(inputs.pq, i, live, 2 * spec.H, spec.H, spec.HP)
     z += load_rows(inputs.pq + spec.H, j, live, 2 * spec.H, spec.H, spec.HP)
     z += r[:, None] * load_vector(weights.w_r, spec)[None, :]
     if w_a is not None:
         a = load_rows(inputs.edge_attr, user, live, spec.A, spec.A, spec.AP)
         z += product(a, tl.trans(w_a), spec)
-    return user, d, r, z
+    return z
+
+
+@triton.jit
+def gate_of(n, weights, spec):
+    """The attention of messages ``[BLOCK, H]``."""
+    b_g = tl.load(weights.b_g).to(tl.float32)
+    return sigmoid(tl.sum(n * load_vector(weights.w_g, spec)[None, :], axis=1) + b_g)
+
+
+@triton.jit
+def not_finite(values):
+    """Where values are NaN or infinite."""
+    return (tl.abs(values) < float("inf")) == 0
 
 
 @triton.jit
@@ -243,6 +266,15 @@ def load_matrix(
 
 
 @triton.jit
+def load_attr_weights(weights, spec):
+    """The matrix of the edge attributes ``[H, A]``, or None."""
+    if weights.w_a is not None:
+        return load_matrix(weights.w_a, spec.H, spec.A, spec.HP, spec.AP)
+    else:
+        return None
+
+
+@triton.jit
 def store_rows(base, index, live, values, stride, width: tl.constexpr):
     """Write rows ``[BLOCK, W]`` at ``index`` of a row-major matrix, where live."""
     columns = tl.arange(0, values.shape[1])
@@ -260,13 +292,3 @@ def add_rows_at(base, index, live, values, stride, width: tl.constexpr):
     place = base + offset[:, None] + columns[None, :]
     inside = rows_and_columns(live, width, values.shape[1])
     tl.atomic_add(place, values, mask=inside, sem="relaxed")
-
-
-@triton.jit
-def inverse_norm(r, numbers, spec):
-    """1 / ρ, and ‖d‖ where its derivative is wanted."""
-    norm = tl.sqrt_rn(r)
-    if spec.NORM == 1:
-        return tl.div_rn(1.0, norm + _UNIT_NORM_EPS), norm
-    else:
-        return tl.div_rn(1.0, norm + numbers.norm), norm

@@ -9,22 +9,20 @@ from egnn_fast.kernels.device import (
     activation,
     block_of_edges,
     first_linear,
-    inverse_norm,
-    load_matrix,
+    gate_of,
+    geometry,
+    load_attr_weights,
     load_vector,
     load_weights,
     mask_of,
+    nodes_of,
+    not_finite,
     product,
     run_of_blocks,
-    sigmoid,
-    tanh,
+    users_of,
 )
+from egnn_fast.kernels.head import shift_of
 from egnn_fast.kernels.rows import add_block_rows, finish_block_rows
-
-
-@triton.jit
-def _not_finite(values):
-    return (tl.abs(values) < float("inf")) == 0
 
 
 @triton.jit(do_not_specialize=("begin_edge", "end_edge", "num_blocks"))
@@ -39,21 +37,18 @@ def edge_forward(
         w2 = load_weights(weights.w2, spec)
         if weights.w3 is not None:
             w3 = load_weights(weights.w3, spec)
-    w_a = None
-    if weights.w_a is not None:
-        w_a = load_matrix(weights.w_a, spec.H, spec.A, spec.HP, spec.AP)
-    if weights.w_g is not None:
-        b_g = tl.load(weights.b_g).to(tl.float32)
+    w_a = load_attr_weights(weights, spec)
 
     carry_row = tl.full((), -1, tl.int32)
     carry_m = tl.zeros((spec.HP,), tl.float32)
     carry_x = tl.zeros((spec.DP,), tl.float32)
     last = head_row
     for block in tl.range(begin, end, disable_licm=True):
-        start, stop, e, live, i, j, first, last = block_of_edges(
-            edges, begin_edge, end_edge, block, spec
-        )
-        user, d, r, z = first_linear(edges, inputs, weights, w_a, e, live, i, j, spec)
+        start, stop, e, live, first, last = block_of_edges(edges, begin_edge, end_edge, block, spec)
+        i, j = nodes_of(edges, e, live, first, last)
+        user = users_of(edges, e, live)
+        d, r = geometry(inputs, i, j, live, spec)
+        z = first_linear(inputs, weights, w_a, user, live, i, j, r, spec)
 
         if spec.STREAM:
             w2 = load_weights(weights.w2, spec)
@@ -63,35 +58,26 @@ def edge_forward(
         )
         m = activation(z, numbers, spec)
         if weights.w_g is not None:
-            m *= sigmoid(tl.sum(m * load_vector(weights.w_g, spec)[None, :], axis=1) + b_g)[:, None]
+            m *= gate_of(m, weights, spec)[:, None]
         mask = mask_of(inputs, user, live)
         m *= mask[:, None]
-        if weights.w3 is not None:
+        # an edge whose message is not finite must not touch other rows; the head shows it, but for
+        # an infinity that ReLU took away
+        shift_broken, t = None, None
+        if weights.w3 is None:
+            broken = not_finite(tl.sum(m.to(spec.OPERAND).to(tl.float32), axis=1))
+        else:
             if spec.STREAM:
                 w3 = load_weights(weights.w3, spec)
             z = product(m, tl.trans(w3), spec) + load_vector(weights.b3, spec)[None, :]
             a3 = activation(z, numbers, spec)
             s = tl.sum(a3 * load_vector(weights.w_x, spec)[None, :], axis=1)
-        broken, shift_broken, t = None, None, None
-        # an edge whose message is not finite must not touch other rows; the head shows it, but for
-        # an infinity that ReLU took away
-        if weights.w3 is None:
-            broken = _not_finite(tl.sum(m.to(spec.OPERAND).to(tl.float32), axis=1))
-        else:
             broken = s
             if spec.ACT != 0:
                 broken += tl.sum(m.to(spec.OPERAND).to(tl.float32), axis=1)
-            broken = _not_finite(broken)
-            if spec.TANH:
-                s = tanh(s)
-            t = d * s[:, None]
-            if spec.NORM != 0:
-                inverse, _ = inverse_norm(r, numbers, spec)
-                t *= inverse[:, None]
-            if spec.CLAMP:
-                t = tl.clamp(t, -numbers.clamp, numbers.clamp, tl.PropagateNan.ALL)
-            t *= mask[:, None]
-            shift_broken = _not_finite(tl.sum(t, axis=1))
+            broken = not_finite(broken)
+            t = shift_of(d, r, s, numbers, spec) * mask[:, None]
+            shift_broken = not_finite(tl.sum(t, axis=1))
         carry_m, carry_x = add_block_rows(
             m_rows, spec.H, spec.H, m, carry_m, broken,
             x_rows, spec.D, t, carry_x, shift_broken,

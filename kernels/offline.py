@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from egnn_fast.kernels import interpreting
-from egnn_fast.kernels.backward import Cotangents, Gradients, edge_backward
+from egnn_fast.kernels.backward import edge_backward
 from egnn_fast.kernels.blocks import TABLE, Blocks, blocks_for, sender_block
 from egnn_fast.kernels.disassembly import (
     Loop,
@@ -39,6 +39,7 @@ from egnn_fast.kernels.disassembly import (
     macs_by_type,
 )
 from egnn_fast.kernels.forward import edge_forward
+from egnn_fast.kernels.gradients import Cotangents, Gradients
 from egnn_fast.kernels.records import EdgeList, Inputs, Numbers, Order, Rows, Spec, Weights, padded
 from egnn_fast.kernels.sums import finish_rows, sender_sums
 
