@@ -58,3 +58,30 @@ def _float32_precision() -> str:
         return "high" if matmul.allow_tf32 else "highest"
     except RuntimeError:  # the newer setting was used, and the older one refuses to be read
         return "high" if matmul.fp32_precision == "tf32" else "highest"
+
+
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Let PyTorch multiply float32 matrices on a GPU as ``precision`` says, inside the block.
+
+    A pass backward may run under another setting than the one forward that it belongs to.
+    """
+    before, wanted = _float32_precision(), precision.removesuffix(APPROXIMATE)
+    if wanted not in ("high", "highest") or wanted == before:
+        yield
+        return
+    _set_float32_precision(wanted)
+    try:
+        yield
+    finally:
+        _set_float32_precision(before)
+
+
+def _set_float32_precision(precision: str) -> None:
+    matmul = torch.backends.cuda.matmul
+    try:
+        _ = matmul.allow_tf32
+    except RuntimeError:  # as above; writing the older one would mix the two
+        matmul.fp32_precision = "tf32" if precision == "high" else "ieee"
+    else:
+        matmul.allow_tf32 = precision == "high"

@@ -23,6 +23,7 @@ from egnn_fast.kernels.device import (
 )
 from egnn_fast.kernels.gradients import (
     add_vector,
+    attrs_in_tile,
     first_gradients,
     no_vectors,
     store_matrix,
@@ -159,9 +160,10 @@ def edge_backward(
             if has_head:
                 store_matrix(own + H * H, g_w3, H, H)
         own += 2 * H * H
-        store_vectors(own, vectors, spec)
+        store_vectors(own, vectors, weights, spec)
         own += 5 * H
-        if w_a is not None:
-            store_matrix(own, g_w_a, H, spec.A)
+        if w_a is not None:  # noqa: SIM102
+            if not attrs_in_tile(weights, spec):
+                store_matrix(own, g_w_a, H, spec.A)
         own += H * spec.A
         tl.store(own, tl.load(own) + g_b_g)

@@ -49,6 +49,12 @@ TABLE: dict[tuple[str, str, int], Blocks] = {
     ("backward", "highest", 64): Blocks(32, 4, 2, False, _OFFLINE, stream=True, spills=928),
     ("backward", "highest", 128): Blocks(32, 8, 1, True, _OFFLINE, stream=True, spills=1160),
 }
+# the stages of wide layers, all of them
+TABLE |= {
+    ("wide", "16", 256): Blocks(32, 8, 2, False, _OFFLINE),
+    ("wide", "high", 256): Blocks(16, 8, 2, False, _OFFLINE, spills=64),
+    ("wide", "highest", 256): Blocks(16, 8, 2, False, _OFFLINE, spills=32),
+}
 
 
 # Ampere's shared memory is smaller
@@ -69,8 +75,9 @@ BLACKWELL: dict[tuple[str, str, int], Blocks] = {
 
 
 def blocks_for(direction: str, precision: str, width: int, arch: str = "sm_90") -> Blocks:
-    """The row for a pass (``"forward"``, ``"backward"``), a precision and a padded width.
+    """The row for a pass, a precision and a padded width.
 
+    The pass is ``"forward"`` or ``"backward"``, or ``"wide"`` for the stages of both.
     ``arch`` is the architecture's name; those without rows of their own take those of sm_90.
     """
     kind = "16" if precision in ("bf16", "fp16") else precision

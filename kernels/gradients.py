@@ -15,6 +15,7 @@ from egnn_fast.kernels.device import (
     senders_of,
     store_rows,
 )
+from egnn_fast.kernels.records import VECTORS
 from egnn_fast.kernels.rows import add_block_rows
 
 
@@ -54,8 +55,9 @@ class Gradients(NamedTuple):
     weights: Any
 
 
-# columns of the tile in which the gradients of VECTORS are summed
+# the tile in which the gradients of VECTORS are summed, a column each, then few edge attributes'
 _COLUMNS = tl.constexpr(16)
+_VECTORS = tl.constexpr(len(VECTORS))
 
 
 @triton.jit
@@ -86,22 +88,41 @@ def no_vectors(spec):
 
 
 @triton.jit
-def add_vector(total, column: tl.constexpr, factor, values, spec):
-    """Add the sum over edges of ``factor * values`` to a column of the tile.
-
-    The values are laid out as in the products for the weights' matrices.
-    """
+def _factors(column: tl.constexpr, factor):
     here = tl.arange(0, _COLUMNS)[None, :] == column
-    right = tl.where(here, factor[:, None], 0.0).to(spec.OPERAND)
-    return tl.dot(tl.trans(values.to(spec.OPERAND)), right, total, input_precision=spec.DOT)
+    return tl.where(here, factor[:, None], 0.0)
 
 
 @triton.jit
-def store_vectors(place, total, spec):
-    """Add the tile to the sums of VECTORS."""
+def _add_columns(total, factors, values, spec):
+    # the values are laid out as in the products for the weights' matrices
+    left = tl.trans(values.to(spec.OPERAND))
+    return tl.dot(left, factors.to(spec.OPERAND), total, input_precision=spec.DOT)
+
+
+@triton.jit
+def add_vector(total, column: tl.constexpr, factor, values, spec):
+    """Add the sum over edges of ``factor * values`` to a column of the tile."""
+    return _add_columns(total, _factors(column, factor), values, spec)
+
+
+@triton.jit
+def attrs_in_tile(weights, spec):
+    """Whether the tile has room for the gradients of the edge attributes' matrix."""
+    return weights.w_a is not None and spec.A <= _COLUMNS - _VECTORS
+
+
+@triton.jit
+def store_vectors(place, total, weights, spec):
+    """Add the tile to the sums of VECTORS, and of the edge attributes' matrix behind them."""
     row = tl.arange(0, spec.HP)[:, None]
     column = tl.arange(0, _COLUMNS)[None, :]
-    _add_to(place + column * spec.H + row, total, (row < spec.H) & (column < 5))
+    inside = row < spec.H
+    _add_to(place + column * spec.H + row, total, inside & (column < _VECTORS))
+    if attrs_in_tile(weights, spec):
+        attr = column - _VECTORS
+        place += _VECTORS * spec.H
+        _add_to(place + row * spec.A + attr, total, inside & (attr >= 0) & (attr < spec.A))
 
 
 @triton.jit
@@ -115,11 +136,17 @@ def first_gradients(
     """
     H: tl.constexpr = spec.H
     if gradients.weights is not None:
-        vectors = add_vector(vectors, 0, r, g_z1, spec)
-    if w_a is not None:
-        if gradients.weights is not None:
+        factors = _factors(0, r)
+        if attrs_in_tile(weights, spec):
+            attr = tl.arange(0, _COLUMNS)[None, :] - _VECTORS
+            place = inputs.edge_attr + user.to(tl.int64)[:, None] * spec.A + attr
+            inside = live[:, None] & (attr >= 0) & (attr < spec.A)
+            factors += tl.load(place, mask=inside, other=0.0)
+        elif w_a is not None:
             a = load_rows(inputs.edge_attr, user, live, spec.A, spec.A, spec.AP)
             g_w_a += product(tl.trans(g_z1), a, spec)
+        vectors = _add_columns(vectors, factors, g_z1, spec)
+    if w_a is not None:  # noqa: SIM102
         if gradients.edge_attr is not None:
             store_rows(gradients.edge_attr, user, live, product(g_z1, w_a, spec), spec.A, spec.A)
     if gradients.receiver is not None:

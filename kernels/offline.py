@@ -42,8 +42,18 @@ from egnn_fast.kernels.forward import edge_forward
 from egnn_fast.kernels.gradients import Cotangents, Gradients
 from egnn_fast.kernels.records import EdgeList, Inputs, Numbers, Order, Rows, Spec, Weights, padded
 from egnn_fast.kernels.sums import finish_rows, sender_sums
+from egnn_fast.kernels.wide import wide_first, wide_messages, wide_shifts
+from egnn_fast.kernels.wide_backward import (
+    wide_first_backward,
+    wide_messages_backward,
+    wide_shifts_backward,
+)
 
-KERNELS = ("edge_forward", "edge_backward", "sender_sums", "finish_rows")
+WIDE_KERNELS = (
+    "wide_first", "wide_messages", "wide_shifts",
+    "wide_shifts_backward", "wide_messages_backward", "wide_first_backward",
+)  # fmt: skip
+KERNELS = ("edge_forward", "edge_backward", "sender_sums", "finish_rows", *WIDE_KERNELS)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -52,7 +62,7 @@ TARGETS = {
 }
 # bytes that one program may have; compute capabilities in the CUDA C++ Programming Guide, CDNA 3
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-SHIPPED_WIDTHS = (16, 33, 64, 128)
+SHIPPED_WIDTHS, WIDE_WIDTH = (16, 33, 64, 128), 256
 _EDGES = 1_000_003  # a number that no specialisation holds for
 
 
@@ -105,7 +115,9 @@ class Configuration:
         """How it is launched."""
         if self.blocks is not None:
             return self.blocks
-        direction = "forward" if self.kernel == "edge_forward" else "backward"
+        direction = {"edge_forward": "forward"}.get(self.kernel, "backward")
+        if self.kernel in WIDE_KERNELS:
+            direction = "wide"
         return blocks_for(direction, self.precision, padded(self.hidden), self.arch)
 
     @property
@@ -211,7 +223,7 @@ def arguments(c: Configuration) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     spec = Spec.make(
         hidden=width, dim=dim, attrs=c.attrs, precision=c.precision, activation=c.activation,
         norm=c.norm, tanh=c.tanh, clamp=c.clamp, blocks=row,
-        nvidia=TARGETS[c.arch].backend == "cuda",
+        nvidia=TARGETS[c.arch].backend == "cuda", wide=c.kernel in WIDE_KERNELS,
     )  # fmt: skip
     out = Rows(f32, f32)
     if c.kernel == "finish_rows":
@@ -244,7 +256,22 @@ def arguments(c: Configuration) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         p=out, receiver=out, sender=f32, edge_attr=attr, edge_mask=None,
         messages=f32 if c.ordered else None, shifts=f32 if c.ordered else None, weights=f32,
     )  # fmt: skip
-    return edge_backward, (*shared, Cotangents(f32, head), gradients, *run, spec), {}
+    cotangents = Cotangents(f32, head)
+    if c.kernel == "edge_backward":
+        return edge_backward, (*shared, cotangents, gradients, *run, spec), {}
+    tile = operand
+    stages: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "wide_first": (wide_first, (tile,)),
+        "wide_messages": (wide_messages, (tile, tile if c.head else None, out)),
+        "wide_shifts": (wide_shifts, (tile, out)),
+        "wide_shifts_backward": (wide_shifts_backward, (cotangents, gradients, tile, f32, None)),
+        "wide_messages_backward": (
+            wide_messages_backward, (cotangents, gradients, tile, tile if c.head else None, None),
+        ),
+        "wide_first_backward": (wide_first_backward, (gradients, tile, head)),
+    }  # fmt: skip
+    stage, own = stages[c.kernel]
+    return stage, (*shared, *own, *run, spec), {}
 
 
 def compile_here(c: Configuration) -> Record:
@@ -329,9 +356,13 @@ def shipped(archs: Sequence[str] = ("sm_80", "sm_90", "sm_100")) -> Iterator[Con
     for arch in archs:
         for hidden in SHIPPED_WIDTHS:
             for direction, kind in passes:
-                kernel = f"edge_{direction}"
-                for precision in precisions.get(kind, (kind,)):
-                    yield Configuration(kernel, arch, hidden, precision=precision)
+                if direction != "wide":
+                    for precision in precisions.get(kind, (kind,)):
+                        yield Configuration(f"edge_{direction}", arch, hidden, precision=precision)
+        for precision in ("bf16", "fp16", "high", "highest"):
+            for kernel in WIDE_KERNELS:
+                yield Configuration(kernel, arch, WIDE_WIDTH, precision=precision)
+        for hidden in (*SHIPPED_WIDTHS, WIDE_WIDTH):
             for kernel in ("sender_sums", "finish_rows"):
                 yield Configuration(kernel, arch, hidden)
 

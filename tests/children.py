@@ -255,29 +255,37 @@ def launched_kernels() -> None:
         seen[self.__name__] = found.hash
         return found
 
-    # sizes for which Triton has no code of their own: no multiples of 16, none 1
-    nodes, edges, hidden, dim = 30, 203, 64, 3
-    rowptr = torch.linspace(0, edges, nodes + 1).long()
-    matrix, vector = torch.randn(hidden, hidden), torch.randn(hidden)
-    args = (
-        torch.randn(nodes, 2 * hidden).bfloat16(), torch.randn(nodes, dim), None, None,
-        vector, None, matrix, vector, None, None, matrix, vector, vector,
-        rowptr, torch.randint(nodes, (edges,), dtype=torch.int32), None, None,
-        "silu", 0.01, 0.0, False, 0.0, "triton", "bf16",
-    )  # fmt: skip
-    needed = [t is not None for t in args[:13]]
-    cotangents = torch.randn(nodes, hidden), torch.randn(nodes, dim)
+    def run(hidden: int) -> None:
+        # sizes for which Triton has no code of their own: no multiples of 16, none 1
+        nodes, edges, dim = 30, 203, 3
+        rowptr = torch.linspace(0, edges, nodes + 1).long()
+        matrix, vector = torch.randn(hidden, hidden), torch.randn(hidden)
+        args = (
+            torch.randn(nodes, 2 * hidden).bfloat16(), torch.randn(nodes, dim), None, None,
+            vector, None, matrix, vector, None, None, matrix, vector, vector,
+            rowptr, torch.randint(nodes, (edges,), dtype=torch.int32), None, None,
+            "silu", 0.01, 0.0, False, 0.0, "triton", "bf16",
+        )  # fmt: skip
+        needed = [t is not None for t in args[:13]]
+        cotangents = torch.randn(nodes, hidden), torch.randn(nodes, dim)
+        _triton.messages(*args)
+        if torch.are_deterministic_algorithms_enabled():
+            before = dict(seen)
+            _triton.messages_backward(*cotangents, *args, needed)
+            seen.update(before | {"sender_sums": seen["sender_sums"]})
+        else:
+            _triton.messages_backward(*cotangents, *args, needed)
+
     JITFunction.run = compile_only
-    _triton._Call.programs = property(lambda self: 3)  # type: ignore[method-assign,assignment]
-    _triton.messages(*args)
-    _triton.messages_backward(*cotangents, *args, needed)
+    _triton.call.Call.programs = property(lambda self: 3)  # type: ignore[method-assign,assignment]
+    run(offline.WIDE_WIDTH)
+    run(64)
     torch.use_deterministic_algorithms(True)
-    of_backward = seen["edge_backward"]
-    _triton.messages_backward(*cotangents, *args, needed)
-    seen["edge_backward"] = of_backward
+    run(64)
 
     def offline_hash(name: str) -> str:
-        kernel, args, keywords = offline.arguments(c := offline.Configuration(name))
+        hidden = offline.WIDE_WIDTH if name in offline.WIDE_KERNELS else 64
+        kernel, args, keywords = offline.arguments(c := offline.Configuration(name, hidden=hidden))
         found = launch(kernel, *args, grid=(1,), warmup=True, num_warps=c.warps, **keywords)
         return str(found.hash)
 

@@ -189,25 +189,26 @@ from egnn_fast import _triton
 found = {}
 problem = large.Pass(graphs.random_graph(6, 20, "cpu"), 16)
 found["right"] = large._compare(problem, "highest", "right").record()
-collect = _triton._Backward._collect
-_triton._Backward._collect = lambda self: [
+backward = _triton.backward.Backward
+collect = backward._collect
+backward._collect = lambda self: [
     t if t is None else t * (1 + 3e-5) for t in collect(self)
 ]
 found["wrong"] = large._compare(problem, "highest", "wrong").record()
-_triton._Backward._collect = collect
+backward._collect = collect
 
 outcome = Outcome()
 with checks.launched(outcome, "forward"):
     pass
 found["idle"] = outcome.record()
 
-own, blocks = _triton.blocks_for, tune._blocks(tune.Shape(16, 8, False), 3)
+own, blocks = _triton.call.blocks_for, tune._blocks(tune.Shape(16, 8, False), 3)
 with tune.override("forward", blocks):
     found["overridden"] = [
-        _triton.blocks_for("forward", "bf16", 64) == blocks,
-        _triton.blocks_for("backward", "bf16", 64) == own("backward", "bf16", 64),
+        _triton.call.blocks_for("forward", "bf16", 64) == blocks,
+        _triton.call.blocks_for("backward", "bf16", 64) == own("backward", "bf16", 64),
     ]
-found["restored"] = _triton.blocks_for is own
+found["restored"] = _triton.call.blocks_for is own
 print(json.dumps(found))
 """
 

@@ -53,6 +53,25 @@ def _widths() -> Iterator[Case]:
             yield replace(SMALL, name=f"all options, D{dim} A{attrs}", dim=dim, attrs=attrs)
 
 
+def _wide() -> Iterator[Case]:
+    """Widths that run in stages: whole tiles and padded ones, each option."""
+    for k, hidden in enumerate((129, 160, 200, 256)):
+        dim, attrs = (1, 3, 8, 16)[k], (0, 1, 4, 20)[k]
+        options = EVERYTHING if k % 2 else Options()
+        yield Case(
+            f"H{hidden} D{dim} A{attrs}", nodes=9, edges=40, hidden=hidden, dim=dim, attrs=attrs,
+            mask="soft", options=options,
+        )  # fmt: skip
+    for name, options in SINGLE_OPTIONS.items():
+        yield Case(
+            f"wide, option {name}", nodes=12, edges=40, hidden=130, attrs=1, options=options,
+            mask="soft",
+        )  # fmt: skip
+    yield Case("wide, hub", "hub", 40, 130, hidden=130, attrs=1, options=EVERYTHING)
+    yield Case("wide, complete", "complete", sizes=(4, 1, 6), hidden=130, mask="binary")
+    yield Case("wide, no edges", nodes=5, edges=0, hidden=130, options=EVERYTHING)
+
+
 def _options() -> Iterator[Case]:
     for name, options in SINGLE_OPTIONS.items():
         yield Case(
@@ -91,7 +110,7 @@ def _block_bounds() -> Iterator[Case]:
         yield Case(f"E{edges} in one row", "hub", edges // 3 + 2, edges, options=EVERYTHING)
 
 
-CASES = (*_widths(), *_options(), *_graphs(), *_block_bounds())
+CASES = (*_widths(), *_wide(), *_options(), *_graphs(), *_block_bounds())
 
 
 def rows_of(case: Case, face: str = "edge_pass") -> list[Row]:
@@ -144,9 +163,9 @@ def test_combinations_of_options() -> None:
 @pytest.mark.usefixtures("poison")
 def test_any_number_of_programs(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that lie within a program, that two share, and that go through many."""
-    from egnn_fast import _triton
+    from egnn_fast._triton import call
 
-    monkeypatch.setattr(_triton, "_INTERPRETED_PROGRAMS", programs)
+    monkeypatch.setattr(call, "_INTERPRETED_PROGRAMS", programs)
     for kind, nodes in (("uniform", 12), ("power", 4), ("hub", 5)):
         case = Case(f"{kind}, {programs} programs", kind, nodes, 140, options=EVERYTHING)
         assert_passed(rows_of(case))
@@ -159,6 +178,8 @@ def test_any_number_of_programs(programs: int, monkeypatch: pytest.MonkeyPatch) 
         replace(SMALL, edges=32),
         Case("H 33, no head", nodes=9, edges=32, hidden=33, options=Options(coord_agg=None)),
         Case("complete, relu", "complete", sizes=(4, 1, 5), options=Options(activation="relu")),
+        # no clamp, whose slope jumps: with so many more values some lie beside it
+        Case("wide", nodes=9, edges=32, hidden=136, options=replace(EVERYTHING, coord_clamp=None)),
     ],
     ids=lambda case: case.name,
 )
@@ -204,6 +225,28 @@ def test_autocast_keeps_what_is_no_product_in_float32(low: torch.dtype) -> None:
         assert t.grad.dtype == t.dtype, name
 
 
+@pytest.mark.usefixtures("poison")
+def test_wide_layers_run_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks, rows and sums for the weights that go on in the next chunk."""
+    from egnn_fast._triton import call
+
+    found: list[int] = []
+    chunks = call.Call.chunks
+
+    def counted(self: Any, held: int) -> list[tuple[int, int]]:
+        bounds = chunks(self, held)
+        found.append(len(bounds))
+        return bounds
+
+    monkeypatch.setattr(call.Call, "chunks", counted)
+    monkeypatch.setattr(call, "CHUNK_BYTES", 4 * 4 * 136 * 40)
+    for kind, options in (("uniform", EVERYTHING), ("power", Options()), ("hub", EVERYTHING)):
+        case = Case(kind, kind, 20, 150, hidden=136, attrs=2, mask="soft", options=options)
+        assert_passed(rows_of(case))
+    assert found == [2, 5] * 3
+
+
+@pytest.mark.parametrize("hidden", [64, 136])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("dim", [3, 8])
 @pytest.mark.parametrize(
@@ -212,9 +255,11 @@ def test_autocast_keeps_what_is_no_product_in_float32(low: torch.dtype) -> None:
     ids=describe,
 )
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-def test_what_is_not_finite_stays_in_its_row(value: float, dim: int, options: Options) -> None:
+def test_what_is_not_finite_stays_in_its_row(
+    value: float, dim: int, options: Options, hidden: int
+) -> None:
     """The sums over receivers multiply by 0 what belongs to other rows."""
-    case = replace(SMALL, dim=dim, options=options, mask="binary")
+    case = replace(SMALL, dim=dim, options=options, mask="binary", hidden=hidden)
     problem = case.edge_pass(torch.float32)
     for leaf in ("P", "Q", "x", "edge_attr"):
         leaves = {k: t.clone() for k, t in problem.leaves.items()}
@@ -261,7 +306,7 @@ def test_what_the_kernels_do_not_take_is_refused() -> None:
     for case, dtype, message in (
         (SMALL, torch.float64, r"take float32 \(bf16 and fp16 by autocast\), not torch.float64"),
         (SMALL, torch.float16, "take float32"),
-        (replace(SMALL, hidden=129), torch.float32, "at most 128 hidden features"),
+        (replace(SMALL, hidden=257), torch.float32, "at most 256 hidden features"),
         (replace(SMALL, dim=17), torch.float32, "at most 16 coordinates"),
     ):
         for problem in (case.edge_pass(dtype), case.layer(dtype)):
@@ -273,9 +318,9 @@ def test_what_the_kernels_do_not_take_is_refused() -> None:
 
 
 def test_too_many_edges_are_refused_before_any_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    from egnn_fast import _triton
+    from egnn_fast._triton import call
 
-    monkeypatch.setattr(_triton, "INT32_MAX", _triton.MAX_BLOCK + 60)
+    monkeypatch.setattr(call, "INT32_MAX", call.MAX_BLOCK + 60)
     for case in (replace(SMALL, edges=61), Case("many", "complete", sizes=(9,))):
         problem = case.edge_pass(torch.float32)
         with (

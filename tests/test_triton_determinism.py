@@ -53,24 +53,24 @@ class Counted:
 @pytest.fixture
 def sums(monkeypatch: pytest.MonkeyPatch) -> Counted:
     """The kernel that sums over senders."""
-    from egnn_fast import _triton
+    from egnn_fast._triton import backward
     from egnn_fast.kernels.sums import sender_sums
 
     counted = Counted(sender_sums)
-    monkeypatch.setattr(_triton, "sender_sums", counted)
+    monkeypatch.setattr(backward, "sender_sums", counted)
     return counted
 
 
 def cut(case: Case, chunk: int | None, monkeypatch: pytest.MonkeyPatch) -> int:
     """Let so many edges wait at once, in whole blocks; the number of chunks that this makes."""
-    from egnn_fast import _triton
+    from egnn_fast._triton import call
     from egnn_fast.kernels.blocks import blocks_for
 
     edges = case.build_graph().num_edges
     if chunk is None:
         return 1
     block = blocks_for("backward", "highest", max(16, case.hidden)).edges
-    monkeypatch.setattr(_triton, "CHUNK_BYTES", chunk * 4 * (case.hidden + case.dim))
+    monkeypatch.setattr(call, "CHUNK_BYTES", chunk * 4 * (case.hidden + case.dim))
     return -(-edges // max(block, chunk // block * block))
 
 

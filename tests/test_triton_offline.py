@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from egnn_fast.kernels.disassembly import (
 from egnn_fast.kernels.offline import (
     KERNELS,
     SHARED_LIMIT,
+    WIDE_KERNELS,
+    WIDE_WIDTH,
     Configuration,
     Record,
     compile_all,
@@ -47,7 +50,14 @@ pytestmark = pytest.mark.timeout(1800)
 def representative() -> list[Configuration]:
     """Each kernel, precision, chip and option at least once."""
     forward, backward = (Configuration(kernel) for kernel in EDGE_KERNELS)
-    found = [Configuration(kernel, arch) for arch in SHARED_LIMIT for kernel in KERNELS]
+    own = [kernel for kernel in KERNELS if kernel not in WIDE_KERNELS]
+    found = [Configuration(kernel, arch) for arch in SHARED_LIMIT for kernel in own]
+    found += [Configuration(kernel, hidden=WIDE_WIDTH) for kernel in WIDE_KERNELS]
+    for arch in ("sm_80", "sm_100", "gfx942"):
+        found.append(Configuration("wide_first_backward", arch, WIDE_WIDTH, precision="highest"))
+    *_, every = with_options(backward)
+    for kernel in ("wide_messages", "wide_messages_backward", "wide_first_backward"):
+        found.append(replace(every, kernel=kernel, hidden=WIDE_WIDTH))
     found += [*with_options(forward), *with_options(backward)]
     for precision in ("fp16", "high", "highest"):
         found.append(Configuration("edge_forward", precision=precision))
@@ -80,13 +90,14 @@ def check(record: Record) -> None:
     assert number_of(record.counts, "LDG", "LOAD") > 0, c.label
     assert number_of(record.counts, "STG", "STORE") > 0, c.label
     matrix = number_of(record.counts, "HMMA", "HGMMA", "UTCMMA", "MFMA")
-    assert (matrix > 0) == (c.kernel != "finish_rows"), c.label
+    without = c.kernel == "finish_rows" or (c.kernel == "wide_first" and not c.attrs)
+    assert (matrix > 0) != without, c.label
     if c.arch == "gfx942":
         return
     assert 0 < record.registers <= 255, c.label
     # a spilled register goes to local memory, and nothing else does
     assert (record.stack > 0) == (number_of(record.counts, "LDL", "STL") > 0), c.label
-    assert [loop.kind for loop in record.loops[:1]] == ["block"] * (c.kernel != "finish_rows")
+    assert [loop.kind for loop in record.loops[:1]] == ["block"] * (not without)
 
 
 def check_special(record: Record) -> None:
@@ -185,7 +196,7 @@ def test_products_are_as_many_as_the_algorithm_has(records: list[Record]) -> Non
 
 def test_amd_tells_registers_and_spills(records: list[Record]) -> None:
     amd = [r for r in records if r.configuration.arch == "gfx942"]
-    assert len(amd) == 5
+    assert len(amd) == 6
     for record in amd:
         assert 0 < record.registers <= 512
         # scalar registers go to lanes of a vector register first, which is no memory
@@ -229,7 +240,9 @@ def test_shipped_configurations_cover_the_table() -> None:
     passes = [(d, p, w) for d in ("forward", "backward") for p in precisions for w in widths]
     archs = ("sm_80", "sm_90", "sm_100")
     assert rows == {blocks_for(*each, arch) for each in passes for arch in archs}
-    assert len(set(shipped())) == 3 * 4 * (2 * 4 + 2)
+    wide = {c.row for c in shipped() if c.kernel in WIDE_KERNELS}
+    assert wide == {blocks_for("wide", p, 256, arch) for p in precisions for arch in archs}
+    assert len(set(shipped())) == 3 * (4 * 2 * 4 + 4 * 6 + 5 * 2)
 
 
 def test_committed_file_lists_every_shipped_configuration() -> None:

@@ -49,7 +49,7 @@ def items(setting: Setting) -> Iterator[Item]:
 
 def _same_bits(face: str, precision: str, setting: Setting) -> Outcome:
     """Outputs and gradients of several runs, over several chunks of senders' sums."""
-    from egnn_fast import _triton
+    from egnn_fast._triton import call
 
     outcome = Outcome()
     nodes, edges, hidden = (6000, 500_000, 64) if setting.on_gpu else (12, 64, 16)
@@ -63,11 +63,11 @@ def _same_bits(face: str, precision: str, setting: Setting) -> Outcome:
         leaves = {k: t.detach().clone().requires_grad_() for k, t in problem.leaves.items()}
         return _with_gradients(problem.run(leaves, "triton", 0), leaves)
 
-    bytes_before = _triton.CHUNK_BYTES
+    bytes_before = call.CHUNK_BYTES
     if not setting.on_gpu:
-        _triton.CHUNK_BYTES = _TINY_CHUNK
+        call.CHUNK_BYTES = _TINY_CHUNK
     try:
-        chunk = _triton.CHUNK_BYTES // (4 * (hidden + case.dim))
+        chunk = call.CHUNK_BYTES // (4 * (hidden + case.dim))
         if edges < 2 * chunk:
             outcome.fail(f"{edges} edges are a single chunk of {chunk}")
         with matmul(precision), deterministic(), launched(outcome, "forward", "backward"):
@@ -75,7 +75,7 @@ def _same_bits(face: str, precision: str, setting: Setting) -> Outcome:
             for _ in range(RUNS - 1 if setting.on_gpu else 1):
                 _compare_bits(outcome, first, once())
     finally:
-        _triton.CHUNK_BYTES = bytes_before
+        call.CHUNK_BYTES = bytes_before
     return outcome
 
 

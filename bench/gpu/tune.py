@@ -108,9 +108,9 @@ def timing_items(setting: Setting) -> Iterator[Item]:
 @contextmanager
 def override(direction: str, blocks: Any) -> Iterator[None]:
     """Launch one direction with other blocks."""
-    from egnn_fast import _triton
+    from egnn_fast._triton import call
 
-    module: Any = _triton
+    module: Any = call
     before = module.blocks_for
 
     def chosen(asked: str, precision: str, width: int, arch: str = "sm_90") -> Any:

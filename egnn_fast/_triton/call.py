@@ -1,0 +1,134 @@
+"""A call of the Triton kernels: its records, the graph cut into blocks, where outputs go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from egnn_fast._partition import Partition, SenderOrder, by_receiver, by_sender, kept
+from egnn_fast.graph import INT32_MAX
+from egnn_fast.kernels import APPROXIMATE, MAX_FUSED, interpreting
+from egnn_fast.kernels.blocks import Blocks, blocks_for, sender_block
+from egnn_fast.kernels.records import (
+    EdgeList,
+    Inputs,
+    Numbers,
+    Order,
+    Rows,
+    Spec,
+    Weights,
+    padded,
+    weight_parts,
+)
+from egnn_fast.kernels.sums import finish_rows
+
+N_DIFF = 13  # differentiable inputs of the operator: pq, x, edge_attr, edge_mask, EdgeWeights
+# bytes of what is held for each edge of a chunk: so much stays in the L2 cache
+CHUNK_BYTES = 24 << 20
+_OPERANDS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_BLOCK = 1024  # no edge of a last block may lie beyond int32
+_INTERPRETED_PROGRAMS = 3
+
+
+def architecture(device: torch.device) -> str:
+    """The GPU's, as NVIDIA names it; the interpreter takes Hopper's block sizes."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "sm_90"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+class Call:
+    """A call of the edge pass, forward or backward, for one set of inputs."""
+
+    def __init__(self, direction: str, args: Sequence[Any]) -> None:
+        dense: list[Any] = [t if t is None else t.contiguous() for t in args[:N_DIFF]]
+        pq, x, edge_attr, edge_mask, *weights = dense
+        self.rowptr, self.senders, self.perm, self.first = args[N_DIFF : N_DIFF + 4]
+        activation, slope, norm, tanh, clamp, _, self.precision = args[N_DIFF + 4 :]
+        self.device, self.nodes = x.device, x.shape[0]
+        self.hidden, self.dim = pq.shape[1] // 2, x.shape[1]
+        self.attrs = 0 if edge_attr is None else edge_attr.shape[1]
+        self.has_head = weights[-1] is not None
+        self.num_edges = self._count_edges()
+        if self.num_edges > INT32_MAX - MAX_BLOCK:
+            raise ValueError(
+                f"graph: the Triton kernels take at most {INT32_MAX - MAX_BLOCK} edges, "
+                f"got {self.num_edges}"
+            )
+        products = self.precision.removesuffix(APPROXIMATE)
+        self.wide = self.hidden > MAX_FUSED
+        self.blocks: Blocks = blocks_for(
+            "wide" if self.wide else direction, products, padded(self.hidden),
+            architecture(self.device),
+        )  # fmt: skip
+        self.spec = Spec.make(
+            hidden=self.hidden, dim=self.dim, attrs=self.attrs, precision=self.precision,
+            activation=activation, norm=norm, tanh=tanh, clamp=clamp, blocks=self.blocks,
+            nvidia=torch.version.hip is None, wide=self.wide,
+        )  # fmt: skip
+        self.weight_parts = weight_parts(self.hidden, self.attrs, self.wide)
+        operand = self.operand = _OPERANDS.get(products, torch.float32)
+        self.numbers = Numbers(float(slope), float(norm), float(clamp))
+        self.inputs = Inputs(pq, x, edge_attr, edge_mask)
+        found = Weights(*weights)
+        # matrices in the operands' type; what is added in float32 stays in float32
+        self.weights = found._replace(
+            w2=found.w2.to(operand), w3=None if found.w3 is None else found.w3.to(operand)
+        )
+
+    def _count_edges(self) -> int:
+        if self.senders is not None:
+            return int(self.senders.shape[0])
+        return int(kept(self.rowptr, "num_edges", lambda: int(self.rowptr[-1])))
+
+    @property
+    def programs(self) -> int:
+        """How many programs fill the device."""
+        if interpreting():
+            return _INTERPRETED_PROGRAMS
+        count = torch.cuda.get_device_properties(self.device).multi_processor_count
+        return int(count) * self.blocks.programs
+
+    def chunks(self, bytes_of_edge: int) -> list[tuple[int, int]]:
+        """Runs of edges, whole blocks each, of which so many bytes are held."""
+        size, edges = self.blocks.edges, self.num_edges
+        chunk = max(size, CHUNK_BYTES // bytes_of_edge // size * size)
+        return [(begin, min(begin + chunk, edges)) for begin in range(0, edges, chunk)]
+
+    def part(self, begin: int, end: int) -> Partition:
+        """The edges from ``begin`` to ``end``, cut into blocks."""
+        key = (begin, end, self.blocks.edges, self.programs)
+        return kept(self.rowptr, key, lambda: by_receiver(self.rowptr, *key))
+
+    def part_by_sender(self, begin: int, end: int) -> SenderOrder:
+        """The same edges in the order of their senders."""
+        key = (begin, end, sender_block(padded(self.hidden)), self.programs)
+        graph = (self.rowptr, self.senders, self.first)
+        return kept(self.rowptr, ("senders", *key), lambda: by_sender(*graph, *key))
+
+    def edges(self, part: Partition) -> EdgeList:
+        """The record of such a run of edges."""
+        return EdgeList(Order(self.rowptr, None), self.senders, self.perm, self.first, part.rows)
+
+    def rows(self, out: Tensor, programs: int) -> Rows:
+        """Rows with slots of their own."""
+        return Rows(out, out.new_empty((2 * programs, out.shape[1])))
+
+    def zeros(self, width: int) -> Tensor:
+        """A node tensor to sum into."""
+        return torch.zeros((self.nodes, width), dtype=torch.float32, device=self.device)
+
+    def finish(self, part: Partition, a: Rows | None, b: Rows | None) -> None:
+        """Bring the rows that programs share to their places."""
+        sizes = [(0, 0) if r is None else (r.out.stride(0), r.out.shape[1]) for r in (a, b)]
+        slots = part.slots.shape[0]
+        finish_rows[(slots,)](
+            part.slots, slots, a, *sizes[0], b, *sizes[1],
+            A=triton.next_power_of_2(sizes[0][1]), B=triton.next_power_of_2(sizes[1][1]),
+            num_warps=1 if self.hidden <= 64 else 4,
+        )  # fmt: skip

@@ -1,0 +1,139 @@
+"""Layers too wide for one kernel: stages over chunks of edges, with products by the BLAS between.
+
+What a chunk holds for its edges are a few tiles ``[chunk, H]`` in the type of the products'
+operands; see :mod:`egnn_fast.kernels.wide`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from egnn_fast._partition import Partition
+from egnn_fast._triton import backward
+from egnn_fast._triton.call import Call
+from egnn_fast.kernels.records import Weights
+from egnn_fast.kernels.wide import wide_first, wide_messages, wide_shifts
+from egnn_fast.kernels.wide_backward import (
+    wide_first_backward,
+    wide_messages_backward,
+    wide_shifts_backward,
+)
+from egnn_fast.precision import float32_products
+
+_TILES_FORWARD, _TILES_BACKWARD = 2, 4
+
+
+class _Stages:
+    """The stages of a call over a chunk at a time, and the products between them."""
+
+    def __init__(self, call: Call, tiles: int, chunk: int) -> None:
+        self.call = call
+        shape = (tiles, chunk, call.hidden)
+        self._tiles = torch.empty(shape, dtype=call.operand, device=call.device)
+
+    def begin(self, bounds: tuple[int, int], part: Partition, weights: Weights) -> list[Tensor]:
+        """Begin a chunk; returns its tiles."""
+        self._bounds, self._part, self._weights = bounds, part, weights
+        return list(self._tiles[:, : bounds[1] - bounds[0]])
+
+    def launch(self, kernel: Any, *args: Any) -> None:
+        """Launch a stage's kernel; ``args`` are what lies between its inputs and its bounds."""
+        call, part = self.call, self._part
+        kernel[(part.programs,)](
+            call.edges(part), call.inputs, self._weights, call.numbers, *args,
+            *self._bounds, part.blocks, call.spec, num_warps=call.blocks.warps,
+        )  # fmt: skip
+
+    def multiply(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        """``out = a @ b``, in the call's precision."""
+        with float32_products(self.call.precision):
+            torch.mm(a, b, out=out)
+
+
+def _bytes_of_row(call: Call) -> int:
+    return call.hidden * call.operand.itemsize
+
+
+def forward(call: Call, m: Tensor, shift: Tensor | None) -> None:
+    """The sums M, and X if there is a head."""
+    chunks = call.chunks(_TILES_FORWARD * _bytes_of_row(call))
+    stages = _Stages(call, _TILES_FORWARD, chunks[0][1])
+    parts = [call.part(*bounds) for bounds in chunks]
+    programs = max(part.programs for part in parts)
+    m_rows = call.rows(m, programs)
+    x_rows = None if shift is None else call.rows(shift, programs)
+    weights = call.weights
+    for bounds, part in zip(chunks, parts, strict=True):
+        a, b = stages.begin(bounds, part, weights)
+        stages.launch(wide_first, a)
+        stages.multiply(a, weights.w2.t(), b)
+        stages.launch(wide_messages, b, None if x_rows is None else b, m_rows)
+        if x_rows is not None:
+            stages.multiply(b, weights.w3.t(), a)
+            stages.launch(wide_shifts, a, x_rows)
+        call.finish(part, m_rows, x_rows)
+
+
+class Backward(backward.Backward):
+    """The gradients of a call."""
+
+    def bytes_of_edge(self) -> int:
+        """Tiles, and what waits for its sum over senders."""
+        return _TILES_BACKWARD * _bytes_of_row(self.call) + super().bytes_of_edge()
+
+    def run(self) -> list[Tensor | None]:
+        """Launch all kernels; a gradient for each input, None for what is not wanted."""
+        call, chunk = self.call, self.chunks[0][1]
+        self._stages = _Stages(call, _TILES_BACKWARD, chunk)
+
+        def new(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=call.device)
+
+        has_head = self.cotangents.x is not None
+        for_weights = self.gradients.weights is not None
+        self._g_d = new(chunk, call.dim) if has_head and self.gradients.receiver else None
+        for_mask = self.gradients.edge_mask is not None
+        self._g_mask = new(chunk) if has_head and for_mask else None
+        size = (call.hidden, call.hidden)
+        self._w2, self._w3 = (new(*size).zero_() if for_weights else None for _ in range(2))
+        return super().run()
+
+    def launch(self, bounds: tuple[int, int], part: Partition, weights: Weights) -> None:
+        """The stages over a chunk's edges: forward, then back."""
+        stages, cotangents, gradients = self._stages, self.cotangents, self.gradients
+        a1, z2, m, z3 = stages.begin(bounds, part, weights)
+        stages.launch(wide_first, a1)
+        stages.multiply(a1, weights.w2.t(), z2)
+        g_m = None
+        if weights.w3 is not None:
+            stages.launch(wide_messages, z2, m, None)
+            stages.multiply(m, weights.w3.t(), z3)
+            stages.launch(wide_shifts_backward, cotangents, gradients, z3, self._g_d, self._g_mask)
+            if self._w3 is not None:
+                self._add_outer(self._w3, z3, m)
+            g_m = m
+            stages.multiply(z3, weights.w3, g_m)
+        stages.launch(wide_messages_backward, cotangents, gradients, z2, g_m, self._g_mask)
+        if self._w2 is not None:
+            self._add_outer(self._w2, z2, a1)
+        stages.multiply(z2, weights.w2, a1)
+        stages.launch(wide_first_backward, gradients, a1, self._g_d)
+
+    def matrices(self) -> dict[str, Tensor]:
+        """The gradients of w2 and w3."""
+        assert self._w2 is not None
+        assert self._w3 is not None
+        return {"w2": self._w2, "w3": self._w3}
+
+    def _add_outer(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add the sum over edges of their outer products, in float32."""
+        with float32_products(self.call.precision):
+            if left.dtype == torch.float32:
+                total.addmm_(left.t(), right)
+            elif left.is_cuda:
+                total += torch.mm(left.t(), right, out_dtype=torch.float32)
+            else:
+                total.addmm_(left.t().float(), right.float())
