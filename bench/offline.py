@@ -15,7 +15,7 @@ from typing import Any
 
 from egnn_fast.experiments.io import write_atomic
 from egnn_fast.kernels.disassembly import number_of
-from egnn_fast.kernels.offline import TARGETS, Record, compile_all, shipped
+from egnn_fast.kernels.offline import NVIDIA, TARGETS, Record, compile_all, shipped
 from egnn_fast.kernels.records import padded
 
 RESULTS = Path(__file__).resolve().parent / "results" / "offline.json"
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Compile and write."""
     parser = argparse.ArgumentParser(description="Compile every shipped kernel without a GPU.")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--arch", nargs="+", choices=TARGETS, default=["sm_80", "sm_90", "sm_100"])
+    parser.add_argument("--arch", nargs="+", choices=TARGETS, default=NVIDIA)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(arguments)
     records = compile_all(list(shipped(args.arch)), args.processes)

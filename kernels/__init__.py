@@ -10,9 +10,6 @@ import os
 import torch
 
 MAX_HIDDEN, MAX_DIM = 256, 16
-# wider layers' weights do not fit into a multiprocessor's shared memory, nor their tiles into its
-# registers: these run in stages, over chunks of edges
-MAX_FUSED = 128
 # what a precision's name ends with where activations may be approximate
 APPROXIMATE = "~"
 # compute capabilities of the GPUs on which all checks passed: see bench/results

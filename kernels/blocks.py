@@ -20,7 +20,7 @@ class Blocks(NamedTuple):
     spill : backward: sums for w2 and w3 in memory, not in registers
     source : where the row comes from
     stream : weights read anew for each block, not kept in shared memory
-    spills : bytes of stack on sm_90, the most of the row's widths: registers that went to memory
+    staged : in stages with products by the BLAS between, these being the blocks of the stages
     """
 
     edges: int
@@ -29,65 +29,92 @@ class Blocks(NamedTuple):
     spill: bool
     source: str
     stream: bool = False
-    spills: int = 0
+    staged: bool = False
 
 
-_OFFLINE = "offline: the least predicted time on sm_90, Triton 3.7"
+_KINDS, _WIDTHS = ("16", "high", "highest"), (16, 64, 128, 256)
+_LEAST = "offline: the least predicted time on sm_90, Triton 3.7"
+_FITS = "offline: fits and spills little on {}, Triton 3.7"
+
+
+def _staged(kind: str, source: str) -> Blocks:
+    """What runs in stages, whatever its width; the tiles of float32 take more registers."""
+    return Blocks(32 if kind == "16" else 16, 8, 2, False, source, staged=True)
+
 
 # (pass, precision, largest padded width) in ascending width; "16": bf16 and fp16
 TABLE: dict[tuple[str, str, int], Blocks] = {
-    ("forward", "16", 64): Blocks(64, 4, 3, False, _OFFLINE),
-    ("forward", "16", 128): Blocks(64, 4, 2, False, _OFFLINE, stream=True),
-    ("forward", "high", 64): Blocks(64, 4, 2, False, _OFFLINE),
-    ("forward", "high", 128): Blocks(64, 4, 2, False, _OFFLINE, stream=True, spills=136),
-    ("forward", "highest", 64): Blocks(64, 4, 2, False, _OFFLINE),
-    ("forward", "highest", 128): Blocks(32, 8, 1, False, _OFFLINE, stream=True, spills=80),
-    ("backward", "16", 64): Blocks(64, 4, 2, False, _OFFLINE, spills=296),
-    ("backward", "16", 128): Blocks(128, 8, 1, True, _OFFLINE, stream=True, spills=1048),
-    ("backward", "high", 64): Blocks(64, 4, 2, False, _OFFLINE, stream=True, spills=912),
-    ("backward", "high", 128): Blocks(64, 8, 1, True, _OFFLINE, stream=True, spills=1408),
-    ("backward", "highest", 64): Blocks(32, 4, 2, False, _OFFLINE, stream=True, spills=928),
-    ("backward", "highest", 128): Blocks(32, 8, 1, True, _OFFLINE, stream=True, spills=1160),
-}
-# the stages of wide layers, all of them
-TABLE |= {
-    ("wide", "16", 256): Blocks(32, 8, 2, False, _OFFLINE),
-    ("wide", "high", 256): Blocks(16, 8, 2, False, _OFFLINE, spills=64),
-    ("wide", "highest", 256): Blocks(16, 8, 2, False, _OFFLINE, spills=32),
+    ("forward", "16", 64): Blocks(64, 4, 3, False, _LEAST),
+    ("forward", "16", 128): Blocks(64, 4, 2, False, _LEAST, stream=True),
+    ("forward", "16", 256): _staged("16", _LEAST),
+    ("forward", "high", 64): Blocks(64, 4, 2, False, _LEAST),
+    ("forward", "high", 128): Blocks(64, 4, 2, False, _LEAST, stream=True),
+    ("forward", "high", 256): _staged("high", _LEAST),
+    ("forward", "highest", 64): Blocks(64, 4, 2, False, _LEAST),
+    ("forward", "highest", 128): Blocks(64, 8, 1, False, _LEAST, stream=True),
+    ("forward", "highest", 256): _staged("highest", _LEAST),
+    ("backward", "16", 64): Blocks(64, 4, 2, False, _LEAST),
+    ("backward", "16", 128): Blocks(128, 8, 1, True, _LEAST, stream=True),
+    ("backward", "16", 256): _staged("16", _LEAST),
+    ("backward", "high", 64): Blocks(64, 4, 1, False, _LEAST),
+    ("backward", "high", 128): Blocks(64, 8, 1, True, _LEAST, stream=True),
+    ("backward", "high", 256): _staged("high", _LEAST),
+    ("backward", "highest", 16): Blocks(32, 2, 4, False, _LEAST),
+    ("backward", "highest", 64): Blocks(32, 4, 1, False, _LEAST),
+    ("backward", "highest", 128): Blocks(32, 8, 1, True, _LEAST, stream=True),
+    ("backward", "highest", 256): _staged("highest", _LEAST),
 }
 
+# Ampere and Ada: less shared memory, and matrix units whose operands lie in registers
+AMPERE: dict[tuple[str, str, int], Blocks] = {
+    ("forward", "16", 128): Blocks(32, 8, 2, False, _FITS.format("sm_80"), stream=True),
+    ("forward", "high", 128): Blocks(32, 8, 2, False, _FITS.format("sm_80"), stream=True),
+    ("forward", "highest", 128): Blocks(32, 8, 1, False, _FITS.format("sm_80"), stream=True),
+    ("backward", "high", 64): Blocks(32, 4, 1, False, _FITS.format("sm_80 and sm_89")),
+    ("backward", "highest", 64): _staged("highest", _FITS.format("sm_80")),
+} | {
+    ("backward", kind, 128): _staged(kind, _FITS.format("sm_80")) for kind in _KINDS
+}  # fmt: skip
 
-# Ampere's shared memory is smaller
-AMPERE = {
-    ("backward", "16", 128): Blocks(
-        32, 8, 1, True, "offline: fits into sm_80, Triton 3.7", stream=True
-    ),
-}
-# Blackwell's matrix units take 64 rows and more by way of a memory of their own, which Triton 3.7
-# cannot lay out for these kernels: there blocks stay below
-BLACKWELL: dict[tuple[str, str, int], Blocks] = {
-    (direction, kind, width): Blocks(
-        32, 4 if width <= 64 else 8, 1, direction == "backward" and width > 64,
-        "offline: compiles for sm_100, Triton 3.7", stream=width > 64,
-    )
-    for direction, kind, width in TABLE
+
+def _blackwell(direction: str, kind: str, width: int) -> Blocks:
+    """A row for sm_100.
+
+    Its matrix units take 64 rows and more by way of a memory of their own, which Triton 3.7 cannot
+    lay out for all of these kernels: blocks stay below.
+    """
+    source = "offline: compiles for sm_100, Triton 3.7"
+    if width > 128 or (direction, kind, width) == ("backward", "highest", 128):
+        return _staged(kind, source)
+    if width <= 64:
+        return Blocks(32, 2 if width <= 16 else 4, 4 if width <= 16 else 2, False, source)
+    return Blocks(32, 8, 1, direction == "backward", source, stream=True)
+
+
+BLACKWELL = {(*key[:2], width): _blackwell(*key[:2], width) for key in TABLE for width in _WIDTHS}
+# its consumer cards have Ada's shared memory
+_TOO_LARGE = (("backward", "highest", 64), ("backward", "high", 128))
+BLACKWELL_SMALL = BLACKWELL | {
+    key: _staged(key[1], _FITS.format("sm_120")) for key in _TOO_LARGE
 }  # fmt: skip
 
 
 def blocks_for(direction: str, precision: str, width: int, arch: str = "sm_90") -> Blocks:
     """The row for a pass, a precision and a padded width.
 
-    The pass is ``"forward"`` or ``"backward"``, or ``"wide"`` for the stages of both.
-    ``arch`` is the architecture's name; those without rows of their own take those of sm_90.
+    The pass is ``"forward"`` or ``"backward"``. ``arch`` is the architecture's name; those without
+    rows of their own take those of sm_90.
     """
     kind = "16" if precision in ("bf16", "fp16") else precision
-    fitting = [w for d, p, w in TABLE if (d, p) == (direction, kind) and w >= width]
-    key = (direction, kind, min(fitting))
-    if arch.startswith(("sm_10", "sm_12")):
-        return BLACKWELL[key]
+    table = TABLE
     if arch.startswith("sm_8"):
-        return AMPERE.get(key, TABLE[key])
-    return TABLE[key]
+        table = TABLE | AMPERE
+    elif arch.startswith("sm_10"):
+        table = BLACKWELL
+    elif arch.startswith("sm_12"):
+        table = BLACKWELL_SMALL
+    fitting = [w for d, p, w in table if (d, p) == (direction, kind) and w >= width]
+    return table[direction, kind, min(fitting)]
 
 
 def sender_block(width: int) -> int:

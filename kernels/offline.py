@@ -29,7 +29,7 @@ from triton.runtime import driver
 
 from egnn_fast.kernels import interpreting
 from egnn_fast.kernels.backward import edge_backward
-from egnn_fast.kernels.blocks import TABLE, Blocks, blocks_for, sender_block
+from egnn_fast.kernels.blocks import Blocks, blocks_for, sender_block
 from egnn_fast.kernels.disassembly import (
     Loop,
     amdgcn_record,
@@ -41,27 +41,34 @@ from egnn_fast.kernels.disassembly import (
 from egnn_fast.kernels.forward import edge_forward
 from egnn_fast.kernels.gradients import Cotangents, Gradients
 from egnn_fast.kernels.records import EdgeList, Inputs, Numbers, Order, Rows, Spec, Weights, padded
-from egnn_fast.kernels.sums import finish_rows, sender_sums
-from egnn_fast.kernels.wide import wide_first, wide_messages, wide_shifts
-from egnn_fast.kernels.wide_backward import (
-    wide_first_backward,
-    wide_messages_backward,
-    wide_shifts_backward,
+from egnn_fast.kernels.staged import staged_first, staged_messages, staged_shifts
+from egnn_fast.kernels.staged_backward import (
+    staged_first_backward,
+    staged_messages_backward,
+    staged_shifts_backward,
 )
+from egnn_fast.kernels.sums import finish_rows, sender_sums
 
-WIDE_KERNELS = (
-    "wide_first", "wide_messages", "wide_shifts",
-    "wide_shifts_backward", "wide_messages_backward", "wide_first_backward",
-)  # fmt: skip
-KERNELS = ("edge_forward", "edge_backward", "sender_sums", "finish_rows", *WIDE_KERNELS)
+_FORWARD = ("staged_first", "staged_messages", "staged_shifts")
+_BACKWARD = ("staged_shifts_backward", "staged_messages_backward", "staged_first_backward")
+STAGED_KERNELS = (*_FORWARD, *_BACKWARD)
+# a pass is one kernel, or several in stages
+PASSES = {"forward": ("edge_forward", *_FORWARD), "backward": ("edge_backward", *_BACKWARD)}
+KERNELS = ("edge_forward", "edge_backward", "sender_sums", "finish_rows", *STAGED_KERNELS)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+NVIDIA = tuple(name for name, target in TARGETS.items() if target.backend == "cuda")
 # bytes that one program may have; compute capabilities in the CUDA C++ Programming Guide, CDNA 3
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+SHARED_LIMIT = {
+    "sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10,
+    "sm_120": 99 << 10, "gfx942": 64 << 10,
+}  # fmt: skip
 SHIPPED_WIDTHS, WIDE_WIDTH = (16, 33, 64, 128), 256
 _EDGES = 1_000_003  # a number that no specialisation holds for
 
@@ -115,9 +122,7 @@ class Configuration:
         """How it is launched."""
         if self.blocks is not None:
             return self.blocks
-        direction = {"edge_forward": "forward"}.get(self.kernel, "backward")
-        if self.kernel in WIDE_KERNELS:
-            direction = "wide"
+        direction = "forward" if self.kernel in PASSES["forward"] else "backward"
         return blocks_for(direction, self.precision, padded(self.hidden), self.arch)
 
     @property
@@ -223,7 +228,7 @@ def arguments(c: Configuration) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     spec = Spec.make(
         hidden=width, dim=dim, attrs=c.attrs, precision=c.precision, activation=c.activation,
         norm=c.norm, tanh=c.tanh, clamp=c.clamp, blocks=row,
-        nvidia=TARGETS[c.arch].backend == "cuda", wide=c.kernel in WIDE_KERNELS,
+        nvidia=TARGETS[c.arch].backend == "cuda", staged=c.kernel in STAGED_KERNELS,
     )  # fmt: skip
     out = Rows(f32, f32)
     if c.kernel == "finish_rows":
@@ -261,14 +266,16 @@ def arguments(c: Configuration) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         return edge_backward, (*shared, cotangents, gradients, *run, spec), {}
     tile = operand
     stages: dict[str, tuple[Any, tuple[Any, ...]]] = {
-        "wide_first": (wide_first, (tile,)),
-        "wide_messages": (wide_messages, (tile, tile if c.head else None, out)),
-        "wide_shifts": (wide_shifts, (tile, out)),
-        "wide_shifts_backward": (wide_shifts_backward, (cotangents, gradients, tile, f32, None)),
-        "wide_messages_backward": (
-            wide_messages_backward, (cotangents, gradients, tile, tile if c.head else None, None),
+        "staged_first": (staged_first, (tile,)),
+        "staged_messages": (staged_messages, (tile, tile if c.head else None, out)),
+        "staged_shifts": (staged_shifts, (tile, out)),
+        "staged_shifts_backward": (
+            staged_shifts_backward, (cotangents, gradients, tile, f32, None),
         ),
-        "wide_first_backward": (wide_first_backward, (gradients, tile, head)),
+        "staged_messages_backward": (
+            staged_messages_backward, (cotangents, gradients, tile, tile if c.head else None, None),
+        ),
+        "staged_first_backward": (staged_first_backward, (gradients, tile, head)),
     }  # fmt: skip
     stage, own = stages[c.kernel]
     return stage, (*shared, *own, *run, spec), {}
@@ -349,20 +356,15 @@ def compile_all(
         return [record for records in pool.map(run, parts) for record in records]
 
 
-def shipped(archs: Sequence[str] = ("sm_80", "sm_90", "sm_100")) -> Iterator[Configuration]:
+def shipped(archs: Sequence[str] = NVIDIA) -> Iterator[Configuration]:
     """Each row of the table at every width that it serves, with the sums that go with them."""
-    precisions = {"16": ("bf16", "fp16")}
-    passes = dict.fromkeys((direction, kind) for direction, kind, _ in TABLE)
     for arch in archs:
-        for hidden in SHIPPED_WIDTHS:
-            for direction, kind in passes:
-                if direction != "wide":
-                    for precision in precisions.get(kind, (kind,)):
-                        yield Configuration(f"edge_{direction}", arch, hidden, precision=precision)
-        for precision in ("bf16", "fp16", "high", "highest"):
-            for kernel in WIDE_KERNELS:
-                yield Configuration(kernel, arch, WIDE_WIDTH, precision=precision)
         for hidden in (*SHIPPED_WIDTHS, WIDE_WIDTH):
+            for direction, (fused, *stages) in PASSES.items():
+                for precision in ("bf16", "fp16", "high", "highest"):
+                    row = blocks_for(direction, precision, padded(hidden), arch)
+                    for kernel in stages if row.staged else [fused]:
+                        yield Configuration(kernel, arch, hidden, precision=precision)
             for kernel in ("sender_sums", "finish_rows"):
                 yield Configuration(kernel, arch, hidden)
 

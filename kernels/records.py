@@ -21,12 +21,12 @@ def padded(width: int) -> int:
     return max(16, int(triton.next_power_of_2(width)))
 
 
-def weight_parts(hidden: int, attrs: int, wide: bool = False) -> dict[str, int]:
+def weight_parts(hidden: int, attrs: int, staged: bool = False) -> dict[str, int]:
     """Names and sizes of the parts of a row of ``Gradients.weights``; the last is padding.
 
-    ``wide``: without the matrices, which are the BLAS's there.
+    ``staged``: without the matrices, which are the BLAS's there.
     """
-    sizes = {} if wide else {"w2": hidden * hidden, "w3": hidden * hidden}
+    sizes = {} if staged else {"w2": hidden * hidden, "w3": hidden * hidden}
     sizes |= dict.fromkeys(VECTORS, hidden) | {"w_a": hidden * attrs, "b_g": 1}
     # rows begin where wide accesses may
     return sizes | {"padding": -sum(sizes.values()) % 32}
@@ -167,7 +167,7 @@ class Spec(NamedTuple):
     @classmethod
     def make(
         cls, *, hidden: int, dim: int, attrs: int, precision: str, activation: str, norm: float,
-        tanh: bool, clamp: float, blocks: Blocks, nvidia: bool, wide: bool = False,
+        tanh: bool, clamp: float, blocks: Blocks, nvidia: bool, staged: bool = False,
     ) -> Spec:  # fmt: skip
         """The constants of a call: options and ``precision`` as the operator has them.
 
@@ -186,6 +186,6 @@ class Spec(NamedTuple):
             # the interpreter has no bfloat16 worth the name
             PART=tl.float32 if interpreting() else tl.bfloat16,
             APPROX=precision != products, PTX=nvidia and not interpreting(),
-            K=sum(weight_parts(hidden, attrs, wide).values()), STREAM=blocks.stream,
+            K=sum(weight_parts(hidden, attrs, staged).values()), STREAM=blocks.stream,
             SPILL_WEIGHTS=blocks.spill,
         )  # fmt: skip

@@ -284,7 +284,7 @@ def launched_kernels() -> None:
     run(64)
 
     def offline_hash(name: str) -> str:
-        hidden = offline.WIDE_WIDTH if name in offline.WIDE_KERNELS else 64
+        hidden = offline.WIDE_WIDTH if name in offline.STAGED_KERNELS else 64
         kernel, args, keywords = offline.arguments(c := offline.Configuration(name, hidden=hidden))
         found = launch(kernel, *args, grid=(1,), warmup=True, num_warps=c.warps, **keywords)
         return str(found.hash)

@@ -348,8 +348,8 @@ def test_tuning(tmp_path: Path) -> None:
 
 def tune_row(target: tune.Target, edges: int, seconds: float) -> dict[str, Any]:
     return {
-        **target._asdict(), "edges": edges, "warps": 4, "spill": True, "stream": False,
-        "programs": 2,
+        **target._asdict(), "edges": edges, "warps": 4, "spill": True,
+        "stream": False, "staged": False, "programs": 2,
         "median_s": seconds,
     }  # fmt: skip
 
@@ -357,7 +357,7 @@ def tune_row(target: tune.Target, edges: int, seconds: float) -> dict[str, Any]:
 def test_rows_for_the_table_are_of_the_fastest() -> None:
     target = tune.Target("backward", "bf16", 64)
     rows = [tune_row(target, 32, 2.0), tune_row(target, 64, 1.0), tune_row(target, 128, 3.0)]
-    expected = 'Blocks(64, 4, 2, True, "measured: Some GPU, 2026-01-02", False),'
+    expected = 'Blocks(64, 4, 2, True, "measured: Some GPU, 2026-01-02", False, False),'
     assert tune.table_rows(rows, "Some GPU", "2026-01-02") == [
         f'("backward", "16", 64): {expected}'
     ]

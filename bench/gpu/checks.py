@@ -48,10 +48,10 @@ OPTIONS = {
 def _widths() -> Iterator[Case]:
     """Every H with each D at least once, without and with all options."""
     for hidden, dim, attrs, rich in (
-        (64, 3, 0, False), (128, 3, 0, False), (16, 2, 1, True),
+        (64, 3, 0, False), (128, 3, 0, False), (256, 3, 0, False), (16, 2, 1, True),
         (33, 3, 0, False), (33, 16, 4, True), (64, 8, 4, True), (128, 2, 1, True),
         (128, 16, 0, False), (128, 8, 4, True), (16, 3, 0, False), (64, 16, 1, False),
-        (100, 1, 0, True),
+        (100, 1, 0, True), (256, 2, 4, True), (160, 16, 1, True), (256, 8, 0, False),
     ):  # fmt: skip
         options = EVERYTHING if rich else Options()
         name = f"H {hidden}, D {dim}, A {attrs}{', all options' if rich else ''}"

@@ -27,7 +27,7 @@ from egnn_fast.options import EdgeWeights, Options
 EDGES = (16, 32, 64, 128)
 WARPS = (4, 8)
 PROGRAMS = (1, 2, 3, 4)
-WIDTHS = (64, 128)
+WIDTHS = (64, 128, 256)
 PRECISIONS = ("bf16", "high", "highest")
 _SHARED = 4_000_000  # edges of the graph that all are tried on, N = E / 32
 _SAMPLES = 7
@@ -55,12 +55,14 @@ class Shape(NamedTuple):
     warps: int
     spill: bool
     stream: bool = False
+    staged: bool = False
 
     @property
     def name(self) -> str:
         """For people."""
-        spilled, streamed = ", spilled sums" * self.spill, ", streamed weights" * self.stream
-        return f"{self.edges} edges, {self.warps} warps{spilled}{streamed}"
+        name = f"{self.edges} edges, {self.warps} warps"
+        name += ", spilled sums" * self.spill + ", streamed weights" * self.stream
+        return name + ", in stages" * self.staged
 
 
 def targets(setting: Setting) -> list[Target]:
@@ -83,7 +85,9 @@ def shapes(target: Target, setting: Setting) -> list[Shape]:
     # kept weights suit narrow layers, streamed ones those that shared memory does not hold
     streams = (False,) if target.width <= 64 else (False, True)
     found = [Shape(*values) for values in itertools.product(EDGES, WARPS, spills, streams)]
-    # tiles of [edges, width] that no multiprocessor holds
+    # tiles of [edges, width] that no multiprocessor holds; from 128 on stages may be faster
+    staged = [Shape(*values, False, False, True) for values in itertools.product(EDGES, WARPS)]
+    found = found * (target.width <= 128) + staged * (target.width >= 128)
     return [shape for shape in found if shape.edges * target.width <= 16_384]
 
 
@@ -132,7 +136,9 @@ def _problem(target: Target, setting: Setting) -> Pass:
 def _blocks(shape: Shape, programs: int, source: str = "") -> Any:
     from egnn_fast.kernels.blocks import Blocks
 
-    return Blocks(shape.edges, shape.warps, programs, shape.spill, source, shape.stream)
+    return Blocks(
+        shape.edges, shape.warps, programs, shape.spill, source, shape.stream, shape.staged
+    )
 
 
 def _try(target: Target, shape: Shape, setting: Setting) -> Outcome:
@@ -215,6 +221,6 @@ def table_rows(rows: Sequence[dict[str, Any]], gpu: str, date: str) -> list[str]
     return [
         f'("{row["direction"]}", "{"16" if row["precision"] == "bf16" else row["precision"]}", '
         f"{row['width']}): Blocks({row['edges']}, {row['warps']}, {row['programs']}, "
-        f'{row["spill"]}, "measured: {gpu}, {date}", {row["stream"]}),'
+        f'{row["spill"]}, "measured: {gpu}, {date}", {row["stream"]}, {row["staged"]}),'
         for row in winners(rows)
     ]

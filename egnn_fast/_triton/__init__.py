@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egnn_fast._triton import wide
+from egnn_fast._triton import staged
 from egnn_fast._triton.backward import Backward
 from egnn_fast._triton.call import Call
 from egnn_fast.kernels.forward import edge_forward
@@ -31,8 +31,8 @@ def _messages(*args: Any) -> tuple[Tensor, Tensor]:
     call = Call("forward", args)
     m, shift = call.zeros(call.hidden), call.zeros(call.dim) if call.has_head else None
     if call.num_edges:
-        if call.wide:
-            wide.forward(call, m, shift)
+        if call.staged:
+            staged.forward(call, m, shift)
         else:
             _fused(call, m, shift)
         launches["forward"] += 1
@@ -63,7 +63,7 @@ def _messages_backward(g_m: Tensor | None, g_x: Tensor | None, *args: Any) -> li
         g_x = None
     if call.num_edges == 0 or (g_m is None and g_x is None):
         return [torch.zeros_like(t) for t, n in zip(args, needed, strict=False) if n]
-    kind = wide.Backward if call.wide else Backward
+    kind = staged.Backward if call.staged else Backward
     found = kind(call, g_m, g_x, needed).run()
     launches["backward"] += 1
     return [

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from egnn_fast._partition import Partition, SenderOrder, by_receiver, by_sender, kept
 from egnn_fast.graph import INT32_MAX
-from egnn_fast.kernels import APPROXIMATE, MAX_FUSED, interpreting
+from egnn_fast.kernels import APPROXIMATE, interpreting
 from egnn_fast.kernels.blocks import Blocks, blocks_for, sender_block
 from egnn_fast.kernels.records import (
     EdgeList,
@@ -61,17 +61,16 @@ class Call:
                 f"got {self.num_edges}"
             )
         products = self.precision.removesuffix(APPROXIMATE)
-        self.wide = self.hidden > MAX_FUSED
         self.blocks: Blocks = blocks_for(
-            "wide" if self.wide else direction, products, padded(self.hidden),
-            architecture(self.device),
-        )  # fmt: skip
+            direction, products, padded(self.hidden), architecture(self.device)
+        )
+        self.staged = self.blocks.staged
         self.spec = Spec.make(
             hidden=self.hidden, dim=self.dim, attrs=self.attrs, precision=self.precision,
             activation=activation, norm=norm, tanh=tanh, clamp=clamp, blocks=self.blocks,
-            nvidia=torch.version.hip is None, wide=self.wide,
+            nvidia=torch.version.hip is None, staged=self.staged,
         )  # fmt: skip
-        self.weight_parts = weight_parts(self.hidden, self.attrs, self.wide)
+        self.weight_parts = weight_parts(self.hidden, self.attrs, self.staged)
         operand = self.operand = _OPERANDS.get(products, torch.float32)
         self.numbers = Numbers(float(slope), float(norm), float(clamp))
         self.inputs = Inputs(pq, x, edge_attr, edge_mask)

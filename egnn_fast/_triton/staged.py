@@ -1,7 +1,7 @@
-"""Layers too wide for one kernel: stages over chunks of edges, with products by the BLAS between.
+"""What is too wide for one kernel: stages over chunks of edges, products by the BLAS between.
 
 What a chunk holds for its edges are a few tiles ``[chunk, H]`` in the type of the products'
-operands; see :mod:`egnn_fast.kernels.wide`.
+operands; see :mod:`egnn_fast.kernels.staged`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from egnn_fast._partition import Partition
 from egnn_fast._triton import backward
 from egnn_fast._triton.call import Call
 from egnn_fast.kernels.records import Weights
-from egnn_fast.kernels.wide import wide_first, wide_messages, wide_shifts
-from egnn_fast.kernels.wide_backward import (
-    wide_first_backward,
-    wide_messages_backward,
-    wide_shifts_backward,
+from egnn_fast.kernels.staged import staged_first, staged_messages, staged_shifts
+from egnn_fast.kernels.staged_backward import (
+    staged_first_backward,
+    staged_messages_backward,
+    staged_shifts_backward,
 )
 from egnn_fast.precision import float32_products
 
@@ -68,12 +68,12 @@ def forward(call: Call, m: Tensor, shift: Tensor | None) -> None:
     weights = call.weights
     for bounds, part in zip(chunks, parts, strict=True):
         a, b = stages.begin(bounds, part, weights)
-        stages.launch(wide_first, a)
+        stages.launch(staged_first, a)
         stages.multiply(a, weights.w2.t(), b)
-        stages.launch(wide_messages, b, None if x_rows is None else b, m_rows)
+        stages.launch(staged_messages, b, None if x_rows is None else b, m_rows)
         if x_rows is not None:
             stages.multiply(b, weights.w3.t(), a)
-            stages.launch(wide_shifts, a, x_rows)
+            stages.launch(staged_shifts, a, x_rows)
         call.finish(part, m_rows, x_rows)
 
 
@@ -105,22 +105,24 @@ class Backward(backward.Backward):
         """The stages over a chunk's edges: forward, then back."""
         stages, cotangents, gradients = self._stages, self.cotangents, self.gradients
         a1, z2, m, z3 = stages.begin(bounds, part, weights)
-        stages.launch(wide_first, a1)
+        stages.launch(staged_first, a1)
         stages.multiply(a1, weights.w2.t(), z2)
         g_m = None
         if weights.w3 is not None:
-            stages.launch(wide_messages, z2, m, None)
+            stages.launch(staged_messages, z2, m, None)
             stages.multiply(m, weights.w3.t(), z3)
-            stages.launch(wide_shifts_backward, cotangents, gradients, z3, self._g_d, self._g_mask)
+            stages.launch(
+                staged_shifts_backward, cotangents, gradients, z3, self._g_d, self._g_mask
+            )
             if self._w3 is not None:
                 self._add_outer(self._w3, z3, m)
             g_m = m
             stages.multiply(z3, weights.w3, g_m)
-        stages.launch(wide_messages_backward, cotangents, gradients, z2, g_m, self._g_mask)
+        stages.launch(staged_messages_backward, cotangents, gradients, z2, g_m, self._g_mask)
         if self._w2 is not None:
             self._add_outer(self._w2, z2, a1)
         stages.multiply(z2, weights.w2, a1)
-        stages.launch(wide_first_backward, gradients, a1, self._g_d)
+        stages.launch(staged_first_backward, gradients, a1, self._g_d)
 
     def matrices(self) -> dict[str, Tensor]:
         """The gradients of w2 and w3."""

@@ -1,7 +1,7 @@
 """The edge pass for widths whose weights no multiprocessor holds, backward.
 
-:mod:`egnn_fast.kernels.wide` says how. The stages forward come first, then these, with products by
-w3 and w2 between them; the gradients of w2 and w3 are the BLAS's products of tiles.
+:mod:`egnn_fast.kernels.staged` says how. The stages forward come first, then these, with products
+by w3 and w2 between them; the gradients of w2 and w3 are the BLAS's products of tiles.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from egnn_fast.kernels.gradients import (
 )
 from egnn_fast.kernels.head import shift_gradients
 from egnn_fast.kernels.rows import finish_block_rows
-from egnn_fast.kernels.wide import load_linear
+from egnn_fast.kernels.staged import load_linear
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def _sums_of_program(gradients, spec):
 
 
 @triton.jit(do_not_specialize=("begin_edge", "end_edge", "num_blocks"))
-def wide_shifts_backward(
+def staged_shifts_backward(
     edges, inputs, weights, numbers, cotangents, gradients, tile, g_d, g_mask,
     begin_edge, end_edge, num_blocks, spec,
 ):  # fmt: skip
@@ -81,7 +81,7 @@ def wide_shifts_backward(
 
 
 @triton.jit(do_not_specialize=("begin_edge", "end_edge", "num_blocks"))
-def wide_messages_backward(
+def staged_messages_backward(
     edges, inputs, weights, numbers, cotangents, gradients, tile, g_messages, g_mask,
     begin_edge, end_edge, num_blocks, spec,
 ):  # fmt: skip
@@ -140,7 +140,7 @@ def wide_messages_backward(
 
 
 @triton.jit(do_not_specialize=("begin_edge", "end_edge", "num_blocks"))
-def wide_first_backward(
+def staged_first_backward(
     edges, inputs, weights, numbers, gradients, tile, g_d, begin_edge, end_edge, num_blocks, spec
 ):
     """From the gradient of the first layer's activations to those of all inputs.

@@ -37,7 +37,7 @@ def load_linear(tile, place, live, bias, spec):
 
 
 @triton.jit(do_not_specialize=("begin_edge", "end_edge", "num_blocks"))
-def wide_first(edges, inputs, weights, numbers, tile, begin_edge, end_edge, num_blocks, spec):
+def staged_first(edges, inputs, weights, numbers, tile, begin_edge, end_edge, num_blocks, spec):
     """Write the first layer's activations."""
     begin, end = run_of_blocks(num_blocks)
     w_a = load_attr_weights(weights, spec)
@@ -50,7 +50,7 @@ def wide_first(edges, inputs, weights, numbers, tile, begin_edge, end_edge, num_
 
 
 @triton.jit(do_not_specialize=("begin_edge", "end_edge", "num_blocks"))
-def wide_messages(
+def staged_messages(
     edges, inputs, weights, numbers, tile, messages, rows, begin_edge, end_edge, num_blocks, spec
 ):
     """From the product by w2 to the messages, and to their sums M.
@@ -84,7 +84,7 @@ def wide_messages(
 
 
 @triton.jit(do_not_specialize=("begin_edge", "end_edge", "num_blocks"))
-def wide_shifts(
+def staged_shifts(
     edges, inputs, weights, numbers, tile, rows, begin_edge, end_edge, num_blocks, spec
 ):
     """From the product by w3 to the sums X."""
