@@ -246,6 +246,27 @@ def test_wide_layers_run_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == [2, 5] * 3
 
 
+@pytest.mark.parametrize("options", [EVERYTHING, Options(coord_agg=None)], ids=describe)
+@pytest.mark.usefixtures("poison")
+def test_a_gradient_of_stages_does_not_depend_on_what_else_is_asked_for(options: Options) -> None:
+    case = replace(SMALL, hidden=136, options=options)
+    problem = case.edge_pass(torch.float32)
+
+    def gradients(wanted: tuple[str, ...], outputs: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        leaves = {k: t.clone().requires_grad_(k in wanted) for k, t in problem.leaves.items()}
+        found = problem.run(leaves, "triton", 0)
+        total = torch.stack([(found[k] * found[k]).sum() for k in outputs]).sum()
+        grads = torch.autograd.grad(total, [leaves[k] for k in wanted], materialize_grads=True)
+        return dict(zip(wanted, grads, strict=True))
+
+    every = tuple(problem.leaves)
+    for outputs in (("M", "X"), ("M",), ("X",)) if options.updates_coords else (("M",),):
+        expected = gradients(every, outputs)
+        for name in every:
+            found = gradients((name,), outputs)[name]
+            assert torch.equal(found, expected[name]), f"{name} of {outputs}"
+
+
 @pytest.mark.parametrize("hidden", [64, 136])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("dim", [3, 8])

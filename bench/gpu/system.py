@@ -17,14 +17,17 @@ from torch import Tensor, nn
 from bench.gpu.checks import EVERYTHING, at, judge_tensors, launched, table
 from bench.gpu.children import child_command
 from bench.gpu.setting import SKIP, Item, Outcome, Setting, autocast, deterministic, matmul
+from egnn_fast import approximate_activations
 from egnn_fast import nn as layers
 from egnn_fast._cases import Case
+from egnn_fast.checks import relative_error
 from egnn_fast.graph import Graph
 
 RUNS = 5  # that must give the same bits
 _TINY_CHUNK = 1 << 11  # bytes, for the interpreter: several chunks of few edges
 _WARM_UP = 3
 MEMCHECK_SECONDS = 120
+_APPROXIMATE_ERROR = 1e-2  # an activation's is some 5e-4
 Tensors = dict[str, Tensor]
 
 
@@ -44,6 +47,11 @@ def items(setting: Setting) -> Iterator[Item]:
             yield Item(f"no host synchronisation: {kind}: {precision}", "checks", run)
             run = partial(_compiled, kind, precision)
             yield Item(f"torch.compile: {kind}: {precision}", "checks", run, 40)
+        for hidden in (64, 160) if setting.on_gpu else (16,):
+            run = partial(_not_finite, hidden, precision)
+            yield Item(f"NaN stays in its row: H {hidden}: {precision}", "checks", run)
+        run = partial(_approximate, precision)
+        yield Item(f"approximate activations: {precision}", "checks", run)
     yield Item("memcheck", "checks", _memcheck, 45, MEMCHECK_SECONDS + 30, True)
 
 
@@ -225,6 +233,46 @@ def _compiled(kind: str, precision: str, setting: Setting) -> Outcome:
         compiled = found.run(precision, net)
         plain, truth = found.expected(precision)
     judge_tensors(outcome, precision, "EGNN", f"compiled, {kind}", compiled, [plain], truth)
+    return outcome
+
+
+def _not_finite(hidden: int, precision: str, setting: Setting) -> Outcome:
+    """What is not finite in an edge reaches its receiver's row and no other."""
+    outcome = Outcome()
+    nodes, edges = (500, 8000) if setting.on_gpu else (9, 40)
+    case = Case("NaN", nodes=nodes, edges=edges, hidden=hidden, attrs=1)
+    make: Callable[..., Any] = case.edge_pass
+    problem = at(make(torch.float32, device=setting.device), precision, setting.device)
+    for leaf, value in (("P", float("nan")), ("Q", float("inf")), ("edge_attr", float("nan"))):
+        leaves = {k: t.clone() for k, t in problem.leaves.items()}
+        leaves[leaf].view(-1)[0] = value
+        with matmul(precision), launched(outcome, "forward"):
+            found = problem.run(leaves, "triton", 0)
+            right = problem.run(leaves, "reference", 0)
+        for name, t in found.items():
+            broken, expected = ((~u.isfinite()).any(dim=1) for u in (t, right[name]))
+            if not torch.equal(broken, expected):
+                outcome.fail(f"{name}, {leaf}: {int(broken.sum())} rows for {int(expected.sum())}")
+    return outcome
+
+
+def _approximate(precision: str, setting: Setting) -> Outcome:
+    """SiLU from the tanh of 11 bits: near the truth, and on NVIDIA's GPUs not what it was."""
+    outcome = Outcome()
+    nodes, edges, hidden = (500, 8000, 64) if setting.on_gpu else (9, 40, 16)
+    case = Case("approximate", nodes=nodes, edges=edges, hidden=hidden)
+    make: Callable[..., Any] = case.edge_pass
+    problem = at(make(torch.float32, device=setting.device), precision, setting.device)
+    with matmul(precision), launched(outcome, "forward"):
+        plain = problem.run(problem.leaves, "triton", 0)
+        with approximate_activations():
+            found = problem.run(problem.leaves, "triton", 0)
+    for name, right in plain.items():
+        error = relative_error(found[name], right)
+        if not error < _APPROXIMATE_ERROR:
+            outcome.fail(f"{name}: {error:.1e}")
+        if setting.on_gpu and torch.version.hip is None and error == 0:
+            outcome.fail(f"{name}: nothing was approximate")
     return outcome
 
 
