@@ -12,14 +12,16 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from egnn_fast.kernels.blocks import blocks_for
 from egnn_fast.kernels.disassembly import Loop
-from egnn_fast.kernels.offline import Configuration, Record, compile_all
+from egnn_fast.kernels.offline import PASSES, Configuration, Record, compile_all
+from egnn_fast.kernels.records import padded
 
 WARP = 32
 SECTOR = 32  # bytes: what a gather moves at least
@@ -231,6 +233,64 @@ def predict(record: Record, gpu: Gpu, problem: Problem) -> Prediction:
     )  # fmt: skip
 
 
+def prediction_of(records: Sequence[Record], gpu: Gpu, problem: Problem) -> Prediction:
+    """Of a pass's kernels."""
+    if len(records) == 1:
+        return predict(records[0], gpu, problem)
+    return predict_stages(records, gpu, problem)
+
+
+# tiles [edges, H] that a stage reads or writes
+_TILES = {
+    "staged_first": 1, "staged_messages": 2, "staged_shifts": 1,
+    "staged_shifts_backward": 2, "staged_messages_backward": 3, "staged_first_backward": 1,
+}  # fmt: skip
+
+
+def predict_stages(records: Sequence[Record], gpu: Gpu, problem: Problem) -> Prediction:
+    """A pass in stages, one after the other; the products between them at the BLAS's peak."""
+    c, rows = records[0].configuration, rows_of_block(records[0].edges, problem.degree)
+    backward = records[-1].configuration.kernel.endswith("backward")
+    per_byte = gpu.multiprocessors / gpu.l2_bytes_per_clock
+    tile = c.hidden * (2 if c.precision in ("bf16", "fp16") else 4) * per_byte
+    kind = {"bf16": "BF16", "fp16": "F16", "high": "TF32"}.get(c.precision)
+    rate = max((n for name, n in gpu.macs.items() if name.endswith(f".{kind}")), default=gpu.fma)
+    # backward: two products again, two back, two outer ones
+    products = {
+        "matrix": (6 if backward else 2) * c.hidden**2 / rate,
+        "l2": (12 if backward else 4) * tile,
+    }
+    stages = [products]
+    for record in records:
+        cycles = unit_cycles(record.loops, gpu, record.warps, record.edges, rows)
+        stages.append(cycles | {"l2": _TILES[record.configuration.kernel] * tile})
+    whole = replace(c, kernel="edge_backward" if backward else "edge_forward")
+    l2_bytes, hbm_bytes = traffic(replace(records[0], configuration=whole), gpu, problem)
+    stages.append({"l2": l2_bytes * per_byte})
+    cycles = {unit: sum(s.get(unit, 0.0) for s in stages) for unit in stages[1] | stages[-1]}
+    cycles["hbm"] = hbm_bytes * gpu.multiprocessors * gpu.ghz / gpu.hbm_gb
+    in_turn = sum(max(s.values()) for s in stages)
+    limit = "stages" if in_turn > cycles["hbm"] else "hbm"
+    ns = 1 / (gpu.multiprocessors * gpu.ghz)
+    least = max(in_turn, cycles["hbm"])
+    return Prediction(
+        cycles=cycles, l2_bytes=cycles["l2"] / per_byte, hbm_bytes=hbm_bytes, limit=limit,
+        ns_per_edge=least * ns, ms=least * problem.edges * ns * 1e-6,
+        ms_in_turn=sum(cycles.values()) * problem.edges * ns * 1e-6,
+    )  # fmt: skip
+
+
+def kernels_of(direction: str, arch: str, hidden: int, precision: str) -> list[Configuration]:
+    """A pass: one kernel, or several in stages."""
+    row = blocks_for(direction, precision, padded(hidden), arch)
+    fused, *stages = PASSES[direction]
+    if not row.staged:
+        return [Configuration(fused, arch, hidden, precision=precision)]
+    if direction == "backward":
+        stages = [*PASSES["forward"][1:3], *stages]
+    return [Configuration(k, arch, hidden, precision=precision, blocks=row) for k in stages]
+
+
 def table_of(rows: Sequence[tuple[str, Record, Prediction]], problem: Problem) -> Table:
     """What is printed."""
     title = (
@@ -247,11 +307,18 @@ def table_of(rows: Sequence[tuple[str, Record, Prediction]], problem: Problem) -
         c = record.configuration
         block = f"{record.edges}×{record.warps}"
         table.add_row(
-            gpu, c.kernel.removeprefix("edge_"), str(c.hidden), c.precision, block,
+            gpu, _name(c.kernel), str(c.hidden), c.precision, block,
             str(record.stack), *(f"{found.cycles[unit]:.1f}" for unit in units), found.limit,
             f"{found.ns_per_edge:.3f}", f"{found.ms:.2f}", f"{found.ms_in_turn:.2f}",
         )  # fmt: skip
     return table
+
+
+def _name(kernel: str) -> str:
+    """The pass, given its last kernel."""
+    if kernel.startswith("edge_"):
+        return kernel.removeprefix("edge_")
+    return "backward, staged" if kernel.endswith("backward") else "forward, staged"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -270,18 +337,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     problem = Problem(args.nodes, args.edges)
     wanted = [
-        Configuration(f"edge_{kernel}", arch, hidden, precision=precision)
+        kernels_of(kernel, arch, hidden, precision)
         for arch in dict.fromkeys(GPUS[name].arch for name in args.arch)
         for hidden in args.hidden
         for kernel in args.kernel
         for precision in args.precision
     ]
-    records = compile_all(wanted, args.processes)
+    compiled = iter(compile_all([c for each in wanted for c in each], args.processes))
+    passes = [[next(compiled) for _ in each] for each in wanted]
     rows = [
-        (name, record, predict(record, GPUS[name], problem))
+        (name, records[-1], prediction_of(records, GPUS[name], problem))
         for name in args.arch
-        for record in records
-        if record.configuration.arch == GPUS[name].arch
+        for records in passes
+        if records[0].configuration.arch == GPUS[name].arch
     ]
     Console(width=200).print(table_of(rows, problem))
     if args.json is not None:

@@ -21,6 +21,7 @@ class Blocks(NamedTuple):
     source : where the row comes from
     stream : weights read anew for each block, not kept in shared memory
     staged : in stages with products by the BLAS between, these being the blocks of the stages
+    split : how products as accurate as float32 are made: ``input_precision`` on NVIDIA's GPUs
     """
 
     edges: int
@@ -30,6 +31,7 @@ class Blocks(NamedTuple):
     source: str
     stream: bool = False
     staged: bool = False
+    split: str = "tf32x3"
 
 
 _KINDS, _WIDTHS = ("16", "high", "highest"), (16, 64, 128, 256)
@@ -48,16 +50,17 @@ TABLE: dict[tuple[str, str, int], Blocks] = {
     ("forward", "16", 128): Blocks(64, 4, 2, False, _LEAST, stream=True),
     ("forward", "16", 256): _staged("16", _LEAST),
     ("forward", "high", 64): Blocks(64, 4, 2, False, _LEAST),
-    ("forward", "high", 128): Blocks(64, 4, 2, False, _LEAST, stream=True),
+    ("forward", "high", 128): Blocks(128, 8, 1, False, _LEAST, stream=True),
     ("forward", "high", 256): _staged("high", _LEAST),
     ("forward", "highest", 64): Blocks(64, 4, 2, False, _LEAST),
-    ("forward", "highest", 128): Blocks(64, 8, 1, False, _LEAST, stream=True),
+    # three bfloat16 parts take less shared memory than two of tf32
+    ("forward", "highest", 128): Blocks(128, 8, 1, False, _LEAST, stream=True, split="bf16x6"),
     ("forward", "highest", 256): _staged("highest", _LEAST),
     ("backward", "16", 64): Blocks(64, 4, 2, False, _LEAST),
     ("backward", "16", 128): Blocks(128, 8, 1, True, _LEAST, stream=True),
     ("backward", "16", 256): _staged("16", _LEAST),
     ("backward", "high", 64): Blocks(64, 4, 1, False, _LEAST),
-    ("backward", "high", 128): Blocks(64, 8, 1, True, _LEAST, stream=True),
+    ("backward", "high", 128): Blocks(128, 8, 1, True, _LEAST, stream=True),
     ("backward", "high", 256): _staged("high", _LEAST),
     ("backward", "highest", 16): Blocks(32, 2, 4, False, _LEAST),
     ("backward", "highest", 64): Blocks(32, 4, 1, False, _LEAST),

@@ -150,7 +150,8 @@ def number_of(counts: Mapping[str, int], *bases: str) -> int:
 def block_loops(instructions: list[Instruction]) -> list[Loop]:
     """The loop over blocks and those inside it, outermost first.
 
-    It is the outermost loop with matrix instructions; without such, there is none.
+    It is the outermost loop with matrix instructions or, in a stage without products, with those of
+    the special units; without such, there is none.
     """
     loops = _natural_loops(instructions)
 
@@ -158,10 +159,13 @@ def block_loops(instructions: list[Instruction]) -> list[Loop]:
         counts = counts_of(instructions[i] for i in body)
         return number_of(counts, "HMMA", "HGMMA", "UTCMMA", "QGMMA") > 0
 
-    with_matrix = [body for body in loops if has_matrix(body)]
-    if not with_matrix:
+    def has_special(body: Iterable[int]) -> bool:
+        return any(instructions[i].name.startswith("MUFU") for i in body)
+
+    working = [body for body in loops if has_matrix(body) or has_special(body)]
+    if not working:
         return []
-    outer = max(with_matrix, key=len)
+    outer = max(working, key=len)
     inner = sorted((body for body in loops if body < outer), key=len, reverse=True)
     found = []
     for body in (outer, *inner):

@@ -174,8 +174,8 @@ class Spec(NamedTuple):
         ``norm`` is 0 for none, below 0 for "unit"; ``clamp`` is 0 for none.
         """
         products = precision.removesuffix(APPROXIMATE)
-        # tf32x3 is NVIDIA's alone; elsewhere such products are float32's own
-        exact = "tf32x3" if nvidia else "ieee"
+        # products of parts are NVIDIA's alone; elsewhere such products are float32's own
+        exact = blocks.split if nvidia else "ieee"
         return cls.of(
             H=hidden, D=dim, A=attrs,
             HP=padded(hidden), DP=triton.next_power_of_2(dim), AP=padded(attrs),

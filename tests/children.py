@@ -252,7 +252,7 @@ def launched_kernels() -> None:
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         found = launch(self, *args, grid=grid, warmup=True, **kwargs)
-        seen[self.__name__] = found.hash
+        seen.setdefault(self.__name__, found.hash)
         return found
 
     def run(hidden: int) -> None:
@@ -269,17 +269,12 @@ def launched_kernels() -> None:
         needed = [t is not None for t in args[:13]]
         cotangents = torch.randn(nodes, hidden), torch.randn(nodes, dim)
         _triton.messages(*args)
-        if torch.are_deterministic_algorithms_enabled():
-            before = dict(seen)
-            _triton.messages_backward(*cotangents, *args, needed)
-            seen.update(before | {"sender_sums": seen["sender_sums"]})
-        else:
-            _triton.messages_backward(*cotangents, *args, needed)
+        _triton.messages_backward(*cotangents, *args, needed)
 
     JITFunction.run = compile_only
     _triton.call.Call.programs = property(lambda self: 3)  # type: ignore[method-assign,assignment]
-    run(offline.WIDE_WIDTH)
     run(64)
+    run(offline.WIDE_WIDTH)
     torch.use_deterministic_algorithms(True)
     run(64)
 

@@ -127,6 +127,34 @@ def test_prediction() -> None:
     assert ns == pytest.approx(found.hbm_bytes / 4800)
 
 
+def test_a_pass_in_stages_takes_the_sum_of_its_stages() -> None:
+    stages = [record(f"staged_{name}", hidden=256) for name in ("first", "messages", "shifts")]
+    tile = 256 * 2 * 132 / 5120  # cycles of L2
+    found = model.predict_stages(stages, H200, UNIFORM)
+    products = 2 * 256**2 / 2048
+    assert products > 4 * tile
+    gathered = model.traffic(record(hidden=256), H200, UNIFORM)[0] * 132 / 5120
+    least = products + 18 + 2 * tile + 18 + gathered
+    assert found.ns_per_edge == pytest.approx(least / 132 / 1.83)
+    assert found.limit == "stages"
+    assert found.cycles["special"] == pytest.approx(3 * 18)
+    assert found.cycles["l2"] == pytest.approx((4 + 4) * tile + gathered)
+    # float32's own products have no matrix units; those of the stages themselves are 4 cycles each
+    exact = [replace(r, configuration=replace(r.configuration, precision="highest"))
+             for r in stages]  # fmt: skip
+    matrix = model.predict_stages(exact, H200, UNIFORM).cycles["matrix"]
+    assert matrix == pytest.approx(2 * 256**2 / 128 + 3 * 4)
+
+
+def test_which_kernels_a_pass_has() -> None:
+    assert [c.kernel for c in model.kernels_of("forward", "sm_90", 64, "bf16")] == ["edge_forward"]
+    kernels = [c.kernel for c in model.kernels_of("backward", "sm_90", 256, "bf16")]
+    assert kernels == [
+        "staged_first", "staged_messages",
+        "staged_shifts_backward", "staged_messages_backward", "staged_first_backward",
+    ]  # fmt: skip
+
+
 def test_what_cannot_be_predicted_is_told() -> None:
     with pytest.raises(ValueError, match=r"UTC\*MMA"):
         cycles({"UTCMMA": 1})
