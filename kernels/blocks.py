@@ -39,8 +39,10 @@ _LEAST = "offline: the least predicted time on sm_90, Triton 3.7"
 _FITS = "offline: fits and spills little on {}, Triton 3.7"
 
 
-def _staged(kind: str, source: str) -> Blocks:
-    """What runs in stages, whatever its width; the tiles of float32 take more registers."""
+def _staged(kind: str, width: int, source: str) -> Blocks:
+    """What runs in stages; wide tiles of float32 take the most registers."""
+    if width <= 128:
+        return Blocks(32, 4, 4, False, source, staged=True)
     return Blocks(32 if kind == "16" else 16, 8, 2, False, source, staged=True)
 
 
@@ -48,35 +50,36 @@ def _staged(kind: str, source: str) -> Blocks:
 TABLE: dict[tuple[str, str, int], Blocks] = {
     ("forward", "16", 64): Blocks(64, 4, 3, False, _LEAST),
     ("forward", "16", 128): Blocks(64, 4, 2, False, _LEAST, stream=True),
-    ("forward", "16", 256): _staged("16", _LEAST),
+    ("forward", "16", 256): _staged("16", 256, _LEAST),
     ("forward", "high", 64): Blocks(64, 4, 2, False, _LEAST),
     ("forward", "high", 128): Blocks(128, 8, 1, False, _LEAST, stream=True),
-    ("forward", "high", 256): _staged("high", _LEAST),
+    ("forward", "high", 256): _staged("high", 256, _LEAST),
     ("forward", "highest", 64): Blocks(64, 4, 2, False, _LEAST),
     # three bfloat16 parts take less shared memory than two of tf32
     ("forward", "highest", 128): Blocks(128, 8, 1, False, _LEAST, stream=True, split="bf16x6"),
-    ("forward", "highest", 256): _staged("highest", _LEAST),
+    ("forward", "highest", 256): _staged("highest", 256, _LEAST),
     ("backward", "16", 64): Blocks(64, 4, 2, False, _LEAST),
     ("backward", "16", 128): Blocks(128, 8, 1, True, _LEAST, stream=True),
-    ("backward", "16", 256): _staged("16", _LEAST),
+    ("backward", "16", 256): _staged("16", 256, _LEAST),
     ("backward", "high", 64): Blocks(64, 4, 1, False, _LEAST),
     ("backward", "high", 128): Blocks(128, 8, 1, True, _LEAST, stream=True),
-    ("backward", "high", 256): _staged("high", _LEAST),
+    ("backward", "high", 256): _staged("high", 256, _LEAST),
     ("backward", "highest", 16): Blocks(32, 2, 4, False, _LEAST),
     ("backward", "highest", 64): Blocks(32, 4, 1, False, _LEAST),
-    ("backward", "highest", 128): Blocks(32, 8, 1, True, _LEAST, stream=True),
-    ("backward", "highest", 256): _staged("highest", _LEAST),
+    ("backward", "highest", 128): _staged("highest", 128, _LEAST),
+    ("backward", "highest", 256): _staged("highest", 256, _LEAST),
 }
 
-# Ampere and Ada: less shared memory, and matrix units whose operands lie in registers
+# Ampere, Ada and Blackwell's consumer cards: less shared memory, and matrix units whose operands
+# lie in registers
 AMPERE: dict[tuple[str, str, int], Blocks] = {
     ("forward", "16", 128): Blocks(32, 8, 2, False, _FITS.format("sm_80"), stream=True),
     ("forward", "high", 128): Blocks(32, 8, 2, False, _FITS.format("sm_80"), stream=True),
     ("forward", "highest", 128): Blocks(32, 8, 1, False, _FITS.format("sm_80"), stream=True),
-    ("backward", "high", 64): Blocks(32, 4, 1, False, _FITS.format("sm_80 and sm_89")),
-    ("backward", "highest", 64): _staged("highest", _FITS.format("sm_80")),
+    ("backward", "high", 64): Blocks(64, 4, 1, False, _FITS.format("sm_89"), stream=True),
+    ("backward", "highest", 64): _staged("highest", 64, _FITS.format("sm_80")),
 } | {
-    ("backward", kind, 128): _staged(kind, _FITS.format("sm_80")) for kind in _KINDS
+    ("backward", kind, 128): _staged(kind, 128, _FITS.format("sm_80")) for kind in _KINDS
 }  # fmt: skip
 
 
@@ -88,18 +91,13 @@ def _blackwell(direction: str, kind: str, width: int) -> Blocks:
     """
     source = "offline: compiles for sm_100, Triton 3.7"
     if width > 128 or (direction, kind, width) == ("backward", "highest", 128):
-        return _staged(kind, source)
+        return _staged(kind, width, source)
     if width <= 64:
         return Blocks(32, 2 if width <= 16 else 4, 4 if width <= 16 else 2, False, source)
     return Blocks(32, 8, 1, direction == "backward", source, stream=True)
 
 
 BLACKWELL = {(*key[:2], width): _blackwell(*key[:2], width) for key in TABLE for width in _WIDTHS}
-# its consumer cards have Ada's shared memory
-_TOO_LARGE = (("backward", "highest", 64), ("backward", "high", 128))
-BLACKWELL_SMALL = BLACKWELL | {
-    key: _staged(key[1], _FITS.format("sm_120")) for key in _TOO_LARGE
-}  # fmt: skip
 
 
 def blocks_for(direction: str, precision: str, width: int, arch: str = "sm_90") -> Blocks:
@@ -110,12 +108,10 @@ def blocks_for(direction: str, precision: str, width: int, arch: str = "sm_90") 
     """
     kind = "16" if precision in ("bf16", "fp16") else precision
     table = TABLE
-    if arch.startswith("sm_8"):
+    if arch.startswith(("sm_8", "sm_12")):
         table = TABLE | AMPERE
     elif arch.startswith("sm_10"):
         table = BLACKWELL
-    elif arch.startswith("sm_12"):
-        table = BLACKWELL_SMALL
     fitting = [w for d, p, w in table if (d, p) == (direction, kind) and w >= width]
     return table[direction, kind, min(fitting)]
 

@@ -323,6 +323,19 @@ def test_the_precision_that_was_asked_for_reaches_the_kernel(
     assert found == [("tf32x3", "fp32")] * 2 + [("tf32", "fp32")] * 2
 
 
+@pytest.mark.parametrize("hidden", [65, 128])
+@pytest.mark.usefixtures("poison")
+def test_sums_for_the_weights_in_memory(hidden: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One kernel backward at widths whose sums no registers hold, which float32 runs in stages."""
+    from egnn_fast.kernels.blocks import blocks_for
+
+    row = blocks_for("backward", "high", 128)
+    assert row.spill
+    assert not row.staged
+    monkeypatch.setattr(ops, "matmul_precision", lambda device: "high")
+    assert_passed(rows_of(replace(SMALL, hidden=hidden)))
+
+
 def test_what_the_kernels_do_not_take_is_refused() -> None:
     for case, dtype, message in (
         (SMALL, torch.float64, r"take float32 \(bf16 and fp16 by autocast\), not torch.float64"),
