@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -36,17 +36,54 @@ _kept = WeakTensorKeyDictionary()
 
 
 def kept(tensor: Tensor, key: Any, make: Callable[[], Any]) -> Any:
-    """``make()``, computed once for this tensor (as long as it is not written to) and key."""
+    """``make()``, computed once for this tensor (as long as it is not written to) and key.
+
+    Anew while a CUDA graph is captured, if it was not before: what a capture records has no values
+    until the graph runs. What another stream made is waited for.
+    """
     found = _of(tensor)
+    on_gpu = tensor.is_cuda
+    capturing = on_gpu and torch.cuda.is_current_stream_capturing()
     if key not in found:
         with torch.inference_mode(False):
-            found[key] = make()
-    return found[key]
+            value = make()
+        if capturing:
+            return value
+        found[key] = (value, _Made() if on_gpu else None)
+    value, made = found[key]
+    if made is not None and not capturing:  # before a capture the whole device is waited for
+        made.await_by_current_stream(value)
+    return value
+
+
+class _Made:
+    """When and on which stream something was computed."""
+
+    def __init__(self) -> None:
+        self.stream = torch.cuda.current_stream()
+        self.event = self.stream.record_event()
+
+    def await_by_current_stream(self, value: Any) -> None:
+        """Let the current stream wait for it, and its memory for the current stream."""
+        current = torch.cuda.current_stream()
+        if current == self.stream:
+            return
+        current.wait_event(self.event)
+        for t in _tensors(value):
+            t.record_stream(current)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
 
 
 def know(tensor: Tensor, key: Any, value: Any) -> None:
     """Let ``kept`` find a value that is known already."""
-    _of(tensor).setdefault(key, value)
+    _of(tensor).setdefault(key, (value, None))
 
 
 def _of(tensor: Tensor) -> dict[Any, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +14,7 @@ from egnn_fast.kernels import APPROXIMATE
 ENV_APPROXIMATE = "EGNN_FAST_APPROXIMATE"
 _approximate = os.environ.get(ENV_APPROXIMATE, "").lower() in ("1", "true", "on", "yes")
 
+_setting = threading.RLock()
 _AUTOCAST = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -66,22 +68,29 @@ def float32_products(precision: str) -> Iterator[None]:
 
     A pass backward may run under another setting than the one forward that it belongs to.
     """
-    before, wanted = _float32_precision(), precision.removesuffix(APPROXIMATE)
-    if wanted not in ("high", "highest") or wanted == before:
+    wanted = precision.removesuffix(APPROXIMATE)
+    if wanted not in ("high", "highest"):
         yield
         return
-    _set_float32_precision(wanted)
-    try:
-        yield
-    finally:
-        _set_float32_precision(before)
+    with _setting:  # other threads' products wait: the setting is the whole process's
+        restore = _set_float32_precision(wanted) if wanted != _float32_precision() else None
+        try:
+            yield
+        finally:
+            if restore is not None:
+                restore()
 
 
-def _set_float32_precision(precision: str) -> None:
+def _set_float32_precision(precision: str) -> Callable[[], None]:
+    """Set it; returns what brings the former setting back."""
     matmul = torch.backends.cuda.matmul
     try:
-        _ = matmul.allow_tf32
-    except RuntimeError:  # as above; writing the older one would mix the two
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the newer setting was used; writing the older one would mix the two
+        value = matmul.fp32_precision
+        # one that follows the general setting goes on doing so
+        value = "none" if value == torch.backends.fp32_precision else value
         matmul.fp32_precision = "tf32" if precision == "high" else "ieee"
-    else:
-        matmul.allow_tf32 = precision == "high"
+        return lambda: setattr(matmul, "fp32_precision", value)
+    torch.set_float32_matmul_precision(precision)
+    return lambda: torch.set_float32_matmul_precision(before)

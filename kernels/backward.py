@@ -11,19 +11,19 @@ from egnn_fast.kernels.device import (
     first_linear,
     gate_of,
     geometry,
-    load_attr_weights,
+    load_matrix,
     load_rows,
     load_vector,
     load_weights,
     mask_of,
     nodes_of,
+    operand,
     product,
     run_of_blocks,
     users_of,
 )
 from egnn_fast.kernels.gradients import (
     add_vector,
-    attrs_in_tile,
     first_gradients,
     no_vectors,
     store_matrix,
@@ -36,7 +36,7 @@ from egnn_fast.kernels.rows import finish_block_rows
 @triton.jit
 def _add_matrix(total, place, left, right, spec):
     """Add the sum over edges of their outer products: in registers, or at ``place``."""
-    left, right = tl.trans(left.to(spec.OPERAND)), right.to(spec.OPERAND)
+    left = tl.trans(left)
     if spec.SPILL_WEIGHTS:
         found = tl.dot(left, right, input_precision=spec.DOT)
         store_matrix(place, found, spec.H, spec.H)
@@ -65,13 +65,14 @@ def edge_backward(
         w2 = load_weights(weights.w2, spec)
         if has_head:
             w3 = load_weights(weights.w3, spec)
-    w_a = load_attr_weights(weights, spec)
+    w_a = None
+    if weights.w_a is not None:
+        w_a = load_matrix(weights.w_a, spec.H, spec.A, spec.HP, spec.AP)
     if for_weights:
         own = gradients.weights + tl.program_id(0).to(tl.int64) * spec.K
         g_w2 = tl.zeros((1, 1) if spec.SPILL_WEIGHTS else (spec.HP, spec.HP), tl.float32)
         g_w3 = tl.zeros((1, 1) if spec.SPILL_WEIGHTS else (spec.HP, spec.HP), tl.float32)
     vectors = no_vectors(spec)
-    g_w_a = tl.zeros((spec.HP, spec.AP), tl.float32)
     g_b_g = 0.0
 
     carry_row = tl.full((), -1, tl.int32)
@@ -88,7 +89,7 @@ def edge_backward(
 
         a1, slope1 = activation_and_slope(z, numbers, spec)
         # what waits for its use does so in the operands' type
-        a1, slope1 = a1.to(spec.OPERAND), slope1.to(spec.OPERAND)
+        a1, slope1 = operand(a1, spec), slope1.to(spec.OPERAND)
         if spec.STREAM:
             w2 = load_weights(weights.w2, spec)
         z = product(a1, tl.trans(w2), spec) + load_vector(weights.b2, spec)[None, :]
@@ -101,7 +102,7 @@ def edge_backward(
         g_d = tl.zeros((spec.BLOCK, spec.DP), tl.float32)
         g_m = tl.zeros((spec.BLOCK, spec.HP), tl.float32)
         if has_head:
-            m = (n * share[:, None]).to(spec.OPERAND)
+            m = operand(n * share[:, None], spec)
             if spec.STREAM:
                 w3 = load_weights(weights.w3, spec)
             z = product(m, tl.trans(w3), spec) + load_vector(weights.b3, spec)[None, :]
@@ -110,9 +111,9 @@ def edge_backward(
             g_x = load_rows(cotangents.x, i, live, spec.D, spec.D, spec.DP)
             g_s, g_d, g_mask = shift_gradients(d, r, s, g_x, mask, numbers, spec)
             g_z3 = g_s[:, None] * load_vector(weights.w_x, spec)[None, :] * slope3
-            g_z3 = g_z3.to(spec.OPERAND)
+            g_z3 = operand(g_z3, spec)
             if for_weights:
-                vectors = add_vector(vectors, 3, g_s, a3, spec)
+                vectors = add_vector(vectors, 3, g_s, operand(a3, spec), spec)
                 vectors = add_vector(vectors, 2, live.to(tl.float32), g_z3, spec)
                 g_w3 = _add_matrix(g_w3, own + H * H, g_z3, m, spec)
             if spec.STREAM:
@@ -134,19 +135,18 @@ def edge_backward(
             g_gate = along_m * share * (1.0 - gate)
             g_n += g_gate[:, None] * load_vector(weights.w_g, spec)[None, :]
             if for_weights:
-                vectors = add_vector(vectors, 4, g_gate, n, spec)
+                vectors = add_vector(vectors, 4, g_gate, operand(n, spec), spec)
                 g_b_g += tl.sum(g_gate, axis=0)
-        g_z2 = (g_n * slope2).to(spec.OPERAND)
+        g_z2 = operand(g_n * slope2, spec)
         if for_weights:
             vectors = add_vector(vectors, 1, live.to(tl.float32), g_z2, spec)
             g_w2 = _add_matrix(g_w2, own, g_z2, a1, spec)
         if spec.STREAM:
             w2 = load_weights(weights.w2, spec)
         g_z1 = product(g_z2, w2, spec) * slope1
-        vectors, g_w_a, carry_p, carry_x = first_gradients(
+        vectors, carry_p, carry_x = first_gradients(
             edges, inputs, weights, w_a, gradients, begin_edge, start, stop, e, live, i, user,
-            first, last, d, r, g_z1, g_d, vectors, g_w_a, carry_p, carry_x, carry_row, head_row,
-            spec,
+            first, last, d, r, g_z1, g_d, vectors, carry_p, carry_x, carry_row, head_row, spec,
         )  # fmt: skip
         carry_row = last
 
@@ -161,9 +161,5 @@ def edge_backward(
                 store_matrix(own + H * H, g_w3, H, H)
         own += 2 * H * H
         store_vectors(own, vectors, weights, spec)
-        own += 5 * H
-        if w_a is not None:  # noqa: SIM102
-            if not attrs_in_tile(weights, spec):
-                store_matrix(own, g_w_a, H, spec.A)
-        own += H * spec.A
+        own += 5 * H + H * spec.A
         tl.store(own, tl.load(own) + g_b_g)

@@ -116,6 +116,11 @@ def blocks_for(direction: str, precision: str, width: int, arch: str = "sm_90") 
     return table[direction, kind, min(fitting)]
 
 
+def staged_blocks(precision: str, width: int) -> Blocks:
+    """For what runs in stages whatever its row says."""
+    return _staged("16" if precision in ("bf16", "fp16") else precision, width, _LEAST)
+
+
 def sender_block(width: int) -> int:
     """Edges of a block of the sums over senders."""
     return 64 if width <= 64 else 32

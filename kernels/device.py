@@ -107,9 +107,20 @@ def activation_and_slope(z, numbers, spec):
 
 
 @triton.jit
+def operand(t, spec):
+    """t as products take it, rounded to nearest."""
+    t = t.to(spec.OPERAND)
+    if spec.ROUND:
+        t = tl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=r,f", [t], dtype=tl.int32, is_pure=True, pack=1
+        ).to(tl.float32, bitcast=True)
+    return t
+
+
+@triton.jit
 def product(a, b, spec):
-    """``a @ b`` by the matrix units, in the operands' type, summed in float32."""
-    return tl.dot(a.to(spec.OPERAND), b.to(spec.OPERAND), input_precision=spec.DOT)
+    """``a @ b`` of operands by the matrix units, summed in float32."""
+    return tl.dot(a, b, input_precision=spec.DOT)
 
 
 @triton.jit
@@ -144,7 +155,7 @@ def nodes_of(edges, e, live, first, last):
     high = tl.zeros_like(e) + last
     span = last - first
     while span > 0:
-        middle = (low + high + 1) >> 1
+        middle = low + ((high - low + 1) >> 1)
         begun = tl.load(edges.order.rowptr + middle) <= e
         low = tl.where(begun, middle, low)
         high = tl.where(begun, high, middle - 1)
@@ -188,7 +199,7 @@ def first_linear(inputs, weights, w_a, user, live, i, j, r, spec):
     z += r[:, None] * load_vector(weights.w_r, spec)[None, :]
     if w_a is not None:
         a = load_rows(inputs.edge_attr, user, live, spec.A, spec.A, spec.AP)
-        z += product(a, tl.trans(w_a), spec)
+        z += product(operand(a, spec), tl.trans(operand(w_a, spec)), spec)
     return z
 
 
@@ -263,15 +274,6 @@ def load_matrix(
         return tl.load(at)
     else:
         return tl.load(at, mask=(r < rows)[:, None] & (c < columns)[None, :], other=0.0)
-
-
-@triton.jit
-def load_attr_weights(weights, spec):
-    """The matrix of the edge attributes ``[H, A]``, or None."""
-    if weights.w_a is not None:
-        return load_matrix(weights.w_a, spec.H, spec.A, spec.HP, spec.AP)
-    else:
-        return None
 
 
 @triton.jit

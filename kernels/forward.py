@@ -11,12 +11,13 @@ from egnn_fast.kernels.device import (
     first_linear,
     gate_of,
     geometry,
-    load_attr_weights,
+    load_matrix,
     load_vector,
     load_weights,
     mask_of,
     nodes_of,
     not_finite,
+    operand,
     product,
     run_of_blocks,
     users_of,
@@ -37,7 +38,9 @@ def edge_forward(
         w2 = load_weights(weights.w2, spec)
         if weights.w3 is not None:
             w3 = load_weights(weights.w3, spec)
-    w_a = load_attr_weights(weights, spec)
+    w_a = None
+    if weights.w_a is not None:
+        w_a = load_matrix(weights.w_a, spec.H, spec.A, spec.HP, spec.AP)
 
     carry_row = tl.full((), -1, tl.int32)
     carry_m = tl.zeros((spec.HP,), tl.float32)
@@ -53,7 +56,7 @@ def edge_forward(
         if spec.STREAM:
             w2 = load_weights(weights.w2, spec)
         z = (
-            product(activation(z, numbers, spec), tl.trans(w2), spec)
+            product(operand(activation(z, numbers, spec), spec), tl.trans(w2), spec)
             + load_vector(weights.b2, spec)[None, :]
         )
         m = activation(z, numbers, spec)
@@ -69,7 +72,10 @@ def edge_forward(
         else:
             if spec.STREAM:
                 w3 = load_weights(weights.w3, spec)
-            z = product(m, tl.trans(w3), spec) + load_vector(weights.b3, spec)[None, :]
+            z = (
+                product(operand(m, spec), tl.trans(w3), spec)
+                + load_vector(weights.b3, spec)[None, :]
+            )
             a3 = activation(z, numbers, spec)
             s = tl.sum(a3 * load_vector(weights.w_x, spec)[None, :], axis=1)
             broken = s

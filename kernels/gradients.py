@@ -9,13 +9,13 @@ import triton.language as tl
 
 from egnn_fast.kernels.device import (
     add_rows_at,
-    load_rows,
     load_vector,
+    operand,
     product,
     senders_of,
     store_rows,
 )
-from egnn_fast.kernels.records import VECTORS
+from egnn_fast.kernels.records import VECTOR_COLUMNS, VECTORS
 from egnn_fast.kernels.rows import add_block_rows
 
 
@@ -55,8 +55,8 @@ class Gradients(NamedTuple):
     weights: Any
 
 
-# the tile in which the gradients of VECTORS are summed, a column each, then few edge attributes'
-_COLUMNS = tl.constexpr(16)
+# the tile in which the gradients of VECTORS are summed, a column each, then of edge attributes
+_COLUMNS = tl.constexpr(VECTOR_COLUMNS)
 _VECTORS = tl.constexpr(len(VECTORS))
 
 
@@ -95,21 +95,14 @@ def _factors(column: tl.constexpr, factor):
 
 @triton.jit
 def _add_columns(total, factors, values, spec):
-    # the values are laid out as in the products for the weights' matrices
-    left = tl.trans(values.to(spec.OPERAND))
-    return tl.dot(left, factors.to(spec.OPERAND), total, input_precision=spec.DOT)
+    # the values, operands, are laid out as in the products for the weights' matrices
+    return tl.dot(tl.trans(values), operand(factors, spec), total, input_precision=spec.DOT)
 
 
 @triton.jit
 def add_vector(total, column: tl.constexpr, factor, values, spec):
-    """Add the sum over edges of ``factor * values`` to a column of the tile."""
+    """Add the sum over edges of ``factor * values``, operands, to a column of the tile."""
     return _add_columns(total, _factors(column, factor), values, spec)
-
-
-@triton.jit
-def attrs_in_tile(weights, spec):
-    """Whether the tile has room for the gradients of the edge attributes' matrix."""
-    return weights.w_a is not None and spec.A <= _COLUMNS - _VECTORS
 
 
 @triton.jit
@@ -119,7 +112,7 @@ def store_vectors(place, total, weights, spec):
     column = tl.arange(0, _COLUMNS)[None, :]
     inside = row < spec.H
     _add_to(place + column * spec.H + row, total, inside & (column < _VECTORS))
-    if attrs_in_tile(weights, spec):
+    if weights.w_a is not None:
         attr = column - _VECTORS
         place += _VECTORS * spec.H
         _add_to(place + row * spec.A + attr, total, inside & (attr >= 0) & (attr < spec.A))
@@ -128,27 +121,25 @@ def store_vectors(place, total, weights, spec):
 @triton.jit
 def first_gradients(
     edges, inputs, weights, w_a, gradients, begin_edge, start, stop, e, live, i, user, first, last,
-    d, r, g_z1, g_d, vectors, g_w_a, carry_p, carry_x, carry_row, head_row, spec,
+    d, r, g_z1, g_d, vectors, carry_p, carry_x, carry_row, head_row, spec,
 ):  # fmt: skip
     """From the gradients of a block's first linear layer and of d to those of all inputs.
 
-    Returns the sums over edges that go on: ``(vectors, g_w_a, carry_p, carry_x)``.
+    Returns the sums over edges that go on: ``(vectors, carry_p, carry_x)``.
     """
     H: tl.constexpr = spec.H
     if gradients.weights is not None:
         factors = _factors(0, r)
-        if attrs_in_tile(weights, spec):
+        if w_a is not None:
             attr = tl.arange(0, _COLUMNS)[None, :] - _VECTORS
             place = inputs.edge_attr + user.to(tl.int64)[:, None] * spec.A + attr
             inside = live[:, None] & (attr >= 0) & (attr < spec.A)
             factors += tl.load(place, mask=inside, other=0.0)
-        elif w_a is not None:
-            a = load_rows(inputs.edge_attr, user, live, spec.A, spec.A, spec.AP)
-            g_w_a += product(tl.trans(g_z1), a, spec)
-        vectors = _add_columns(vectors, factors, g_z1, spec)
+        vectors = _add_columns(vectors, factors, operand(g_z1, spec), spec)
     if w_a is not None:  # noqa: SIM102
         if gradients.edge_attr is not None:
-            store_rows(gradients.edge_attr, user, live, product(g_z1, w_a, spec), spec.A, spec.A)
+            g_a = product(operand(g_z1, spec), operand(w_a, spec), spec)
+            store_rows(gradients.edge_attr, user, live, g_a, spec.A, spec.A)
     if gradients.receiver is not None:
         g_r = tl.sum(g_z1 * load_vector(weights.w_r, spec)[None, :], axis=1)
         g_d += (2.0 * g_r)[:, None] * d
@@ -168,4 +159,4 @@ def first_gradients(
         store_rows(gradients.shifts, e - begin_edge, live, g_d, spec.D, spec.D)
     elif gradients.receiver is not None:
         add_rows_at(gradients.sender, j, live, g_d, spec.D, spec.D)
-    return vectors, g_w_a, carry_p, carry_x
+    return vectors, carry_p, carry_x

@@ -266,7 +266,7 @@ def arguments(c: Configuration) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         return edge_backward, (*shared, cotangents, gradients, *run, spec), {}
     tile = operand
     stages: dict[str, tuple[Any, tuple[Any, ...]]] = {
-        "staged_first": (staged_first, (tile,)),
+        "staged_first": (staged_first, (tile, None)),
         "staged_messages": (staged_messages, (tile, tile if c.head else None, out)),
         "staged_shifts": (staged_shifts, (tile, out)),
         "staged_shifts_backward": (
@@ -275,7 +275,7 @@ def arguments(c: Configuration) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         "staged_messages_backward": (
             staged_messages_backward, (cotangents, gradients, tile, tile if c.head else None, None),
         ),
-        "staged_first_backward": (staged_first_backward, (gradients, tile, head)),
+        "staged_first_backward": (staged_first_backward, (gradients, tile, None, head)),
     }  # fmt: skip
     stage, own = stages[c.kernel]
     return stage, (*shared, *own, *run, spec), {}

@@ -16,6 +16,11 @@ OPERANDS = {"bf16": tl.bfloat16, "fp16": tl.float16}  # float32 in other precisi
 VECTORS = ("w_r", "b2", "b3", "w_x", "w_g")
 
 
+# edge attributes that the kernels take: their matrix's gradient shares a tile with those of VECTORS
+VECTOR_COLUMNS = 16
+MAX_ATTRS = VECTOR_COLUMNS - len(VECTORS)
+
+
 def padded(width: int) -> int:
     """The width of a tile: a power of 2 that the matrix units take."""
     return max(16, int(triton.next_power_of_2(width)))
@@ -131,6 +136,7 @@ class Spec(NamedTuple):
     TANH, CLAMP : whether the coordinate head has them
     OPERAND : type of the products' operands
     DOT : ``input_precision`` of products of float32 operands
+    ROUND : whether these are rounded to tf32, of which the matrix units drop the last digits
     PART : type of the parts of 8 digits that float32 values are summed in
     APPROX : whether SiLU is computed from the special units' tanh, to 11 bits
     PTX : whether NVIDIA's own instructions may be used where Triton has none for them
@@ -152,6 +158,7 @@ class Spec(NamedTuple):
     CLAMP: Any
     OPERAND: Any
     DOT: Any
+    ROUND: Any
     PART: Any
     APPROX: Any
     PTX: Any
@@ -183,6 +190,7 @@ class Spec(NamedTuple):
             NORM=0 if norm == 0 else 1 if norm < 0 else 2, TANH=tanh, CLAMP=clamp > 0,
             OPERAND=OPERANDS.get(products, tl.float32),
             DOT=exact if products == "highest" else "tf32",
+            ROUND=products == "high" and nvidia and not interpreting(),
             # the interpreter has no bfloat16 worth the name
             PART=tl.float32 if interpreting() else tl.bfloat16,
             APPROX=precision != products, PTX=nvidia and not interpreting(),

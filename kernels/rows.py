@@ -42,7 +42,7 @@ def _next_window(order, row, last, begin, end, BLOCK: tl.constexpr):
             edge = tl.load(order.rowptr + row)
             high = last
             while span > 0:
-                middle = (row + high + 1) >> 1
+                middle = row + ((high - row + 1) >> 1)
                 begun = tl.load(order.rowptr + middle) <= edge
                 row = tl.where(begun, middle, row)
                 high = tl.where(begun, high, middle - 1)

@@ -16,7 +16,7 @@ from egnn_fast.kernels.device import (
     first_linear,
     gate_of,
     geometry,
-    load_attr_weights,
+    load_matrix,
     load_rows,
     load_vector,
     mask_of,
@@ -37,15 +37,24 @@ def load_linear(tile, place, live, bias, spec):
 
 
 @triton.jit(do_not_specialize=("begin_edge", "end_edge", "num_blocks"))
-def staged_first(edges, inputs, weights, numbers, tile, begin_edge, end_edge, num_blocks, spec):
-    """Write the first layer's activations."""
+def staged_first(
+    edges, inputs, weights, numbers, tile, added, begin_edge, end_edge, num_blocks, spec
+):
+    """Write the first layer's activations.
+
+    ``added``, a tile, is the product of the edge attributes where they are many, else None.
+    """
     begin, end = run_of_blocks(num_blocks)
-    w_a = load_attr_weights(weights, spec)
+    w_a = None
+    if weights.w_a is not None:
+        w_a = load_matrix(weights.w_a, spec.H, spec.A, spec.HP, spec.AP)
     for block in tl.range(begin, end, disable_licm=True):
         _, _, e, live, first, last = block_of_edges(edges, begin_edge, end_edge, block, spec)
         i, j = nodes_of(edges, e, live, first, last)
         _, r = geometry(inputs, i, j, live, spec)
         z = first_linear(inputs, weights, w_a, users_of(edges, e, live), live, i, j, r, spec)
+        if added is not None:
+            z += load_rows(added, e - begin_edge, live, spec.H, spec.H, spec.HP)
         store_rows(tile, e - begin_edge, live, activation(z, numbers, spec), spec.H, spec.H)
 
 

@@ -15,21 +15,20 @@ from egnn_fast.kernels.device import (
     first_linear,
     gate_of,
     geometry,
-    load_attr_weights,
+    load_matrix,
     load_rows,
     load_vector,
     mask_of,
     nodes_of,
+    operand,
     run_of_blocks,
     store_rows,
     users_of,
 )
 from egnn_fast.kernels.gradients import (
     add_vector,
-    attrs_in_tile,
     first_gradients,
     no_vectors,
-    store_matrix,
     store_vectors,
 )
 from egnn_fast.kernels.head import shift_gradients
@@ -74,8 +73,8 @@ def staged_shifts_backward(
         if g_mask is not None:
             tl.store(g_mask + place, g_share, mask=live)
         if for_weights:
-            vectors = add_vector(vectors, 3, g_s, a3, spec)
-            vectors = add_vector(vectors, 2, live.to(tl.float32), g_z3, spec)
+            vectors = add_vector(vectors, 3, g_s, operand(a3, spec), spec)
+            vectors = add_vector(vectors, 2, live.to(tl.float32), operand(g_z3, spec), spec)
     if for_weights:
         store_vectors(_sums_of_program(gradients, spec), vectors, weights, spec)
 
@@ -126,12 +125,12 @@ def staged_messages_backward(
             g_gate = along_m * share * (1.0 - gate)
             g_n += g_gate[:, None] * load_vector(weights.w_g, spec)[None, :]
             if for_weights:
-                vectors = add_vector(vectors, 4, g_gate, n, spec)
+                vectors = add_vector(vectors, 4, g_gate, operand(n, spec), spec)
                 g_b_g += tl.sum(g_gate, axis=0)
         g_z2 = g_n * slope2
         store_rows(tile, place, live, g_z2, spec.H, spec.H)
         if for_weights:
-            vectors = add_vector(vectors, 1, live.to(tl.float32), g_z2, spec)
+            vectors = add_vector(vectors, 1, live.to(tl.float32), operand(g_z2, spec), spec)
     if for_weights:
         own = _sums_of_program(gradients, spec)
         store_vectors(own, vectors, weights, spec)
@@ -141,18 +140,21 @@ def staged_messages_backward(
 
 @triton.jit(do_not_specialize=("begin_edge", "end_edge", "num_blocks"))
 def staged_first_backward(
-    edges, inputs, weights, numbers, gradients, tile, g_d, begin_edge, end_edge, num_blocks, spec
-):
+    edges, inputs, weights, numbers, gradients, tile, added, g_d,
+    begin_edge, end_edge, num_blocks, spec,
+):  # fmt: skip
     """From the gradient of the first layer's activations to those of all inputs.
 
-    ``g_d [chunk, D]`` is what the head gives to the gradient of d, None without.
+    ``g_d [chunk, D]`` is what the head gives to the gradient of d, None without. With ``added``
+    (see staged_first) the gradient of the first linear layer's output takes the place of the other.
     """
     begin, end = run_of_blocks(num_blocks)
     head_row = tl.load(edges.block_rows + 2 * begin)
     H: tl.constexpr = spec.H
-    w_a = load_attr_weights(weights, spec)
+    w_a = None
+    if weights.w_a is not None:
+        w_a = load_matrix(weights.w_a, spec.H, spec.A, spec.HP, spec.AP)
     vectors = no_vectors(spec)
-    g_w_a = tl.zeros((spec.HP, spec.AP), tl.float32)
     carry_row = tl.full((), -1, tl.int32)
     carry_p = tl.zeros((spec.HP,), tl.float32)
     carry_x = tl.zeros((spec.DP,), tl.float32)
@@ -163,15 +165,18 @@ def staged_first_backward(
         user = users_of(edges, e, live)
         d, r = geometry(inputs, i, j, live, spec)
         z = first_linear(inputs, weights, w_a, user, live, i, j, r, spec)
+        if added is not None:
+            z += load_rows(added, e - begin_edge, live, H, H, spec.HP)
         _, slope1 = activation_and_slope(z, numbers, spec)
         g_z1 = load_rows(tile, e - begin_edge, live, H, H, spec.HP) * slope1
+        if added is not None:
+            store_rows(tile, e - begin_edge, live, g_z1, H, H)
         g_shift = tl.zeros((spec.BLOCK, spec.DP), tl.float32)
         if g_d is not None:
             g_shift += load_rows(g_d, e - begin_edge, live, spec.D, spec.D, spec.DP)
-        vectors, g_w_a, carry_p, carry_x = first_gradients(
+        vectors, carry_p, carry_x = first_gradients(
             edges, inputs, weights, w_a, gradients, begin_edge, start, stop, e, live, i, user,
-            first, last, d, r, g_z1, g_shift, vectors, g_w_a, carry_p, carry_x, carry_row, head_row,
-            spec,
+            first, last, d, r, g_z1, g_shift, vectors, carry_p, carry_x, carry_row, head_row, spec,
         )  # fmt: skip
         carry_row = last
     if gradients.p is not None:
@@ -179,8 +184,4 @@ def staged_first_backward(
     if gradients.receiver is not None:
         finish_block_rows(gradients.receiver, spec.D, carry_x, last, head_row)
     if gradients.weights is not None:
-        own = _sums_of_program(gradients, spec)
-        store_vectors(own, vectors, weights, spec)
-        if w_a is not None:  # noqa: SIM102
-            if not attrs_in_tile(weights, spec):
-                store_matrix(own + 5 * H, g_w_a, H, spec.A)
+        store_vectors(_sums_of_program(gradients, spec), vectors, weights, spec)

@@ -12,8 +12,9 @@ from torch import Tensor
 from egnn_fast._partition import Partition, SenderOrder, by_receiver, by_sender, kept
 from egnn_fast.graph import INT32_MAX
 from egnn_fast.kernels import APPROXIMATE, interpreting
-from egnn_fast.kernels.blocks import Blocks, blocks_for, sender_block
+from egnn_fast.kernels.blocks import Blocks, blocks_for, sender_block, staged_blocks
 from egnn_fast.kernels.records import (
+    MAX_ATTRS,
     EdgeList,
     Inputs,
     Numbers,
@@ -42,6 +43,12 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def _round_to_tf32(t: Tensor) -> Tensor:
+    """The nearest numbers of 10 digits behind the first, as the kernels round their operands."""
+    bits = (t.view(torch.int32) + (1 << 12)) & -(1 << 13)
+    return torch.where(t.isfinite(), bits.view(torch.float32), t)
+
+
 class Call:
     """A call of the edge pass, forward or backward, for one set of inputs."""
 
@@ -64,21 +71,40 @@ class Call:
         self.blocks: Blocks = blocks_for(
             direction, products, padded(self.hidden), architecture(self.device)
         )
+        # many edge attributes have products of their own, in chunks of edges
+        self.many = self.attrs > MAX_ATTRS
+        if self.many and not self.blocks.staged:
+            self.blocks = staged_blocks(products, padded(self.hidden))
         self.staged = self.blocks.staged
+        attrs = 0 if self.many else self.attrs
         self.spec = Spec.make(
-            hidden=self.hidden, dim=self.dim, attrs=self.attrs, precision=self.precision,
+            hidden=self.hidden, dim=self.dim, attrs=attrs, precision=self.precision,
             activation=activation, norm=norm, tanh=tanh, clamp=clamp, blocks=self.blocks,
             nvidia=torch.version.hip is None, staged=self.staged,
         )  # fmt: skip
-        self.weight_parts = weight_parts(self.hidden, self.attrs, self.staged)
-        operand = self.operand = _OPERANDS.get(products, torch.float32)
+        self.weight_parts = weight_parts(self.hidden, attrs, self.staged)
+        self.operand = _OPERANDS.get(products, torch.float32)
         self.numbers = Numbers(float(slope), float(norm), float(clamp))
-        self.inputs = Inputs(pq, x, edge_attr, edge_mask)
+        self.inputs = Inputs(pq, x, None if self.many else edge_attr, edge_mask)
         found = Weights(*weights)
+        self.edge_attr, self.w_a = edge_attr, found.w_a
         # matrices in the operands' type; what is added in float32 stays in float32
         self.weights = found._replace(
-            w2=found.w2.to(operand), w3=None if found.w3 is None else found.w3.to(operand)
+            w_a=None if self.many else found.w_a,
+            w2=self._operand(found.w2),
+            w3=None if found.w3 is None else self._operand(found.w3),
         )
+
+    def _operand(self, matrix: Tensor) -> Tensor:
+        matrix = matrix.to(self.operand)
+        return _round_to_tf32(matrix) if self.spec.ROUND.value else matrix
+
+    def attr_rows(self, begin: int, end: int) -> Tensor:
+        """The edge attributes ``[end - begin, A]`` of edges, as products take them."""
+        assert self.edge_attr is not None
+        if self.perm is None:
+            return self.edge_attr[begin:end].to(self.operand)
+        return self.edge_attr.index_select(0, self.perm[begin:end]).to(self.operand)
 
     def _count_edges(self) -> int:
         if self.senders is not None:

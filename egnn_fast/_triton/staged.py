@@ -31,7 +31,8 @@ class _Stages:
 
     def __init__(self, call: Call, tiles: int, chunk: int) -> None:
         self.call = call
-        shape = (tiles, chunk, call.hidden)
+        # rows that are multiples of 16: tiles begin where wide accesses may
+        shape = (tiles, -(-chunk // 16) * 16, call.hidden)
         self._tiles = torch.empty(shape, dtype=call.operand, device=call.device)
 
     def begin(self, bounds: tuple[int, int], part: Partition, weights: Weights) -> list[Tensor]:
@@ -52,6 +53,13 @@ class _Stages:
         with float32_products(self.call.precision):
             torch.mm(a, b, out=out)
 
+    def add_attrs(self, tile: Tensor) -> Tensor:
+        """The product of the edge attributes where the kernels do not make it."""
+        assert self.call.w_a is not None
+        rows = self.call.attr_rows(*self._bounds)
+        self.multiply(rows, self.call.w_a.to(self.call.operand).t(), tile)
+        return tile
+
 
 def _bytes_of_row(call: Call) -> int:
     return call.hidden * call.operand.itemsize
@@ -59,16 +67,17 @@ def _bytes_of_row(call: Call) -> int:
 
 def forward(call: Call, m: Tensor, shift: Tensor | None) -> None:
     """The sums M, and X if there is a head."""
-    chunks = call.chunks(_TILES_FORWARD * _bytes_of_row(call))
-    stages = _Stages(call, _TILES_FORWARD, chunks[0][1])
+    tiles = _TILES_FORWARD + call.many
+    chunks = call.chunks(tiles * _bytes_of_row(call))
+    stages = _Stages(call, tiles, chunks[0][1])
     parts = [call.part(*bounds) for bounds in chunks]
     programs = max(part.programs for part in parts)
     m_rows = call.rows(m, programs)
     x_rows = None if shift is None else call.rows(shift, programs)
     weights = call.weights
     for bounds, part in zip(chunks, parts, strict=True):
-        a, b = stages.begin(bounds, part, weights)
-        stages.launch(staged_first, a)
+        a, b, *more = stages.begin(bounds, part, weights)
+        stages.launch(staged_first, a, stages.add_attrs(more[0]) if more else None)
         stages.multiply(a, weights.w2.t(), b)
         stages.launch(staged_messages, b, None if x_rows is None else b, m_rows)
         if x_rows is not None:
@@ -82,12 +91,13 @@ class Backward(backward.Backward):
 
     def bytes_of_edge(self) -> int:
         """Tiles, and what waits for its sum over senders."""
-        return _TILES_BACKWARD * _bytes_of_row(self.call) + super().bytes_of_edge()
+        tiles = _TILES_BACKWARD + self.call.many
+        return tiles * _bytes_of_row(self.call) + super().bytes_of_edge()
 
     def run(self) -> list[Tensor | None]:
         """Launch all kernels; a gradient for each input, None for what is not wanted."""
         call, chunk = self.call, self.chunks[0][1]
-        self._stages = _Stages(call, _TILES_BACKWARD, chunk)
+        self._stages = _Stages(call, _TILES_BACKWARD + call.many, chunk)
 
         def new(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device=call.device)
@@ -99,13 +109,16 @@ class Backward(backward.Backward):
         self._g_mask = new(chunk) if has_head and for_mask else None
         size = (call.hidden, call.hidden)
         self._w2, self._w3 = (new(*size).zero_() if for_weights else None for _ in range(2))
+        many = for_weights and call.many
+        self._w_a = new(call.hidden, call.attrs).zero_() if many else None
         return super().run()
 
     def launch(self, bounds: tuple[int, int], part: Partition, weights: Weights) -> None:
         """The stages over a chunk's edges: forward, then back."""
         stages, cotangents, gradients = self._stages, self.cotangents, self.gradients
-        a1, z2, m, z3 = stages.begin(bounds, part, weights)
-        stages.launch(staged_first, a1)
+        a1, z2, m, z3, *more = stages.begin(bounds, part, weights)
+        added = stages.add_attrs(more[0]) if more else None
+        stages.launch(staged_first, a1, added)
         stages.multiply(a1, weights.w2.t(), z2)
         g_m = None
         if weights.w3 is not None:
@@ -122,20 +135,38 @@ class Backward(backward.Backward):
         if self._w2 is not None:
             self._add_outer(self._w2, z2, a1)
         stages.multiply(z2, weights.w2, a1)
-        stages.launch(staged_first_backward, gradients, a1, self._g_d)
+        stages.launch(staged_first_backward, gradients, a1, added, self._g_d)
+        if added is not None:
+            self._attr_gradients(bounds, a1)
 
     def matrices(self) -> dict[str, Tensor]:
         """The gradients of w2 and w3."""
         assert self._w2 is not None
         assert self._w3 is not None
-        return {"w2": self._w2, "w3": self._w3}
+        found = {"w2": self._w2, "w3": self._w3}
+        return found if self._w_a is None else found | {"w_a": self._w_a}
+
+    def _attr_gradients(self, bounds: tuple[int, int], g_z1: Tensor) -> None:
+        """Those of many edge attributes and of their matrix."""
+        call, wanted = self.call, self.gradients.edge_attr
+        if self._w_a is not None:
+            self._add_outer(self._w_a, g_z1, call.attr_rows(*bounds))
+        if wanted is None:
+            return
+        assert call.w_a is not None
+        with float32_products(call.precision):
+            rows = torch.mm(g_z1, call.w_a.to(call.operand)).to(wanted.dtype)
+        if call.perm is None:
+            wanted[slice(*bounds)] = rows
+        else:
+            wanted.index_copy_(0, call.perm[slice(*bounds)].long(), rows)
 
     def _add_outer(self, total: Tensor, left: Tensor, right: Tensor) -> None:
         """Add the sum over edges of their outer products, in float32."""
         with float32_products(self.call.precision):
             if left.dtype == torch.float32:
                 total.addmm_(left.t(), right)
-            elif left.is_cuda:
+            elif left.is_cuda and torch.version.hip is None:
                 total += torch.mm(left.t(), right, out_dtype=torch.float32)
             else:
                 total.addmm_(left.t().float(), right.float())
