@@ -112,12 +112,16 @@ def _no_triton() -> str | None:
 
 def unproven(backend: str) -> str | None:
     """Why "auto" leaves a backend that could run a call alone; None if it does not."""
-    if backend != "triton" or (torch.cuda.is_available() and _architecture() in PROVEN):
+    if backend != "triton" or (_on_nvidia() and _architecture() in PROVEN):
         return None
     return (
         "it was compiled and interpreted, not yet run on such a GPU; backend='triton' or "
         f"{ENV_BACKEND}=triton names it"
     )
+
+
+def _on_nvidia() -> bool:
+    return torch.cuda.is_available() and torch.version.hip is None
 
 
 @torch.compiler.assume_constant_result
@@ -148,6 +152,8 @@ def _triton_refusal(call: Call) -> str | None:
     device = "cpu" if interpreting() else "cuda"
     if call.device != device:
         return f"the tensors lie on {call.device}, not on {device}"
+    if device == "cuda" and _on_nvidia() and _architecture() < (8, 0):
+        return "the Triton kernels need an NVIDIA GPU of compute capability 8.0 or later"
     if call.dtype != torch.float32:
         return f"the Triton kernels take float32 (bf16 and fp16 by autocast), not {call.dtype}"
     if call.hidden > MAX_HIDDEN:

@@ -92,5 +92,12 @@ def _set_float32_precision(precision: str) -> Callable[[], None]:
         value = "none" if value == torch.backends.fp32_precision else value
         matmul.fp32_precision = "tf32" if precision == "high" else "ieee"
         return lambda: setattr(matmul, "fp32_precision", value)
+    general = getattr(matmul, "fp32_precision", None) == "none"
     torch.set_float32_matmul_precision(precision)
-    return lambda: torch.set_float32_matmul_precision(before)
+
+    def restore() -> None:
+        torch.set_float32_matmul_precision(before)
+        if general:  # it followed the general setting
+            matmul.fp32_precision = "none"
+
+    return restore

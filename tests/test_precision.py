@@ -65,6 +65,29 @@ def test_the_newer_setting_alone() -> None:
     assert found == ["high high", "refused", "highest highest"] * 2
 
 
+def test_products_leave_the_setting_as_it_was() -> None:
+    found = in_a_process_of_its_own(
+        "from egnn_fast.precision import float32_products",
+        "def products(precision):",
+        "    with float32_products(precision): show()",
+        "products('high')", "show()", "products('bf16')",
+        "print(torch.get_float32_matmul_precision(), matmul.fp32_precision)",
+        "torch.set_float32_matmul_precision('medium')",
+        "products('highest~')", "print(torch.get_float32_matmul_precision())",
+        "torch.set_float32_matmul_precision('highest')",
+        "matmul.fp32_precision = 'none'",
+        "torch.backends.fp32_precision = 'tf32'", "show()",
+        "products('highest')", "show()",
+        "torch.backends.fp32_precision = 'ieee'", "show()",
+        "matmul.fp32_precision = 'tf32'", "products('highest')", "print(matmul.fp32_precision)",
+    )  # fmt: skip
+    high, highest = "high high", "highest highest"
+    assert found == [
+        high, highest, highest, "highest none", highest, "medium", high, highest, high, highest,
+        highest, "tf32",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("dtype", "name"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16")], ids=["bf16", "fp16"]
 )

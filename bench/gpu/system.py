@@ -41,6 +41,8 @@ def items(setting: Setting) -> Iterator[Item]:
         for kind in ("complete", "edge list"):
             run = partial(_cuda_graph, kind, precision)
             yield Item(f"CUDA graph: {kind}: {precision}", "checks", run)
+            run = partial(_captured_first, kind, precision)
+            yield Item(f"capture before any other call: {kind}: {precision}", "checks", run)
             run = partial(_graphed, kind, precision)
             yield Item(f"graphed: {kind}: {precision}", "checks", run)
             run = partial(_no_waiting, kind, precision)
@@ -170,6 +172,25 @@ def _cuda_graph(kind: str, precision: str, setting: Setting) -> Outcome:
         replayed = {name: t.clone() for name, t in held.items()}
         plain, truth = found.expected(precision)
     judge_tensors(outcome, precision, "EGNN", f"CUDA graph, {kind}", replayed, [plain], truth)
+    return outcome
+
+
+def _captured_first(kind: str, precision: str, setting: Setting) -> Outcome:
+    """A graph whose first call is captured: later ones must not read what has no values yet."""
+    if not setting.on_gpu:
+        return Outcome(SKIP, "needs a GPU")
+    outcome, found = Outcome(), _Network(kind, setting)
+    with matmul(precision), launched(outcome, "forward", "backward"):
+        found.run(precision)  # compiles
+        like = _Network(kind, setting)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            like.run(precision)
+        eager = like.run(precision)
+        torch.cuda.synchronize()
+        plain, truth = like.expected(precision)
+    judge_tensors(outcome, precision, "EGNN", f"after a capture, {kind}", eager, [plain], truth)
     return outcome
 
 

@@ -109,7 +109,15 @@ class Call:
     def _count_edges(self) -> int:
         if self.senders is not None:
             return int(self.senders.shape[0])
-        return int(kept(self.rowptr, "num_edges", lambda: int(self.rowptr[-1])))
+        return int(kept(self.rowptr, "num_edges", self._last_of_rowptr))
+
+    def _last_of_rowptr(self) -> int:
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "graph: the number of edges of complete components is read at their first call, "
+                "which must come before the capture of a CUDA graph"
+            )
+        return int(self.rowptr[-1])
 
     @property
     def programs(self) -> int:
