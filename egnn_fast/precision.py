@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -87,9 +88,10 @@ def _set_float32_precision(precision: str) -> Callable[[], None]:
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:  # the newer setting was used; writing the older one would mix the two
+        everywhere: Any = torch.backends
         value = matmul.fp32_precision
         # one that follows the general setting goes on doing so
-        value = "none" if value == torch.backends.fp32_precision else value
+        value = "none" if value == everywhere.fp32_precision else value
         matmul.fp32_precision = "tf32" if precision == "high" else "ieee"
         return lambda: setattr(matmul, "fp32_precision", value)
     general = getattr(matmul, "fp32_precision", None) == "none"

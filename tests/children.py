@@ -248,7 +248,8 @@ def launched_kernels() -> None:
     from egnn_fast.kernels import offline
 
     driver.set_active(offline._NoDevice(offline.TARGETS["sm_90"]))
-    launch, seen = JITFunction.run, {}
+    launch = JITFunction.run
+    seen: dict[str, str] = {}
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         found = launch(self, *args, grid=grid, warmup=True, **kwargs)
