@@ -117,11 +117,7 @@ def check_special(record: Record) -> None:
         assert exponentials == reciprocals == 0, c.label
         return
     activations = 3 if c.head else 2
-    if (c.arch, c.kernel) == ("sm_100", "edge_backward"):
-        # one activation is computed again there, in the layout of another product
-        assert activations <= exponentials <= activations + 1, c.label
-        assert reciprocals == exponentials / 2, c.label
-    elif c.attention or c.tanh or c.norm:  # these have some for each edge
+    if c.attention or c.tanh or c.norm:  # these have some for each edge
         assert activations <= exponentials < activations + 1, c.label
         assert activations / 2 <= reciprocals < activations / 2 + 1, c.label
     else:
@@ -263,10 +259,17 @@ def test_no_row_needs_more_shared_memory_than_there_is() -> None:
     assert beyond == []
 
 
+def test_no_row_forward_spills_on_hopper() -> None:
+    """At H <= 128, in 16 bits and tf32."""
+    rows = [row for row in edge_rows() if (row["kernel"], row["arch"]) == ("edge_forward", "sm_90")]
+    assert [key(row) for row in rows if row["stack"] and row["precision"] != "highest"] == []
+    assert len(rows) == 4 * 4
+
+
 # What is aimed at and not reached yet; a test that passes here fails until its mark is removed.
-@pytest.mark.xfail(reason="the backward's tiles exceed the registers, and tf32's at 128 features")
+@pytest.mark.xfail(reason="the backward's tiles exceed the registers")
 def test_no_row_spills_where_none_should() -> None:
-    """At H <= 64, and forward at H = 128, in 16 bits and tf32."""
+    """At H <= 64, and forward at H = 128, in 16 bits and tf32, on every chip."""
     widest = {"edge_forward": 128, "edge_backward": 64}
     spilling = [
         key(row)
@@ -276,9 +279,12 @@ def test_no_row_spills_where_none_should() -> None:
     assert spilling == []
 
 
-@pytest.mark.xfail(reason="some layouts compute an activation in more than one warp")
 def test_no_row_computes_an_activation_twice() -> None:
-    assert [key(row) for row in edge_rows() if row["exponentials"] != 3] == []
+    """Neither a pass its three nor a stage its one, in the layouts of two products."""
+    stages = [row for row in committed()["kernels"] if row["kernel"] in STAGED_KERNELS]
+    twice = [row for row in edge_rows() if not 3 <= row["exponentials"] < 3.5]
+    twice += [row for row in stages if not 1 <= row["exponentials"] < 1.5]
+    assert [key(row) for row in twice] == []
 
 
 @pytest.mark.full
