@@ -121,10 +121,9 @@ def check_special(record: Record) -> None:
         assert activations <= exponentials < activations + 1, c.label
         assert activations / 2 <= reciprocals < activations / 2 + 1, c.label
     else:
-        assert exponentials == activations, c.label
-        # sm_100 has two more for each warp and block, of no activation
-        more = 0.125 if c.arch == "sm_100" else 0
-        assert activations / 2 <= reciprocals <= activations / 2 + more, c.label
+        # some have a few more for each warp and block; a whole activation would be 1 and 1/2
+        assert activations <= exponentials <= activations + 0.125, c.label
+        assert activations / 2 <= reciprocals <= activations / 2 + 0.125, c.label
 
 
 def committed() -> dict[str, Any]:
