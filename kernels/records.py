@@ -183,6 +183,8 @@ class Spec(NamedTuple):
         products = precision.removesuffix(APPROXIMATE)
         # products of parts are NVIDIA's alone; elsewhere such products are float32's own
         exact = blocks.split if nvidia else "ieee"
+        # the interpreter multiplies exactly whatever it is told, and knows fewer names
+        exact = "tf32x3" if interpreting() else exact
         return cls.of(
             H=hidden, D=dim, A=attrs,
             HP=padded(hidden), DP=triton.next_power_of_2(dim), AP=padded(attrs),

@@ -72,6 +72,7 @@ def _sum_wide(chosen, values, SUM: tl.constexpr, PART: tl.constexpr):
     else:
         # three parts of 8 digits each: bfloat16's rate is twice that of tf32, which holds 11
         chosen = chosen.to(PART)
+        values = values.to(tl.float32)
         high = _upper(values)
         values -= high
         middle = _upper(values)
@@ -86,6 +87,7 @@ def _sum_narrow(chosen, values, PART: tl.constexpr):
     """``chosenᵀ @ values [BLOCK, D]`` with exact products: the parts of 8 digits side by side."""
     BLOCK: tl.constexpr = values.shape[0]
     D: tl.constexpr = values.shape[1]
+    values = values.to(tl.float32)  # the interpreter's numbers of Python may be wider
     high = _upper(values)
     values -= high
     middle = _upper(values)
