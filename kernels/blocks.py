@@ -36,7 +36,7 @@ class Blocks(NamedTuple):
 
 _KINDS, _WIDTHS = ("16", "high", "highest"), (16, 64, 128, 256)
 _LEAST = "offline: the least predicted time on sm_90, Triton 3.7"
-_FITS = "offline: fits and spills little on {}, Triton 3.7"
+_FITS = "offline: fits into shared memory, compiled for {}, Triton 3.7"
 
 
 def _staged(kind: str, width: int, source: str) -> Blocks:
