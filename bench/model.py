@@ -40,6 +40,7 @@ class Gpu:
     fma : lanes of float32 arithmetic
     l2_bytes_per_clock : of all multiprocessors together
     l2_bytes, hbm_gb : L2's size, GB/s of the memory
+    l1_bytes : of a multiprocessor, shared memory among them
     """
 
     arch: str
@@ -50,11 +51,12 @@ class Gpu:
     l2_bytes_per_clock: int
     l2_bytes: int
     hbm_gb: float
+    l1_bytes: int
 
 
 # NVIDIA A100 Tensor Core GPU Architecture (white paper, 2020): 108 SMs, 1410 MHz, 312 TFLOPS in
 # 16 bits and 156 in tf32, 64 FP32 lanes, L2 of 40 MB that reads 5120 bytes a clock; the data sheet
-# of the 80 GB SXM model: 2039 GB/s.
+# of the 80 GB SXM model: 2039 GB/s. L1 and shared memory: 192 KB, H100's 256 KB.
 # NVIDIA H100 Tensor Core GPU Architecture (white paper, 2022), SXM5: 132 SMs, 989.4 TFLOPS in 16
 # bits and 494.7 in tf32, dense, which is 2048 and 1024 multiply-adds at 1830 MHz; 128 FP32 lanes,
 # L2 of 50 MB, 3.35 TB/s. No bandwidth of L2 is given there: A100's is taken.
@@ -67,9 +69,9 @@ _HOPPER = {
 }  # fmt: skip
 _AMPERE = {"HMMA.BF16": 1024, "HMMA.F16": 1024, "HMMA.TF32": 512}
 GPUS = {
-    "a100": Gpu("sm_80", 108, 1.410, _AMPERE, 64, 5120, 40 << 20, 2039),
-    "h100": Gpu("sm_90", 132, 1.830, _HOPPER, 128, 5120, 50 << 20, 3350),
-    "h200": Gpu("sm_90", 132, 1.830, _HOPPER, 128, 5120, 50 << 20, 4800),
+    "a100": Gpu("sm_80", 108, 1.410, _AMPERE, 64, 5120, 40 << 20, 2039, 192 << 10),
+    "h100": Gpu("sm_90", 132, 1.830, _HOPPER, 128, 5120, 50 << 20, 3350, 256 << 10),
+    "h200": Gpu("sm_90", 132, 1.830, _HOPPER, 128, 5120, 50 << 20, 4800, 256 << 10),
 }
 # CUDA C++ Programming Guide, throughput of native arithmetic instructions, 8.0 and 9.0: results of
 # a multiprocessor for each clock
@@ -186,23 +188,42 @@ def traffic(record: Record, gpu: Gpu, problem: Problem) -> tuple[float, float]:
     c, backward = record.configuration, record.configuration.kernel == "edge_backward"
     operand = 2 if c.precision in ("bf16", "fp16") else 4
     rows = rows_of_block(record.edges, problem.degree) / record.edges
-    gathered = _sectors(c.hidden * operand) + _sectors(c.dim * 4)
+    gathered = _sectors(c.width * operand) + _sectors(c.dim * 4)
     listed = (0 if c.complete else 4) + 4 * c.permuted + 4 * c.attrs + 4 * c.mask
-    node = c.hidden * operand + c.dim * 4  # P and x of a receiver
-    sums = 4 * (c.hidden + (c.dim if c.head or backward else 0))
-    missed = _missed(problem.nodes * (c.hidden * operand + c.dim * 4), gpu)
+    node = c.width * operand + c.dim * 4  # P and x of a receiver
+    sums = 4 * (c.width + (c.dim if c.head or backward else 0))
+    missed = _missed(problem.nodes * (c.width * operand + c.dim * 4), gpu)
     l2 = gathered + listed + rows * (node + sums)
     hbm = missed * gathered + listed + (node + sums) / problem.degree
     if backward:
-        cotangents = 4 * (c.hidden + c.dim * c.head)
+        cotangents = 4 * (c.width + c.dim * c.head)
         l2 += rows * cotangents
         hbm += cotangents / problem.degree
-        added = _sectors(c.hidden * 4) + _sectors(c.dim * 4)
+        added = _sectors(c.width * 4) + _sectors(c.dim * 4)
         l2 += 2 * added + 4 * c.attrs
-        hbm += 2 * added * _missed(problem.nodes * 4 * (c.hidden + c.dim), gpu) + 4 * c.attrs
+        hbm += 2 * added * _missed(problem.nodes * 4 * (c.width + c.dim), gpu) + 4 * c.attrs
         if c.row.spill:  # sums for w2 and w3, read and written by each block
-            l2 += 2 * (1 + c.head) * 4 * c.hidden**2 / record.edges
+            l2 += 2 * (1 + c.head) * 4 * c.width**2 / record.edges
     return l2, hbm
+
+
+def spilled_traffic(record: Record, gpu: Gpu, rows: float) -> float:
+    """Bytes for each edge of what registers do not hold and L1 neither, which go to L2.
+
+    L1 has what the programs' shared memory leaves of it.
+    """
+    programs = record.configuration.row.programs
+    spilled = record.stack * record.warps * WARP * programs
+    if spilled == 0:
+        return 0.0
+    beyond = 1 - max(0, gpu.l1_bytes - record.shared * programs) / spilled
+    moved = sum(
+        trips(loop.kind, rows) * n * _bytes(name)
+        for loop in record.loops
+        for name, n in loop.counts.items()
+        if name.startswith(("LDL", "STL"))
+    )
+    return max(0.0, beyond) * moved * record.warps / record.edges
 
 
 def _sectors(size: int) -> int:
@@ -221,6 +242,7 @@ def predict(record: Record, gpu: Gpu, problem: Problem) -> Prediction:
     rows = rows_of_block(record.edges, problem.degree)
     cycles = unit_cycles(record.loops, gpu, record.warps, record.edges, rows)
     l2_bytes, hbm_bytes = traffic(record, gpu, problem)
+    l2_bytes += spilled_traffic(record, gpu, rows)
     # as if each multiprocessor had its share of what all have together
     cycles["l2"] = l2_bytes * gpu.multiprocessors / gpu.l2_bytes_per_clock
     cycles["hbm"] = hbm_bytes * gpu.multiprocessors * gpu.ghz / gpu.hbm_gb

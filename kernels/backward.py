@@ -11,6 +11,7 @@ from egnn_fast.kernels.device import (
     first_linear,
     gate_of,
     geometry,
+    kept_slope,
     load_matrix,
     load_rows,
     load_vector,
@@ -20,6 +21,8 @@ from egnn_fast.kernels.device import (
     operand,
     product,
     run_of_blocks,
+    slope_again,
+    slope_from_shared,
     users_of,
 )
 from egnn_fast.kernels.gradients import (
@@ -29,8 +32,8 @@ from egnn_fast.kernels.gradients import (
     store_matrix,
     store_vectors,
 )
-from egnn_fast.kernels.head import shift_gradients
-from egnn_fast.kernels.rows import finish_block_rows
+from egnn_fast.kernels.head import head_gradient, shift_gradients
+from egnn_fast.kernels.rows import finish_block_rows, take_block_rows
 
 
 @triton.jit
@@ -60,6 +63,7 @@ def edge_backward(
     has_head: tl.constexpr = weights.w3 is not None
     has_gate: tl.constexpr = weights.w_g is not None
     for_weights: tl.constexpr = gradients.weights is not None
+    needs_s: tl.constexpr = spec.TANH or spec.CLAMP
 
     if not spec.STREAM:
         w2 = load_weights(weights.w2, spec)
@@ -88,12 +92,13 @@ def edge_backward(
         mask = mask_of(inputs, user, live)
 
         a1, slope1 = activation_and_slope(z, numbers, spec)
-        # what waits for its use does so in the operands' type
-        a1, slope1 = operand(a1, spec), slope1.to(spec.OPERAND)
+        a1 = operand(a1, spec)
+        slope1 = kept_slope(slope1, spec)
         if spec.STREAM:
             w2 = load_weights(weights.w2, spec)
         z = product(a1, tl.trans(w2), spec) + load_vector(weights.b2, spec)[None, :]
         n, slope2 = activation_and_slope(z, numbers, spec)
+        slope2 = kept_slope(slope2, spec)
         share = mask
         if has_gate:
             gate = gate_of(n, weights, spec)
@@ -103,24 +108,32 @@ def edge_backward(
         g_m = tl.zeros((spec.BLOCK, spec.HP), tl.float32)
         if has_head:
             m = operand(n * share[:, None], spec)
+            g_x = load_rows(cotangents.x, i, live, spec.D, spec.D, spec.DP)
+            if not needs_s:
+                # early: then a tile of the third layer is used as it comes, and takes no registers
+                g_s = head_gradient(d, r, mask, g_x, mask, numbers, spec)
             if spec.STREAM:
                 w3 = load_weights(weights.w3, spec)
             z = product(m, tl.trans(w3), spec) + load_vector(weights.b3, spec)[None, :]
             a3, slope3 = activation_and_slope(z, numbers, spec)
             s = tl.sum(a3 * load_vector(weights.w_x, spec)[None, :], axis=1)
-            g_x = load_rows(cotangents.x, i, live, spec.D, spec.D, spec.DP)
-            g_s, g_d, g_mask = shift_gradients(d, r, s, g_x, mask, numbers, spec)
+            if needs_s:
+                g_s = head_gradient(d, r, s, g_x, mask, numbers, spec)
+            if for_weights:
+                vectors = add_vector(vectors, 3, g_s, operand(a3, spec), spec)
+            g_d, g_mask = shift_gradients(d, r, s, g_x, mask, numbers, spec)
             g_z3 = g_s[:, None] * load_vector(weights.w_x, spec)[None, :] * slope3
             g_z3 = operand(g_z3, spec)
             if for_weights:
-                vectors = add_vector(vectors, 3, g_s, operand(a3, spec), spec)
                 vectors = add_vector(vectors, 2, live.to(tl.float32), g_z3, spec)
                 g_w3 = _add_matrix(g_w3, own + H * H, g_z3, m, spec)
             if spec.STREAM:
                 w3 = load_weights(weights.w3, spec)
             g_m = product(g_z3, w3, spec)
         if cotangents.m is not None:
-            g_m += load_rows(cotangents.m, i, live, H, H, spec.HP)
+            g_m = take_block_rows(
+                cotangents.m, H, H, g_m, edges.order, start, stop, first, last, spec
+            )
 
         if has_gate or gradients.edge_mask is not None:
             along_m = tl.sum(g_m * n, axis=1)
@@ -137,13 +150,13 @@ def edge_backward(
             if for_weights:
                 vectors = add_vector(vectors, 4, g_gate, operand(n, spec), spec)
                 g_b_g += tl.sum(g_gate, axis=0)
-        g_z2 = operand(g_n * slope2, spec)
+        g_z2 = operand(g_n * slope_again(slope2, numbers, spec), spec)
         if for_weights:
             vectors = add_vector(vectors, 1, live.to(tl.float32), g_z2, spec)
             g_w2 = _add_matrix(g_w2, own, g_z2, a1, spec)
         if spec.STREAM:
             w2 = load_weights(weights.w2, spec)
-        g_z1 = product(g_z2, w2, spec) * slope1
+        g_z1 = product(g_z2, w2, spec) * slope_from_shared(slope1, numbers, spec)
         vectors, carry_p, carry_x = first_gradients(
             edges, inputs, weights, w_a, gradients, begin_edge, start, stop, e, live, i, user,
             first, last, d, r, g_z1, g_d, vectors, carry_p, carry_x, carry_row, head_row, spec,

@@ -1,7 +1,7 @@
 """Block sizes: edges of a block, warps of a program, programs of a multiprocessor.
 
-One row for each pass, padded width and precision, with where it comes from; Ampere and
-Blackwell have rows of their own. Widths without a row take the next one's. No tuning at import.
+One row for each pass, padded width and precision, with where it comes from; Ampere, consumer
+cards and Blackwell have rows of their own. Widths without a row take the next one's. No tuning at import.
 """
 
 from __future__ import annotations
@@ -33,7 +33,20 @@ class Blocks(NamedTuple):
     staged: bool = False
     split: str = "tf32x3"
 
+    def launch_options(self, direction: str, nvidia: bool) -> dict[str, int]:
+        """How Triton is to compile a pass.
 
+        The programs of a multiprocessor share its registers. Left to itself NVIDIA's assembler
+        takes fewer than that forward, for programs that do not come, and spills.
+        """
+        if self.staged or direction == "backward" or not nvidia:
+            return {"num_warps": self.warps}
+        share = _REGISTERS // (_LANES * self.warps * self.programs)
+        return {"num_warps": self.warps, "maxnreg": min(share // 8 * 8, 255)}
+
+
+# of a multiprocessor, and threads of a warp
+_REGISTERS, _LANES = 1 << 16, 32
 _KINDS, _WIDTHS = ("16", "high", "highest"), (16, 64, 128, 256)
 _LEAST = "offline: the least predicted time on sm_90, Triton 3.7"
 _FITS = "offline: fits into shared memory, compiled for {}, Triton 3.7"
@@ -65,18 +78,17 @@ TABLE: dict[tuple[str, str, int], Blocks] = {
     ("backward", "high", 128): Blocks(128, 8, 1, True, _LEAST, stream=True),
     ("backward", "high", 256): _staged("high", 256, _LEAST),
     ("backward", "highest", 16): Blocks(32, 2, 4, False, _LEAST),
-    ("backward", "highest", 64): Blocks(32, 4, 1, False, _LEAST),
+    ("backward", "highest", 32): Blocks(32, 2, 3, False, _LEAST),
+    ("backward", "highest", 64): Blocks(64, 4, 1, False, _LEAST, split="bf16x6"),
     ("backward", "highest", 128): _staged("highest", 128, _LEAST),
     ("backward", "highest", 256): _staged("highest", 256, _LEAST),
 }
 
-# Ampere, Ada and Blackwell's consumer cards: less shared memory, and matrix units whose operands
-# lie in registers
+# Ampere: less shared memory, and matrix units whose operands lie in registers
 AMPERE: dict[tuple[str, str, int], Blocks] = {
     ("forward", "16", 128): Blocks(32, 8, 2, False, _FITS.format("sm_80"), stream=True),
     ("forward", "high", 128): Blocks(32, 8, 2, False, _FITS.format("sm_80"), stream=True),
     ("forward", "highest", 128): Blocks(32, 8, 1, False, _FITS.format("sm_80"), stream=True),
-    ("backward", "high", 64): Blocks(64, 4, 1, False, _FITS.format("sm_89"), stream=True),
     ("backward", "highest", 64): _staged("highest", 64, _FITS.format("sm_80")),
 } | {
     ("backward", kind, 128): _staged(kind, 128, _FITS.format("sm_80")) for kind in _KINDS
@@ -97,6 +109,12 @@ def _blackwell(direction: str, kind: str, width: int) -> Blocks:
     return Blocks(32, 8, 1, direction == "backward", source, stream=True)
 
 
+# Ada and other consumer cards, on top of Ampere's: less shared memory still
+CONSUMER: dict[tuple[str, str, int], Blocks] = {
+    ("forward", "16", 64): Blocks(64, 4, 2, False, _FITS.format("sm_120")),
+    ("backward", "high", 64): Blocks(64, 4, 1, False, _FITS.format("sm_89"), stream=True),
+}
+
 BLACKWELL = {(*key[:2], width): _blackwell(*key[:2], width) for key in TABLE for width in _WIDTHS}
 
 
@@ -108,8 +126,10 @@ def blocks_for(direction: str, precision: str, width: int, arch: str = "sm_90") 
     """
     kind = "16" if precision in ("bf16", "fp16") else precision
     table = TABLE
-    if arch.startswith(("sm_8", "sm_12")):
+    if arch in ("sm_80", "sm_87"):
         table = TABLE | AMPERE
+    elif arch.startswith(("sm_8", "sm_12")):
+        table = TABLE | AMPERE | CONSUMER
     elif arch.startswith("sm_10"):
         table = BLACKWELL
     fitting = [w for d, p, w in table if (d, p) == (direction, kind) and w >= width]

@@ -107,13 +107,56 @@ def activation_and_slope(z, numbers, spec):
 
 
 @triton.jit
+def kept_slope(slope, spec):
+    """act'(z) as it waits for its use, in fp16, whose digits are tf32's; float32 where exact."""
+    if spec.EXACT:
+        return slope
+    elif spec.ACT == 2:
+        return (slope == 1.0).to(tl.float16)
+    elif spec.ACT == 1:
+        return slope.to(tl.float16)
+    # SiLU's is at most 1.1; a NaN, which the products have too, must not reach other edges by it
+    elif spec.PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 two; mov.b32 two, 0x40004000; min.f16x2 $0, $1, two; }", "=r,r",
+            [slope.to(tl.float16)], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return tl.where(slope < 2.0, slope, 2.0).to(tl.float16)
+
+
+@triton.jit
+def slope_again(kept, numbers, spec):
+    """act'(z) of what :func:`kept_slope` kept."""
+    if spec.EXACT:
+        return kept
+    elif spec.ACT == 2:
+        return tl.where(kept > 0, 1.0, numbers.slope)
+    else:
+        return kept.to(tl.float32)
+
+
+@triton.jit
+def slope_from_shared(kept, numbers, spec):
+    """The same of a tile that waits in shared memory, not in registers.
+
+    That is where the right operand of a product waits, from when it is known: so the tile is
+    multiplied by the identity.
+    """
+    if not spec.EXACT:
+        edge = tl.arange(0, spec.BLOCK)
+        identity = (edge[:, None] == edge[None, :]).to(tl.float16)
+        kept = tl.dot(identity, kept)
+    return slope_again(kept, numbers, spec)
+
+
+@triton.jit
 def operand(t, spec):
     """t as products take it, rounded to nearest."""
     t = t.to(spec.OPERAND)
     if spec.ROUND:
-        t = tl.inline_asm_elementwise(
-            "cvt.rna.tf32.f32 $0, $1;", "=r,f", [t], dtype=tl.int32, is_pure=True, pack=1
-        ).to(tl.float32, bitcast=True)
+        # Veltkamp's split: tf32 has 13 digits fewer; NaN stays, infinity becomes NaN
+        t = tl.fma(t, -8192.0, t * 8193.0)
     return t
 
 

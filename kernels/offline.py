@@ -40,7 +40,17 @@ from egnn_fast.kernels.disassembly import (
 )
 from egnn_fast.kernels.forward import edge_forward
 from egnn_fast.kernels.gradients import Cotangents, Gradients
-from egnn_fast.kernels.records import EdgeList, Inputs, Numbers, Order, Rows, Spec, Weights, padded
+from egnn_fast.kernels.records import (
+    EdgeList,
+    Inputs,
+    Numbers,
+    Order,
+    Rows,
+    Spec,
+    Weights,
+    padded,
+    row_width,
+)
 from egnn_fast.kernels.staged import staged_first, staged_messages, staged_shifts
 from egnn_fast.kernels.staged_backward import (
     staged_first_backward,
@@ -69,7 +79,7 @@ SHARED_LIMIT = {
     "sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10,
     "sm_120": 99 << 10, "gfx942": 64 << 10,
 }  # fmt: skip
-SHIPPED_WIDTHS, WIDE_WIDTH = (16, 33, 64, 128), 256
+SHIPPED_WIDTHS, WIDE_WIDTH = (16, 32, 64, 128), 256
 _EDGES = 1_000_003  # a number that no specialisation holds for
 
 
@@ -118,12 +128,21 @@ class Configuration:
             object.__setattr__(self, "blocks", Blocks(*self.blocks))
 
     @property
+    def direction(self) -> str:
+        """The pass that it belongs to."""
+        return "forward" if self.kernel in PASSES["forward"] else "backward"
+
+    @property
     def row(self) -> Blocks:
         """How it is launched."""
         if self.blocks is not None:
             return self.blocks
-        direction = "forward" if self.kernel in PASSES["forward"] else "backward"
-        return blocks_for(direction, self.precision, padded(self.hidden), self.arch)
+        return blocks_for(self.direction, self.precision, padded(self.hidden), self.arch)
+
+    @property
+    def width(self) -> int:
+        """Channels of what it is given."""
+        return row_width(self.hidden, self.row.staged)
 
     @property
     def warps(self) -> int:
@@ -224,23 +243,25 @@ def arguments(c: Configuration) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     f32, i32, i64 = (_Address(t) for t in (torch.float32, torch.int32, torch.int64))
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(c.precision)
     operand = f32 if half is None else _Address(half)
-    row, width, dim = c.row, c.hidden, c.dim
+    row, width, dim = c.row, c.width, c.dim
+    nvidia = TARGETS[c.arch].backend == "cuda"
+    options = row.launch_options(c.direction, nvidia)
     spec = Spec.make(
         hidden=width, dim=dim, attrs=c.attrs, precision=c.precision, activation=c.activation,
         norm=c.norm, tanh=c.tanh, clamp=c.clamp, blocks=row,
-        nvidia=TARGETS[c.arch].backend == "cuda", staged=c.kernel in STAGED_KERNELS,
+        nvidia=nvidia, staged=c.kernel in STAGED_KERNELS,
     )  # fmt: skip
     out = Rows(f32, f32)
     if c.kernel == "finish_rows":
         b, b_width = (out, dim) if c.head else (None, 0)
         strides = (width, width, b, b_width, b_width)
         tiles = {"A": triton.next_power_of_2(width), "B": triton.next_power_of_2(b_width)}
-        return finish_rows, (i32, 4 * 33, out, *strides), tiles
+        return finish_rows, (i32, 4 * 33, out, *strides), {**tiles, "num_warps": c.warps}
     blocks = -(-_EDGES // c.edges)
     if c.kernel == "sender_sums":
         args = (i32, Order(None, i32), i32, _EDGES, blocks, f32, out, 2 * width, f32, out)
         sizes = {"H": width, "D": dim, "HP": spec.HP, "DP": spec.DP, "BLOCK": c.edges}
-        return sender_sums, args, {**sizes, "PART": spec.PART.value}
+        return sender_sums, args, {**sizes, "PART": spec.PART.value, "num_warps": c.warps}
     edges = EdgeList(
         order=Order(i64, None), senders=None if c.complete else i32,
         perm=i32 if c.permuted and not c.complete else None, first=i32 if c.complete else None,
@@ -256,14 +277,14 @@ def arguments(c: Configuration) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     numbers = Numbers(0.01, c.norm, c.clamp)
     shared, run = (edges, inputs, weights, numbers), (0, _EDGES, blocks)
     if c.kernel == "edge_forward":
-        return edge_forward, (*shared, out, out if c.head else None, *run, spec), {}
+        return edge_forward, (*shared, out, out if c.head else None, *run, spec), options
     gradients = Gradients(
         p=out, receiver=out, sender=f32, edge_attr=attr, edge_mask=None,
         messages=f32 if c.ordered else None, shifts=f32 if c.ordered else None, weights=f32,
     )  # fmt: skip
     cotangents = Cotangents(f32, head)
     if c.kernel == "edge_backward":
-        return edge_backward, (*shared, cotangents, gradients, *run, spec), {}
+        return edge_backward, (*shared, cotangents, gradients, *run, spec), options
     tile = operand
     stages: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "staged_first": (staged_first, (tile, None)),
@@ -278,7 +299,7 @@ def arguments(c: Configuration) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         "staged_first_backward": (staged_first_backward, (gradients, tile, None, head)),
     }  # fmt: skip
     stage, own = stages[c.kernel]
-    return stage, (*shared, *own, *run, spec), {}
+    return stage, (*shared, *own, *run, spec), options
 
 
 def compile_here(c: Configuration) -> Record:
@@ -287,7 +308,7 @@ def compile_here(c: Configuration) -> Record:
         raise RuntimeError("TRITON_INTERPRET is set: kernels are not compiled in this process")
     driver.set_active(_NoDevice(TARGETS[c.arch]))
     kernel, args, keywords = arguments(c)
-    found = kernel.warmup(*args, grid=(1,), num_warps=c.warps, **keywords)
+    found = kernel.warmup(*args, grid=(1,), **keywords)
     shape: dict[str, Any] = {"configuration": c, "warps": c.warps, "edges": c.edges}
     if "amdgcn" in found.asm:
         return Record(**shape, shared=found.metadata.shared, **amdgcn_record(found.asm["amdgcn"]))

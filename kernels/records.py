@@ -26,6 +26,14 @@ def padded(width: int) -> int:
     return max(16, int(triton.next_power_of_2(width)))
 
 
+def row_width(hidden: int, staged: bool) -> int:
+    """Channels of what the kernels are given for a hidden width: padding comes from the caller.
+
+    A whole tile, or in stages, where tiles lie in memory, a multiple of what wide accesses take.
+    """
+    return -(-hidden // 8) * 8 if staged else padded(hidden)
+
+
 def weight_parts(hidden: int, attrs: int, staged: bool = False) -> dict[str, int]:
     """Names and sizes of the parts of a row of ``Gradients.weights``; the last is padding.
 
@@ -137,6 +145,7 @@ class Spec(NamedTuple):
     OPERAND : type of the products' operands
     DOT : ``input_precision`` of products of float32 operands
     ROUND : whether these are rounded to tf32, of which the matrix units drop the last digits
+    EXACT : whether products are as accurate as float32
     PART : type of the parts of 8 digits that float32 values are summed in
     APPROX : whether SiLU is computed from the special units' tanh, to 11 bits
     PTX : whether NVIDIA's own instructions may be used where Triton has none for them
@@ -159,6 +168,7 @@ class Spec(NamedTuple):
     OPERAND: Any
     DOT: Any
     ROUND: Any
+    EXACT: Any
     PART: Any
     APPROX: Any
     PTX: Any
@@ -192,7 +202,8 @@ class Spec(NamedTuple):
             NORM=0 if norm == 0 else 1 if norm < 0 else 2, TANH=tanh, CLAMP=clamp > 0,
             OPERAND=OPERANDS.get(products, tl.float32),
             DOT=exact if products == "highest" else "tf32",
-            ROUND=products == "high" and nvidia and not interpreting(),
+            ROUND=products == "high" and nvidia,
+            EXACT=products == "highest",
             # the interpreter has no bfloat16 worth the name
             PART=tl.float32 if interpreting() else tl.bfloat16,
             APPROX=precision != products, PTX=nvidia and not interpreting(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from egnn_fast.kernels.device import rows_and_columns
+from egnn_fast.kernels.device import load_rows, rows_and_columns
 
 # rows of a window, and the least columns: what the matrix units take at once
 WINDOW = tl.constexpr(16)
@@ -62,6 +62,39 @@ def _upper(values):
 
 
 @triton.jit
+def _parts(values, PART: tl.constexpr):
+    """Float32 values as three parts of 8 digits, ``(low, middle, high)``.
+
+    Products of these with 0 and 1 are exact, at a rate twice that of tf32, which holds 11 digits.
+    """
+    values = values.to(tl.float32)  # the interpreter's numbers of Python may be wider
+    high = _upper(values)
+    values -= high
+    middle = _upper(values)
+    return (values - middle).to(PART), middle.to(PART), high.to(PART)
+
+
+@triton.jit
+def take_block_rows(base, stride, H: tl.constexpr, total, order, begin, end, first, last, spec):
+    """Add to ``total [BLOCK, H]`` each edge's row of a float32 matrix, exactly.
+
+    The reverse of :func:`add_block_rows`. By products, as a window of rows takes fewer registers
+    and loads than a row for each edge.
+    """
+    row = first
+    while row <= last:
+        chosen = _edges_of_rows(order, row, last, begin, end, total.shape[0]).to(spec.PART)
+        rows = row + tl.arange(0, WINDOW)
+        values = load_rows(base, rows, rows <= last, stride, H, total.shape[1])
+        low, middle, high = _parts(values, spec.PART)
+        total = tl.dot(chosen, low, total)
+        total = tl.dot(chosen, middle, total)
+        total = tl.dot(chosen, high, total)
+        row = _next_window(order, row, last, begin, end, total.shape[0])
+    return total
+
+
+@triton.jit
 def _sum_wide(chosen, values, SUM: tl.constexpr, PART: tl.constexpr):
     """``chosenᵀ @ values``: of values rounded to SUM, or exact products if that is float32.
 
@@ -70,15 +103,11 @@ def _sum_wide(chosen, values, SUM: tl.constexpr, PART: tl.constexpr):
     if SUM != tl.float32:  # noqa: SIM300
         sums = tl.dot(tl.trans(values.to(SUM)), chosen.to(SUM))
     else:
-        # three parts of 8 digits each: bfloat16's rate is twice that of tf32, which holds 11
         chosen = chosen.to(PART)
-        values = values.to(tl.float32)
-        high = _upper(values)
-        values -= high
-        middle = _upper(values)
-        sums = tl.dot(tl.trans((values - middle).to(PART)), chosen)
-        sums = tl.dot(tl.trans(middle.to(PART)), chosen, sums)
-        sums = tl.dot(tl.trans(high.to(PART)), chosen, sums)
+        low, middle, high = _parts(values, PART)
+        sums = tl.dot(tl.trans(low), chosen)
+        sums = tl.dot(tl.trans(middle), chosen, sums)
+        sums = tl.dot(tl.trans(high), chosen, sums)
     return tl.trans(sums)
 
 
@@ -87,18 +116,14 @@ def _sum_narrow(chosen, values, PART: tl.constexpr):
     """``chosenᵀ @ values [BLOCK, D]`` with exact products: the parts of 8 digits side by side."""
     BLOCK: tl.constexpr = values.shape[0]
     D: tl.constexpr = values.shape[1]
-    values = values.to(tl.float32)  # the interpreter's numbers of Python may be wider
-    high = _upper(values)
-    values -= high
-    middle = _upper(values)
-    nothing = tl.zeros_like(values)
-    parts = tl.join(tl.join(high, values - middle), tl.join(middle, nothing))
+    low, middle, high = _parts(values, PART)
+    parts = tl.join(tl.join(high, low), tl.join(middle, tl.zeros_like(low)))
     parts = tl.reshape(parts, (BLOCK, 4 * D))
     if D <= 2:
         parts = tl.reshape(tl.join(parts, tl.zeros_like(parts)), (BLOCK, 8 * D))
     if D == 1:
         parts = tl.reshape(tl.join(parts, tl.zeros_like(parts)), (BLOCK, 16 * D))
-    sums = tl.dot(tl.trans(chosen.to(PART)), parts.to(PART))
+    sums = tl.dot(tl.trans(chosen.to(PART)), parts)
     return tl.sum(tl.reshape(sums, (WINDOW, D, parts.shape[1] // D)), axis=2)
 
 

@@ -31,7 +31,7 @@ from egnn_fast.kernels.gradients import (
     no_vectors,
     store_vectors,
 )
-from egnn_fast.kernels.head import shift_gradients
+from egnn_fast.kernels.head import head_gradient, shift_gradients
 from egnn_fast.kernels.rows import finish_block_rows
 from egnn_fast.kernels.staged import load_linear
 
@@ -65,7 +65,8 @@ def staged_shifts_backward(
         s = tl.sum(a3 * load_vector(weights.w_x, spec)[None, :], axis=1)
         g_x = load_rows(cotangents.x, i, live, spec.D, spec.D, spec.DP)
         mask = mask_of(inputs, users_of(edges, e, live), live)
-        g_s, g_shift, g_share = shift_gradients(d, r, s, g_x, mask, numbers, spec)
+        g_s = head_gradient(d, r, s, g_x, mask, numbers, spec)
+        g_shift, g_share = shift_gradients(d, r, s, g_x, mask, numbers, spec)
         g_z3 = g_s[:, None] * load_vector(weights.w_x, spec)[None, :] * slope3
         store_rows(tile, place, live, g_z3, spec.H, spec.H)
         if g_d is not None:

@@ -56,6 +56,17 @@ def test_matrix_units() -> None:
     assert cycles({}, A100, HMMA_TF32=macs)["matrix"] == pytest.approx(8192 / 512)
 
 
+def test_what_is_spilled_goes_to_l2_where_l1_is_too_small() -> None:
+    loops = [Loop("block", {"STL.32": 3, "LDL.64": 1}, {})]
+    small = replace(record(), stack=64, loops=loops)
+    assert model.spilled_traffic(replace(small, stack=0, loops=[]), H200, 3) == 0
+    assert model.spilled_traffic(small, H200, 3) == 0  # two programs' 16 KB fit beside 2 KB
+    full = replace(small, shared=124 << 10)  # of 256 KB 8 are left
+    moved = (3 * 4 + 8) * 32 * WARPS / EDGES
+    assert model.spilled_traffic(full, H200, 3) == pytest.approx(moved / 2)
+    assert model.spilled_traffic(replace(full, shared=128 << 10), H200, 3) == pytest.approx(moved)
+
+
 def test_arithmetic() -> None:
     counts = {"FFMA": 32, "FADD": 16, "FMUL": 16, "IMAD": 64, "ALU": 64}
     share = WARPS / EDGES

@@ -36,6 +36,7 @@ def _messages(*args: Any) -> tuple[Tensor, Tensor]:
         else:
             _fused(call, m, shift)
         launches["forward"] += 1
+    m = call.width.narrow(m, 1)
     return m, m.new_empty((0, call.dim)) if shift is None else shift
 
 
@@ -45,7 +46,8 @@ def _fused(call: Call, m: Tensor, shift: Tensor | None) -> None:
     x_rows = None if shift is None else call.rows(shift, part.programs)
     edge_forward[(part.programs,)](
         call.edges(part), call.inputs, call.weights, call.numbers,
-        m_rows, x_rows, 0, call.num_edges, part.blocks, call.spec, num_warps=call.blocks.warps,
+        m_rows, x_rows, 0, call.num_edges, part.blocks, call.spec,
+        **call.launch_options,
     )  # fmt: skip
     call.finish(part, m_rows, x_rows)
 

@@ -24,6 +24,7 @@ class Backward:
         self, call: Call, g_m: Tensor | None, g_x: Tensor | None, needed: Sequence[bool]
     ) -> None:
         self.call, self.needed = call, needed
+        g_m = None if g_m is None else call.width.widen(g_m, 1)
         self.cotangents = Cotangents(*(g if g is None else g.contiguous() for g in (g_m, g_x)))
         # sums over senders: chunk by chunk in the order of edges, or at once in any order
         self.ordered = torch.are_deterministic_algorithms_enabled() and any(needed[:2])
@@ -74,7 +75,7 @@ class Backward:
         call = self.call
         edge_backward[(part.programs,)](
             call.edges(part), call.inputs, weights, call.numbers, self.cotangents, self.gradients,
-            *bounds, part.blocks, call.spec, num_warps=call.blocks.warps,
+            *bounds, part.blocks, call.spec, **call.launch_options,
         )  # fmt: skip
 
     def matrices(self) -> dict[str, Tensor]:
@@ -107,5 +108,11 @@ class Backward:
             )
             found |= dict(zip(call.weight_parts, parts, strict=True))
             found |= self.matrices()
-        grads = (self.pq, x, g.edge_attr, g.edge_mask, *(found[n] for n in Weights._fields))
-        return [t if n else None for t, n in zip(grads, self.needed, strict=True)]
+        width, pq = call.width, self.pq
+        if pq is not None:
+            pq = width.narrow(pq.unflatten(1, (2, -1)), 2).flatten(1)
+        grads = [t if n else None for t, n in zip((pq, x, g.edge_attr, g.edge_mask), self.needed)]
+        for name, wanted in zip(Weights._fields, self.needed[4:], strict=True):
+            grad = found[name]
+            grads.append(width.narrow_weight(name, grad) if wanted and grad is not None else None)
+        return grads

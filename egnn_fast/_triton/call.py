@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from egnn_fast._partition import Partition, SenderOrder, by_receiver, by_sender, kept
+from egnn_fast._triton.width import Width
 from egnn_fast.graph import INT32_MAX
 from egnn_fast.kernels import APPROXIMATE, interpreting
 from egnn_fast.kernels.blocks import Blocks, blocks_for, sender_block, staged_blocks
@@ -23,6 +24,7 @@ from egnn_fast.kernels.records import (
     Spec,
     Weights,
     padded,
+    row_width,
     weight_parts,
 )
 from egnn_fast.kernels.sums import finish_rows
@@ -44,9 +46,8 @@ def architecture(device: torch.device) -> str:
 
 
 def _round_to_tf32(t: Tensor) -> Tensor:
-    """The nearest numbers of 10 digits behind the first, as the kernels round their operands."""
-    bits = (t.view(torch.int32) + (1 << 12)) & -(1 << 13)
-    return torch.where(t.isfinite(), bits.view(torch.float32), t)
+    """The nearest numbers of 10 digits behind the first: Veltkamp's split, as in the kernels."""
+    return t * 8193.0 - t * 8192.0
 
 
 class Call:
@@ -58,7 +59,7 @@ class Call:
         self.rowptr, self.senders, self.perm, self.first = args[N_DIFF : N_DIFF + 4]
         activation, slope, norm, tanh, clamp, _, self.precision = args[N_DIFF + 4 :]
         self.device, self.nodes = x.device, x.shape[0]
-        self.hidden, self.dim = pq.shape[1] // 2, x.shape[1]
+        channels, self.dim = pq.shape[1] // 2, x.shape[1]
         self.attrs = 0 if edge_attr is None else edge_attr.shape[1]
         self.has_head = weights[-1] is not None
         self.num_edges = self._count_edges()
@@ -69,24 +70,29 @@ class Call:
             )
         products = self.precision.removesuffix(APPROXIMATE)
         self.blocks: Blocks = blocks_for(
-            direction, products, padded(self.hidden), architecture(self.device)
+            direction, products, padded(channels), architecture(self.device)
         )
         # many edge attributes have products of their own, in chunks of edges
         self.many = self.attrs > MAX_ATTRS
         if self.many and not self.blocks.staged:
-            self.blocks = staged_blocks(products, padded(self.hidden))
+            self.blocks = staged_blocks(products, padded(channels))
         self.staged = self.blocks.staged
+        nvidia = torch.version.hip is None
+        self.launch_options = self.blocks.launch_options(direction, nvidia)
+        self.hidden = row_width(channels, self.staged)
+        self.width = Width(channels, self.hidden)
         attrs = 0 if self.many else self.attrs
         self.spec = Spec.make(
             hidden=self.hidden, dim=self.dim, attrs=attrs, precision=self.precision,
             activation=activation, norm=norm, tanh=tanh, clamp=clamp, blocks=self.blocks,
-            nvidia=torch.version.hip is None, staged=self.staged,
+            nvidia=nvidia, staged=self.staged,
         )  # fmt: skip
         self.weight_parts = weight_parts(self.hidden, attrs, self.staged)
         self.operand = _OPERANDS.get(products, torch.float32)
         self.numbers = Numbers(float(slope), float(norm), float(clamp))
+        pq = self.width.widen(pq.unflatten(1, (2, -1)), 2).flatten(1)
         self.inputs = Inputs(pq, x, None if self.many else edge_attr, edge_mask)
-        found = Weights(*weights)
+        found = self.width.widen_weights(Weights(*weights))
         self.edge_attr, self.w_a = edge_attr, found.w_a
         # matrices in the operands' type; what is added in float32 stays in float32
         self.weights = found._replace(

@@ -45,7 +45,7 @@ class _Stages:
         call, part = self.call, self._part
         kernel[(part.programs,)](
             call.edges(part), call.inputs, self._weights, call.numbers, *args,
-            *self._bounds, part.blocks, call.spec, num_warps=call.blocks.warps,
+            *self._bounds, part.blocks, call.spec, **call.launch_options,
         )  # fmt: skip
 
     def multiply(self, a: Tensor, b: Tensor, out: Tensor) -> None:

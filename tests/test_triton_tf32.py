@@ -1,0 +1,153 @@
+"""The Triton kernels at the precision "high", by the interpreter: operands rounded to tf32.
+
+The matrix units drop the digits that the kernels rounded away, so here too the operands are tf32;
+products are exact in both places. PyTorch's own products are rounded likewise, which says what
+error is tf32's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from cases import EVERYTHING, INTERPRETED_BACKENDS, assert_passed, describe, kernel_calls
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from egnn_fast import Options, checks, ops
+from egnn_fast._cases import Case
+from egnn_fast.checks import Row
+
+pytestmark = [
+    pytest.mark.interpreted,
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(not INTERPRETED_BACKENDS, reason="Triton's wheels are for Linux alone"),
+]
+HALF_UNIT = 2.0**-11  # half a unit in the last place of tf32, for numbers at 1
+SMALL = Case("small", nodes=12, edges=70, attrs=2, mask="soft", options=EVERYTHING)
+
+
+def rounded(t: torch.Tensor) -> torch.Tensor:
+    """The nearest tf32 of float32; other dtypes as they are."""
+    if t.dtype != torch.float32:
+        return t
+    bits = t.contiguous().view(torch.int32)
+    return ((bits + (1 << 12)) & -(1 << 13)).view(torch.float32)
+
+
+class Tf32Products(TorchDispatchMode):
+    """PyTorch's products of float32 take operands rounded to tf32."""
+
+    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func in self.products:
+            self.seen += 1
+            args = (*args[:-2], *(rounded(t) for t in args[-2:]))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    """As where the user asked for "high"."""
+    with mock.patch.object(ops, "matmul_precision", lambda device: "high"), Tf32Products() as mode:
+        yield
+        assert mode.seen > 0
+
+
+def rows_of(case: Case, face: str = "edge_pass") -> list[Row]:
+    """The case against the reference in float64; the kernels ran."""
+    calls = (1, 1) if face == "edge_pass" else (1, 2)
+    with kernel_calls(*calls, backend="triton"), tf32():
+        problem = getattr(case, face)(torch.float32)
+        compared = checks.compare(
+            problem, case.name, ["triton"], torch.float32, rounding=HALF_UNIT
+        )
+        return list(compared)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        EVERYTHING,
+        Options(),
+        Options(coord_agg=None),
+        Options(activation="relu", attention=True),
+        Options(activation="leaky_relu", negative_slope=0.3),
+        Options(activation="leaky_relu", negative_slope=-1e6),
+    ],
+    ids=describe,
+)
+@pytest.mark.parametrize("hidden", [16, 33, 64])
+@pytest.mark.usefixtures("poison")
+def test_edge_pass(hidden: int, options: Options) -> None:
+    rows = rows_of(replace(SMALL, hidden=hidden, options=options))
+    assert_passed(rows)
+    # the roundings did happen
+    assert max(row.error for row in rows) > HALF_UNIT / 16
+
+
+def test_layer() -> None:
+    assert_passed(rows_of(SMALL, "layer"))
+
+
+@pytest.mark.parametrize("hidden", [65, 128])
+@pytest.mark.usefixtures("poison")
+def test_sums_for_the_weights_in_memory(hidden: int) -> None:
+    """One kernel backward at widths whose sums no registers hold, which float32 runs in stages."""
+    from egnn_fast.kernels.blocks import blocks_for
+
+    row = blocks_for("backward", "high", 128)
+    assert row.spill
+    assert not row.staged
+    assert_passed(rows_of(replace(SMALL, hidden=hidden)))
+
+
+def test_the_precision_that_was_asked_for_reaches_the_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from egnn_fast.kernels.records import Spec
+
+    found: list[tuple[str, str, bool]] = []
+    make = Spec.of
+
+    def of(**fields: Any) -> Spec:
+        found.append((fields["DOT"], str(fields["OPERAND"]), fields["ROUND"]))
+        return make(**fields)
+
+    monkeypatch.setattr(Spec, "of", of)
+    problem = replace(SMALL, edges=20).edge_pass(torch.float32)
+    for precision in ("highest", "high"):
+        monkeypatch.setattr(ops, "matmul_precision", lambda device, p=precision: p)
+        problem.run(problem.leaves, "triton", 0)
+    assert found == [("tf32x3", "fp32", False), ("tf32", "fp32", True)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_a_slope_that_is_not_finite_stays_with_its_edge(value: float) -> None:
+    """Slopes come back from shared memory by a product with the identity."""
+    problem = replace(SMALL, mask=None).edge_pass(torch.float32)
+    leaves = {k: t.clone() for k, t in problem.leaves.items()}
+    leaves["edge_attr"][0] = value
+    leaves = {k: t.requires_grad_() for k, t in leaves.items()}
+    grads = {}
+    with tf32():
+        for backend in ("triton", "reference"):
+            out = problem.run(leaves, backend, 0)
+            total = torch.stack([t.sum() for t in out.values()]).sum()
+            grads[backend] = torch.autograd.grad(total, leaves["edge_attr"])[0].isfinite()
+    assert not grads["triton"][0].any()
+    assert grads["triton"][1:].all()
+    assert torch.equal(grads["triton"].all(dim=1), grads["reference"].all(dim=1))
