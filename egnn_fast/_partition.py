@@ -108,6 +108,12 @@ def by_receiver(rowptr: Tensor, begin: int, end: int, size: int, most: int) -> P
     return _partition(receivers, begin, end, size, most, rowptr.device)
 
 
+def receivers_of(rowptr: Tensor, num_edges: int) -> Tensor:
+    """The receiver of each edge, ``[E]`` in int32."""
+    nodes = torch.arange(rowptr.shape[0] - 1, dtype=torch.int32, device=rowptr.device)
+    return nodes.repeat_interleave(rowptr.diff(), output_size=num_edges)
+
+
 class SenderOrder(NamedTuple):
     """A run of edges by sender.
 

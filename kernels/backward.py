@@ -63,6 +63,8 @@ def edge_backward(
     has_head: tl.constexpr = weights.w3 is not None
     has_gate: tl.constexpr = weights.w_g is not None
     for_weights: tl.constexpr = gradients.weights is not None
+    # what is no edge has no gradients anyway: those that come from outside are 0
+    has_share: tl.constexpr = has_gate or inputs.edge_mask is not None
     needs_s: tl.constexpr = spec.TANH or spec.CLAMP
 
     if not spec.STREAM:
@@ -103,11 +105,14 @@ def edge_backward(
         if has_gate:
             gate = gate_of(n, weights, spec)
             share = mask * gate
+        shared = n
+        if has_share:
+            shared = n * share[:, None]
         g_mask = tl.zeros((spec.BLOCK,), tl.float32)
         g_d = tl.zeros((spec.BLOCK, spec.DP), tl.float32)
         g_m = tl.zeros((spec.BLOCK, spec.HP), tl.float32)
         if has_head:
-            m = operand(n * share[:, None], spec)
+            m = operand(shared, spec)
             g_x = load_rows(cotangents.x, i, live, spec.D, spec.D, spec.DP)
             if not needs_s:
                 # early: then a tile of the third layer is used as it comes, and takes no registers
@@ -143,7 +148,9 @@ def edge_backward(
             else:
                 g_mask += along_m
             tl.store(gradients.edge_mask + user, g_mask, mask=live)
-        g_n = share[:, None] * g_m
+        g_n = g_m
+        if has_share:
+            g_n *= share[:, None]
         if has_gate:
             g_gate = along_m * share * (1.0 - gate)
             g_n += g_gate[:, None] * load_vector(weights.w_g, spec)[None, :]

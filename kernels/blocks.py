@@ -22,6 +22,7 @@ class Blocks(NamedTuple):
     stream : weights read anew for each block, not kept in shared memory
     staged : in stages with products by the BLAS between, these being the blocks of the stages
     split : how products as accurate as float32 are made: ``input_precision`` on NVIDIA's GPUs
+    paired : one reciprocal for two activations: the special units have less to do, others more
     """
 
     edges: int
@@ -32,6 +33,7 @@ class Blocks(NamedTuple):
     stream: bool = False
     staged: bool = False
     split: str = "tf32x3"
+    paired: bool = True
 
     def launch_options(self, direction: str, nvidia: bool) -> dict[str, int]:
         """How Triton is to compile a pass.
@@ -42,11 +44,11 @@ class Blocks(NamedTuple):
         if self.staged or direction == "backward" or not nvidia:
             return {"num_warps": self.warps}
         share = _REGISTERS // (_LANES * self.warps * self.programs)
-        return {"num_warps": self.warps, "maxnreg": min(share // 8 * 8, 255)}
+        return {"num_warps": self.warps, "maxnreg": min(share // 8 * 8, _MOST_REGISTERS)}
 
 
-# of a multiprocessor, and threads of a warp
-_REGISTERS, _LANES = 1 << 16, 32
+# registers of a multiprocessor, threads of a warp, the most registers of a thread
+_REGISTERS, _LANES, _MOST_REGISTERS = 1 << 16, 32, 255
 _KINDS, _WIDTHS = ("16", "high", "highest"), (16, 64, 128, 256)
 _LEAST = "offline: the least predicted time on sm_90, Triton 3.7"
 _FITS = "offline: fits into shared memory, compiled for {}, Triton 3.7"
@@ -61,13 +63,13 @@ def _staged(kind: str, width: int, source: str) -> Blocks:
 
 # (pass, precision, largest padded width) in ascending width; "16": bf16 and fp16
 TABLE: dict[tuple[str, str, int], Blocks] = {
-    ("forward", "16", 64): Blocks(64, 4, 3, False, _LEAST),
-    ("forward", "16", 128): Blocks(64, 4, 2, False, _LEAST, stream=True),
+    ("forward", "16", 64): Blocks(64, 4, 3, False, _LEAST, paired=False),
+    ("forward", "16", 128): Blocks(64, 4, 2, False, _LEAST, stream=True, paired=False),
     ("forward", "16", 256): _staged("16", 256, _LEAST),
-    ("forward", "high", 64): Blocks(64, 4, 2, False, _LEAST),
+    ("forward", "high", 64): Blocks(64, 4, 2, False, _LEAST, paired=False),
     ("forward", "high", 128): Blocks(128, 8, 1, False, _LEAST, stream=True),
     ("forward", "high", 256): _staged("high", 256, _LEAST),
-    ("forward", "highest", 64): Blocks(64, 4, 2, False, _LEAST),
+    ("forward", "highest", 64): Blocks(64, 4, 2, False, _LEAST, paired=False),
     # three bfloat16 parts take less shared memory than two of tf32
     ("forward", "highest", 128): Blocks(128, 8, 1, False, _LEAST, stream=True, split="bf16x6"),
     ("forward", "highest", 256): _staged("highest", 256, _LEAST),
@@ -86,6 +88,8 @@ TABLE: dict[tuple[str, str, int], Blocks] = {
 
 # Ampere: less shared memory, and matrix units whose operands lie in registers
 AMPERE: dict[tuple[str, str, int], Blocks] = {
+    ("forward", "16", 64): Blocks(64, 4, 2, False, _FITS.format("sm_80"), paired=False),
+    ("forward", "high", 64): Blocks(64, 4, 2, False, _FITS.format("sm_80")),
     ("forward", "16", 128): Blocks(32, 8, 2, False, _FITS.format("sm_80"), stream=True),
     ("forward", "high", 128): Blocks(32, 8, 2, False, _FITS.format("sm_80"), stream=True),
     ("forward", "highest", 128): Blocks(32, 8, 1, False, _FITS.format("sm_80"), stream=True),
@@ -111,7 +115,6 @@ def _blackwell(direction: str, kind: str, width: int) -> Blocks:
 
 # Ada and other consumer cards, on top of Ampere's: less shared memory still
 CONSUMER: dict[tuple[str, str, int], Blocks] = {
-    ("forward", "16", 64): Blocks(64, 4, 2, False, _FITS.format("sm_120")),
     ("backward", "high", 64): Blocks(64, 4, 1, False, _FITS.format("sm_89"), stream=True),
 }
 
@@ -144,3 +147,8 @@ def staged_blocks(precision: str, width: int) -> Blocks:
 def sender_block(width: int) -> int:
     """Edges of a block of the sums over senders."""
     return 64 if width <= 64 else 32
+
+
+def sender_options(nvidia: bool) -> dict[str, int]:
+    """How Triton is to compile these sums."""
+    return {"num_warps": 4} | ({"maxnreg": _MOST_REGISTERS} if nvidia else {})

@@ -45,7 +45,7 @@ def _exp2(t, PTX: tl.constexpr):
 
 @triton.jit
 def _reciprocal(t, PTX: tl.constexpr):
-    """1 / t of normal numbers below 2^126."""
+    """1 / t, 0 where t is above 2^126."""
     if PTX:
         return _special(t, "rcp.approx.ftz.f32 $0, $1;")
     else:
@@ -53,14 +53,17 @@ def _reciprocal(t, PTX: tl.constexpr):
 
 
 @triton.jit
-def _sigmoid_tile(z, PTX: tl.constexpr):
-    """The sigmoid of a tile: one reciprocal for two neighbours, as the special units are scarce."""
-    above = 1.0 + _exp2(tl.minimum(z * -_LOG2_E, _MAX_EXP2), PTX)
-    rows: tl.constexpr = z.shape[0]
-    columns: tl.constexpr = z.shape[1]
-    left, right = tl.split(tl.reshape(above, (rows, columns // 2, 2)))
-    inverse = _reciprocal(left * right, PTX)
-    return tl.reshape(tl.join(inverse * right, inverse * left), (rows, columns))
+def _sigmoid_tile(z, PTX: tl.constexpr, PAIRED: tl.constexpr):
+    """The sigmoid of a tile; PAIRED: one reciprocal for two neighbours, and more products."""
+    if PAIRED:
+        above = 1.0 + _exp2(tl.minimum(z * -_LOG2_E, _MAX_EXP2), PTX)
+        rows: tl.constexpr = z.shape[0]
+        columns: tl.constexpr = z.shape[1]
+        left, right = tl.split(tl.reshape(above, (rows, columns // 2, 2)))
+        inverse = _reciprocal(left * right, PTX)
+        return tl.reshape(tl.join(inverse * right, inverse * left), (rows, columns))
+    else:
+        return _reciprocal(1.0 + _exp2(z * -_LOG2_E, PTX), PTX)
 
 
 @triton.jit
@@ -79,7 +82,7 @@ def _silu_sigmoid(z, spec):
     if spec.APPROX:
         return _approximate_sigmoid(z, spec.PTX)
     else:
-        return _sigmoid_tile(z, spec.PTX)
+        return _sigmoid_tile(z, spec.PTX, spec.PAIRED)
 
 
 @triton.jit
@@ -193,17 +196,21 @@ def block_of_edges(edges, begin_edge, end_edge, block, spec):
 @triton.jit
 def nodes_of(edges, e, live, first, last):
     """``(i, j)``: receivers and senders of a block's edges; ``i`` is -1 where there is no edge."""
-    # the last row that begins at or before e
-    low = tl.zeros_like(e) + first
-    high = tl.zeros_like(e) + last
-    span = last - first
-    while span > 0:
-        middle = low + ((high - low + 1) >> 1)
-        begun = tl.load(edges.order.rowptr + middle) <= e
-        low = tl.where(begun, middle, low)
-        high = tl.where(begun, high, middle - 1)
-        span = span >> 1
-    return tl.where(live, low, -1), senders_of(edges, e, live, low)
+    if edges.receivers is not None:
+        i = tl.load(edges.receivers + e, mask=live, other=-1)
+    else:
+        # the last row that begins at or before e
+        i = tl.zeros_like(e) + first
+        high = tl.zeros_like(e) + last
+        span = last - first
+        while span > 0:
+            middle = i + ((high - i + 1) >> 1)
+            begun = tl.load(edges.order.rowptr + middle) <= e
+            i = tl.where(begun, middle, i)
+            high = tl.where(begun, high, middle - 1)
+            span = span >> 1
+        i = tl.where(live, i, -1)
+    return i, senders_of(edges, e, live, i)
 
 
 @triton.jit

@@ -63,7 +63,8 @@ def edge_forward(
         if weights.w_g is not None:
             m *= gate_of(m, weights, spec)[:, None]
         mask = mask_of(inputs, user, live)
-        m *= mask[:, None]
+        if inputs.edge_mask is not None:  # what is no edge is in no row's sum anyway
+            m *= mask[:, None]
         # an edge whose message is not finite must not touch other rows; the head shows it, but for
         # an infinity that ReLU took away
         shift_broken, t = None, None

@@ -29,7 +29,7 @@ from triton.runtime import driver
 
 from egnn_fast.kernels import interpreting
 from egnn_fast.kernels.backward import edge_backward
-from egnn_fast.kernels.blocks import Blocks, blocks_for, sender_block
+from egnn_fast.kernels.blocks import Blocks, blocks_for, sender_block, sender_options
 from egnn_fast.kernels.disassembly import (
     Loop,
     amdgcn_record,
@@ -149,7 +149,7 @@ class Configuration:
         """Warps of a program."""
         if self.kernel == "finish_rows":
             return 1 if self.hidden <= 64 else 4
-        return 4 if self.kernel == "sender_sums" else self.row.warps
+        return sender_options(False)["num_warps"] if self.kernel == "sender_sums" else self.row.warps
 
     @property
     def edges(self) -> int:
@@ -261,9 +261,10 @@ def arguments(c: Configuration) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     if c.kernel == "sender_sums":
         args = (i32, Order(None, i32), i32, _EDGES, blocks, f32, out, 2 * width, f32, out)
         sizes = {"H": width, "D": dim, "HP": spec.HP, "DP": spec.DP, "BLOCK": c.edges}
-        return sender_sums, args, {**sizes, "PART": spec.PART.value, "num_warps": c.warps}
+        return sender_sums, args, {**sizes, "PART": spec.PART.value, **sender_options(nvidia)}
     edges = EdgeList(
-        order=Order(i64, None), senders=None if c.complete else i32,
+        order=Order(i64, None) if c.complete or c.direction == "backward" else Order(None, i32),
+        receivers=None if c.complete else i32, senders=None if c.complete else i32,
         perm=i32 if c.permuted and not c.complete else None, first=i32 if c.complete else None,
         block_rows=i32,
     )  # fmt: skip

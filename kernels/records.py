@@ -67,6 +67,8 @@ class EdgeList(NamedTuple):
     ----------
     order : Order
         The rows are the receivers.
+    receivers : [E], int32, or None
+        Receiver of each edge; None for complete components.
     senders : [E], int32, or None
         Sender of each edge; None for complete components.
     perm : [E], int32, or None
@@ -78,6 +80,7 @@ class EdgeList(NamedTuple):
     """
 
     order: Order
+    receivers: Any
     senders: Any
     perm: Any
     first: Any
@@ -148,6 +151,7 @@ class Spec(NamedTuple):
     EXACT : whether products are as accurate as float32
     PART : type of the parts of 8 digits that float32 values are summed in
     APPROX : whether SiLU is computed from the special units' tanh, to 11 bits
+    PAIRED : whether one reciprocal serves two activations
     PTX : whether NVIDIA's own instructions may be used where Triton has none for them
     K : width of a program's sums for the weights (backward)
     STREAM : whether weights are read anew for each block, as too large to stay in shared memory
@@ -171,6 +175,7 @@ class Spec(NamedTuple):
     EXACT: Any
     PART: Any
     APPROX: Any
+    PAIRED: Any
     PTX: Any
     K: Any
     STREAM: Any
@@ -206,7 +211,7 @@ class Spec(NamedTuple):
             EXACT=products == "highest",
             # the interpreter has no bfloat16 worth the name
             PART=tl.float32 if interpreting() else tl.bfloat16,
-            APPROX=precision != products, PTX=nvidia and not interpreting(),
+            APPROX=precision != products, PAIRED=blocks.paired, PTX=nvidia and not interpreting(),
             K=sum(weight_parts(hidden, attrs, staged).values()), STREAM=blocks.stream,
             SPILL_WEIGHTS=blocks.spill,
         )  # fmt: skip

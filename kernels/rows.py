@@ -35,8 +35,8 @@ def _edges_of_rows(order, row, last, begin, end, BLOCK: tl.constexpr):
 def _next_window(order, row, last, begin, end, BLOCK: tl.constexpr):
     """The first row at or beyond ``row + WINDOW`` that has an edge; beyond ``last``: none."""
     row += WINDOW
+    span = last - row
     if order.keys is None:
-        span = last - row
         if span > 0:
             # the last row that begins where this one does is the first that has edges
             edge = tl.load(order.rowptr + row)
@@ -49,9 +49,11 @@ def _next_window(order, row, last, begin, end, BLOCK: tl.constexpr):
                 span = span >> 1
         return row
     else:
-        place = begin + tl.arange(0, BLOCK)
-        keys = tl.load(order.keys + place, mask=place < end, other=-1)
-        return tl.min(tl.where(keys >= row, keys, last + 1), axis=0)
+        if span > 0:
+            place = begin + tl.arange(0, BLOCK)
+            keys = tl.load(order.keys + place, mask=place < end, other=-1)
+            row = tl.min(tl.where(keys >= row, keys, last + 1), axis=0)
+        return row
 
 
 @triton.jit
@@ -208,19 +210,24 @@ def add_block_rows(
     """
     BLOCK: tl.constexpr = values.shape[0] if wide is not None else shifts.shape[0]
     some = False
+    if broken is not None or shift_broken is not None:
+        either = tl.zeros((BLOCK,), tl.int1)
+        if broken is not None:
+            either |= broken
+        if shift_broken is not None:
+            either |= shift_broken
+        some = tl.max(either.to(tl.int32), axis=0) > 0
     if wide is not None:
         carried = _carry_on(wide, stride, H, carry, carry_row, first, head_row, ADD)
         carry = tl.zeros_like(carry)
-        if broken is not None:
-            some = tl.max(broken.to(tl.int32), axis=0) > 0
+        if broken is not None:  # noqa: SIM102
             if some:
                 values = _without(values, broken)
     if narrow is not None:
         shift_carried = _carry_on(narrow, D, D, shift_carry, carry_row, first, head_row, ADD)
         shift_carry = tl.zeros_like(shift_carry)
-        if shift_broken is not None:
-            shift_some = tl.max(shift_broken.to(tl.int32), axis=0) > 0
-            if shift_some:
+        if shift_broken is not None:  # noqa: SIM102
+            if some:
                 shifts = _without(shifts, shift_broken)
     row = first
     while row <= last:
@@ -234,7 +241,7 @@ def add_block_rows(
         if narrow is not None:
             sums = _sum_narrow(chosen, shifts, PART)
             if shift_broken is not None:  # noqa: SIM102
-                if shift_some:
+                if some:
                     sums = _lost(sums, order, row, last, begin, end, shift_broken)
             shift_carry += _place(
                 narrow, D, D, sums, row, first, last, head_row, shift_carried, ADD

@@ -350,7 +350,7 @@ def test_tuning(tmp_path: Path) -> None:
 def tune_row(target: tune.Target, edges: int, seconds: float) -> dict[str, Any]:
     return {
         **target._asdict(), "edges": edges, "warps": 4, "spill": True,
-        "stream": False, "staged": False, "programs": 2,
+        "stream": False, "staged": False, "split": "bf16x6", "paired": True, "programs": 2,
         "median_s": seconds,
     }  # fmt: skip
 
@@ -358,7 +358,7 @@ def tune_row(target: tune.Target, edges: int, seconds: float) -> dict[str, Any]:
 def test_rows_for_the_table_are_of_the_fastest() -> None:
     target = tune.Target("backward", "bf16", 64)
     rows = [tune_row(target, 32, 2.0), tune_row(target, 64, 1.0), tune_row(target, 128, 3.0)]
-    expected = 'Blocks(64, 4, 2, True, "measured: Some GPU, 2026-01-02", False, False),'
+    expected = 'Blocks(64, 4, 2, True, "measured: Some GPU, 2026-01-02", split="bf16x6"),'
     assert tune.table_rows(rows, "Some GPU", "2026-01-02") == [
         f'("backward", "16", 64): {expected}'
     ]

@@ -88,6 +88,13 @@ def test_by_receiver(size: int, most: int, graph: Graph) -> None:
 
 
 @every_graph
+def test_receivers(graph: Graph) -> None:
+    found = _partition.receivers_of(graph.rowptr, graph.num_edges)
+    assert found.tolist() == receivers_of(graph)
+    assert found.dtype == torch.int32
+
+
+@every_graph
 @pytest.mark.parametrize("most", [1, 3, 1000])
 @pytest.mark.parametrize("size", [1, 3, 16])
 def test_by_sender(size: int, most: int, graph: Graph) -> None:

@@ -68,7 +68,7 @@ def representative() -> list[Configuration]:
     for precision in ("fp16", "high", "highest"):
         found.append(Configuration("edge_forward", precision=precision))
     found.append(Configuration("edge_backward", hidden=16))
-    found.append(Configuration("edge_forward", hidden=33))
+    found.append(Configuration("edge_forward", hidden=33, complete=True))
     found.append(Configuration("edge_forward", hidden=128, precision="high"))
     found.append(Configuration("edge_forward", "gfx942", precision="highest"))
     found.append(Configuration("edge_forward", dim=1, activation="leaky_relu"))
@@ -170,12 +170,15 @@ def test_matrix_units_by_chip(records: list[Record]) -> None:
 
 
 def test_products_are_as_many_as_the_algorithm_has(records: list[Record]) -> None:
-    """2 H² multiply-adds an edge forward, 6 H² backward, three times each in tf32x3."""
+    """2 H² multiply-adds an edge forward, 6 H² backward, three times each in tf32x3.
+
+    Backward, also a slope's way from shared memory: a product with an identity as wide as a block.
+    """
     checked = 0
     for record in records:
         c = record.configuration
         plain = c.head and not c.attrs and c.arch in ("sm_80", "sm_90")
-        # several warps do the same for a matrix of 16 x 16; one of 33 x 33 is padded
+        # several warps do the same for a matrix of 16 x 16
         if c.kernel not in EDGE_KERNELS or not plain or c.hidden < 64:
             continue
         checked += 1
@@ -185,6 +188,8 @@ def test_products_are_as_many_as_the_algorithm_has(records: list[Record]) -> Non
         expected *= 3 if c.precision == "highest" else 1
         # backward: sums of the weights that are vectors go through tiles of 16 rows
         vectors = 0 if c.kernel == "edge_forward" else 4 * 16 * c.hidden
+        if c.kernel == "edge_backward" and c.precision != "highest":
+            expected += record.edges * c.hidden
         assert expected <= macs <= expected + vectors, c.label
     assert checked >= 10
 
@@ -231,13 +236,14 @@ def test_nothing_is_compiled_under_the_interpreter(monkeypatch: pytest.MonkeyPat
 def test_shipped_configurations_cover_the_tables() -> None:
     rows = {c.row for c in shipped() if c.kernel in EDGE_KERNELS + STAGED_KERNELS}
     precisions = ("bf16", "fp16", "high", "highest")
-    passes = itertools.product(("forward", "backward"), precisions, (16, 64, 128, 256), NVIDIA)
+    passes = itertools.product(("forward", "backward"), precisions, (16, 32, 64, 128, 256), NVIDIA)
     assert rows == {blocks_for(*each) for each in passes}
-    assert rows >= {*blocks.TABLE.values(), *blocks.AMPERE.values(), *blocks.BLACKWELL.values()}
+    tables = (blocks.TABLE, blocks.AMPERE, blocks.CONSUMER, blocks.BLACKWELL)
+    assert rows >= {row for table in tables for row in table.values()}
     # every pass at every width, by one kernel or by its stages
     for arch, precision in itertools.product(NVIDIA, precisions):
         found = [c for c in shipped((arch,)) if c.precision == precision]
-        for hidden in (16, 33, 64, 128, 256):
+        for hidden in (16, 32, 64, 128, 256):
             kernels = {c.kernel for c in found if c.hidden == hidden} - {
                 "sender_sums",
                 "finish_rows",
@@ -261,24 +267,33 @@ def test_no_row_needs_more_shared_memory_than_there_is() -> None:
     assert beyond == []
 
 
-def test_no_row_forward_spills_on_hopper() -> None:
-    """At H <= 128, in 16 bits and tf32."""
-    rows = [row for row in edge_rows() if (row["kernel"], row["arch"]) == ("edge_forward", "sm_90")]
-    assert [key(row) for row in rows if row["stack"] and row["precision"] != "highest"] == []
-    assert len(rows) == 4 * 4
+def spilling(*archs: str) -> list[tuple[Any, ...]]:
+    """Rows that spill at H <= 64, or forward at H = 128, in 16 bits and tf32."""
+    widest = {"edge_forward": 128, "edge_backward": 64, "sender_sums": 128, "finish_rows": 128}
+    return [
+        key(row)
+        for row in committed()["kernels"]
+        if row["arch"] in archs and row["precision"] != "highest" and row["stack"]
+        if row["hidden"] <= widest.get(row["kernel"], 64)
+    ]
+
+
+def test_no_row_spills_on_hopper() -> None:
+    assert spilling("sm_90") == []
+    assert sum(row["arch"] == "sm_90" for row in edge_rows()) >= 2 * 3 * 4
 
 
 # What is aimed at and not reached yet; a test that passes here fails until its mark is removed.
-@pytest.mark.xfail(reason="the backward's tiles exceed the registers")
-def test_no_row_spills_where_none_should() -> None:
-    """At H <= 64, and forward at H = 128, in 16 bits and tf32, on every chip."""
-    widest = {"edge_forward": 128, "edge_backward": 64}
-    spilling = [
-        key(row)
-        for row in edge_rows()
-        if row["precision"] != "highest" and row["hidden"] <= widest[row["kernel"]] and row["stack"]
-    ]
-    assert spilling == []
+@pytest.mark.xfail(reason="operands lie in registers where there are no matrix units of Hopper's")
+def test_no_row_spills_elsewhere() -> None:
+    assert spilling(*(arch for arch in NVIDIA if arch != "sm_90")) == []
+
+
+def test_what_spills_elsewhere_costs_little() -> None:
+    """In cycles of an edge, of which such a pass takes 30 (H = 16) to 150 (tf32, H = 64)."""
+    found = {key(row): row["spill_cycles_per_edge"] for row in committed()["kernels"]}
+    costs = {name: found[name] for name in spilling(*NVIDIA)}
+    assert {name: cost for name, cost in costs.items() if cost > 7} == {}
 
 
 def test_no_row_computes_an_activation_twice() -> None:

@@ -35,5 +35,7 @@ def list_edges(
     """How often each edge was found, its receiver and sender; each program's first and last row."""
     sizes: dict[str, Any] = dict.fromkeys(Spec._fields, 0)
     spec = Spec.of(**(sizes | {"BLOCK": size}))
-    edges = EdgeList(Order(graph.rowptr, None), graph.senders, graph.perm, graph.first, part.rows)
+    # without the receivers they are searched for, as in complete components
+    order = Order(graph.rowptr, None)
+    edges = EdgeList(order, None, graph.senders, graph.perm, graph.first, part.rows)
     _list_edges[(part.programs,)](edges, begin, end, part.blocks, spec, *found, ends)

@@ -26,7 +26,7 @@ from egnn_fast.options import EdgeWeights, Options
 
 EDGES = (16, 32, 64, 128)
 WARPS = (4, 8)
-PROGRAMS = (1, 2, 3, 4)
+PROGRAMS = {4: (1, 2, 3, 4), 8: (1, 2)}  # of a multiprocessor, by their warps
 WIDTHS = (64, 128, 256)
 PRECISIONS = ("bf16", "high", "highest")
 _SHARED = 4_000_000  # edges of the graph that all are tried on, N = E / 32
@@ -56,13 +56,16 @@ class Shape(NamedTuple):
     spill: bool
     stream: bool = False
     staged: bool = False
+    split: str = "tf32x3"
+    paired: bool = True
 
     @property
     def name(self) -> str:
         """For people."""
         name = f"{self.edges} edges, {self.warps} warps"
         name += ", spilled sums" * self.spill + ", streamed weights" * self.stream
-        return name + ", in stages" * self.staged
+        name += ", in stages" * self.staged + f", {self.split}" * (self.split != "tf32x3")
+        return name + ", a reciprocal for each activation" * (not self.paired)
 
 
 def targets(setting: Setting) -> list[Target]:
@@ -84,7 +87,14 @@ def shapes(target: Target, setting: Setting) -> list[Shape]:
     spills = (True, False) if target.direction == "backward" else (False,)
     # kept weights suit narrow layers, streamed ones those that shared memory does not hold
     streams = (False,) if target.width <= 64 else (False, True)
-    found = [Shape(*values) for values in itertools.product(EDGES, WARPS, spills, streams)]
+    splits = ("tf32x3", "bf16x6") if target.precision == "highest" else ("tf32x3",)
+    pairs = (True,) if target.direction == "backward" else (False, True)
+    found = [
+        Shape(edges, warps, spill, stream, False, split, paired)
+        for edges, warps, spill, stream, split, paired in itertools.product(
+            EDGES, WARPS, spills, streams, splits, pairs
+        )
+    ]
     # tiles of [edges, width] that no multiprocessor holds; from 128 on stages may be faster
     staged = [Shape(*values, False, False, True) for values in itertools.product(EDGES, WARPS)]
     found = found * (target.width <= 128) + staged * (target.width >= 128)
@@ -136,23 +146,27 @@ def _problem(target: Target, setting: Setting) -> Pass:
 def _blocks(shape: Shape, programs: int, source: str = "") -> Any:
     from egnn_fast.kernels.blocks import Blocks
 
-    return Blocks(
-        shape.edges, shape.warps, programs, shape.spill, source, shape.stream, shape.staged
-    )
+    return Blocks(programs=programs, source=source, **shape._asdict())
 
 
 def _try(target: Target, shape: Shape, setting: Setting) -> Outcome:
     """Compile and check a candidate."""
     outcome, problem = Outcome(), _problem(target, setting)
     with matmul(target.precision):
-        with override(target.direction, _blocks(shape, 1)):
-            found = problem.kernel(target.precision)
         plain, truth = problem.reference(target.precision), problem.reference(None)
-    judge_tensors(
-        outcome, target.precision, "edge pass", f"{target.name}, {shape.name}", found, [plain],
-        truth,
-    )  # fmt: skip
+        # the registers of a thread, so the compiled code, may depend on the programs
+        for programs in _programs(shape, setting):
+            with override(target.direction, _blocks(shape, programs)):
+                found = problem.kernel(target.precision)
+            name = f"{target.name}, {shape.name}, {programs} programs"
+            judge_tensors(
+                outcome, target.precision, "edge pass", name, found, [plain], truth
+            )
     return outcome
+
+
+def _programs(shape: Shape, setting: Setting) -> tuple[int, ...]:
+    return PROGRAMS[shape.warps] if setting.on_gpu else (1,)
 
 
 def _row(target: Target, shape: Shape) -> dict[str, Any]:
@@ -171,7 +185,7 @@ def _race(target: Target, setting: Setting) -> Outcome:
         for shape in shapes(target, setting):
             if candidate(target, shape) in wrong:
                 continue
-            for programs in PROGRAMS if setting.on_gpu else PROGRAMS[:1]:
+            for programs in _programs(shape, setting):
                 run = partial(_run, problem, target, _blocks(shape, programs))
                 runs[json.dumps([*shape, programs])] = clock(run)
         timings = measure.alternate(runs, _SAMPLES if setting.on_gpu else 1, min_sample=0.0)
@@ -218,9 +232,15 @@ def winners(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table_rows(rows: Sequence[dict[str, Any]], gpu: str, date: str) -> list[str]:
     """Lines for ``kernels/blocks.py``."""
-    return [
-        f'("{row["direction"]}", "{"16" if row["precision"] == "bf16" else row["precision"]}", '
-        f"{row['width']}): Blocks({row['edges']}, {row['warps']}, {row['programs']}, "
-        f'{row["spill"]}, "measured: {gpu}, {date}", {row["stream"]}, {row["staged"]}),'
-        for row in winners(rows)
-    ]
+    from egnn_fast.kernels.blocks import Blocks
+
+    usual = Blocks._field_defaults
+    lines = []
+    for row in winners(rows):
+        kind = "16" if row["precision"] == "bf16" else row["precision"]
+        values = [row["edges"], row["warps"], row["programs"], row["spill"]]
+        source = f'"measured: {gpu}, {date}"'
+        more = [f"{n}={row[n]!r}".replace("'", '"') for n in usual if row[n] != usual[n]]
+        given = ", ".join([*map(str, values), source, *more])
+        lines.append(f'("{row["direction"]}", "{kind}", {row["width"]}): Blocks({given}),')
+    return lines

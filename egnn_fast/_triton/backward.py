@@ -11,7 +11,7 @@ from torch import Tensor
 from egnn_fast._partition import Partition
 from egnn_fast._triton.call import Call
 from egnn_fast.kernels.backward import edge_backward
-from egnn_fast.kernels.blocks import sender_block
+from egnn_fast.kernels.blocks import sender_block, sender_options
 from egnn_fast.kernels.gradients import Cotangents, Gradients
 from egnn_fast.kernels.records import Order, Weights
 from egnn_fast.kernels.sums import sender_sums
@@ -93,6 +93,7 @@ class Backward:
             g.messages, q, 2 * call.hidden, g.shifts, x,
             H=call.hidden, D=call.dim, HP=call.spec.HP, DP=call.spec.DP,
             BLOCK=sender_block(call.spec.HP.value), PART=call.spec.PART.value,
+            **sender_options(torch.version.hip is None),
         )  # fmt: skip
         call.finish(part, q, x)
 

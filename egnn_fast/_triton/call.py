@@ -9,7 +9,14 @@ import torch
 import triton
 from torch import Tensor
 
-from egnn_fast._partition import Partition, SenderOrder, by_receiver, by_sender, kept
+from egnn_fast._partition import (
+    Partition,
+    SenderOrder,
+    by_receiver,
+    by_sender,
+    kept,
+    receivers_of,
+)
 from egnn_fast._triton.width import Width
 from egnn_fast.graph import INT32_MAX
 from egnn_fast.kernels import APPROXIMATE, interpreting
@@ -54,6 +61,7 @@ class Call:
     """A call of the edge pass, forward or backward, for one set of inputs."""
 
     def __init__(self, direction: str, args: Sequence[Any]) -> None:
+        self.direction = direction
         dense: list[Any] = [t if t is None else t.contiguous() for t in args[:N_DIFF]]
         pq, x, edge_attr, edge_mask, *weights = dense
         self.rowptr, self.senders, self.perm, self.first = args[N_DIFF : N_DIFF + 4]
@@ -152,7 +160,15 @@ class Call:
 
     def edges(self, part: Partition) -> EdgeList:
         """The record of such a run of edges."""
-        return EdgeList(Order(self.rowptr, None), self.senders, self.perm, self.first, part.rows)
+        receivers, order = None, Order(self.rowptr, None)
+        if self.senders is not None:
+            count = self.num_edges
+            receivers = kept(
+                self.rowptr, ("receivers", count), lambda: receivers_of(self.rowptr, count)
+            )
+            if self.direction == "forward":  # backward there are no registers for so much at once
+                order = Order(None, receivers)
+        return EdgeList(order, receivers, self.senders, self.perm, self.first, part.rows)
 
     def rows(self, out: Tensor, programs: int) -> Rows:
         """Rows with slots of their own."""
