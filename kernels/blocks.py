@@ -1,7 +1,8 @@
 """Block sizes: edges of a block, warps of a program, programs of a multiprocessor.
 
 One row for each pass, padded width and precision, with where it comes from; Ampere, consumer
-cards and Blackwell have rows of their own. Widths without a row take the next one's. No tuning at import.
+cards and Blackwell have rows of their own. Widths without a row take the next one's. No tuning at
+import.
 """
 
 from __future__ import annotations
@@ -41,10 +42,12 @@ class Blocks(NamedTuple):
         The programs of a multiprocessor share its registers. Left to itself NVIDIA's assembler
         takes fewer than that forward, for programs that do not come, and spills.
         """
-        if self.staged or direction == "backward" or not nvidia:
-            return {"num_warps": self.warps}
-        share = _REGISTERS // (_LANES * self.warps * self.programs)
-        return {"num_warps": self.warps, "maxnreg": min(share // 8 * 8, _MOST_REGISTERS)}
+        # one stage: Triton's pipeliner, which begins the next block's loads, fails on our assembly
+        options = {"num_warps": self.warps, "num_stages": 1}
+        if nvidia and direction == "forward" and not self.staged:
+            share = _REGISTERS // (_LANES * self.warps * self.programs)
+            options["maxnreg"] = min(share // 8 * 8, _MOST_REGISTERS)
+        return options
 
 
 # registers of a multiprocessor, threads of a warp, the most registers of a thread

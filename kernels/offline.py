@@ -149,7 +149,9 @@ class Configuration:
         """Warps of a program."""
         if self.kernel == "finish_rows":
             return 1 if self.hidden <= 64 else 4
-        return sender_options(False)["num_warps"] if self.kernel == "sender_sums" else self.row.warps
+        return (
+            sender_options(False)["num_warps"] if self.kernel == "sender_sums" else self.row.warps
+        )
 
     @property
     def edges(self) -> int:

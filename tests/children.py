@@ -281,7 +281,7 @@ def launched_kernels() -> None:
 
     def offline_hash(name: str) -> str:
         hidden = offline.WIDE_WIDTH if name in offline.STAGED_KERNELS else 64
-        kernel, args, keywords = offline.arguments(c := offline.Configuration(name, hidden=hidden))
+        kernel, args, keywords = offline.arguments(offline.Configuration(name, hidden=hidden))
         found = launch(kernel, *args, grid=(1,), warmup=True, **keywords)
         return str(found.hash)
 

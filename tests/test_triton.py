@@ -25,7 +25,7 @@ from cases import (
     option_grid,
 )
 
-from egnn_fast import BackendError, Options, approximate_activations, checks, ops
+from egnn_fast import BackendError, Options, approximate_activations, checks
 from egnn_fast._cases import ORDERS, Case, Problem
 from egnn_fast.backends import Call, explain_call, info
 from egnn_fast.checks import Row

@@ -233,6 +233,18 @@ def test_nothing_is_compiled_under_the_interpreter(monkeypatch: pytest.MonkeyPat
         compile_here(Configuration("edge_forward"))
 
 
+def test_programs_share_the_registers() -> None:
+    three, usual = Blocks(64, 4, 3, False, "made up"), {"num_warps": 4, "num_stages": 1}
+    assert three.launch_options("forward", nvidia=True) == {**usual, "maxnreg": 168}
+    one = three._replace(programs=1)
+    assert one.launch_options("forward", nvidia=True) == {**usual, "maxnreg": 255}
+    for direction, nvidia, row in (
+        ("backward", True, three), ("forward", False, three),
+        ("forward", True, three._replace(staged=True)),
+    ):  # fmt: skip
+        assert row.launch_options(direction, nvidia) == usual
+
+
 def test_shipped_configurations_cover_the_tables() -> None:
     rows = {c.row for c in shipped() if c.kernel in EDGE_KERNELS + STAGED_KERNELS}
     precisions = ("bf16", "fp16", "high", "highest")

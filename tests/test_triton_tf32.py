@@ -49,9 +49,7 @@ class Tf32Products(TorchDispatchMode):
         super().__init__()
         self.seen = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self.products:
             self.seen += 1
             args = (*args[:-2], *(rounded(t) for t in args[-2:]))
@@ -61,7 +59,7 @@ class Tf32Products(TorchDispatchMode):
 @contextmanager
 def tf32() -> Iterator[None]:
     """As where the user asked for "high"."""
-    with mock.patch.object(ops, "matmul_precision", lambda device: "high"), Tf32Products() as mode:
+    with mock.patch.object(ops, "matmul_precision", return_value="high"), Tf32Products() as mode:
         yield
         assert mode.seen > 0
 
@@ -71,9 +69,7 @@ def rows_of(case: Case, face: str = "edge_pass") -> list[Row]:
     calls = (1, 1) if face == "edge_pass" else (1, 2)
     with kernel_calls(*calls, backend="triton"), tf32():
         problem = getattr(case, face)(torch.float32)
-        compared = checks.compare(
-            problem, case.name, ["triton"], torch.float32, rounding=HALF_UNIT
-        )
+        compared = checks.compare(problem, case.name, ["triton"], torch.float32, rounding=HALF_UNIT)
         return list(compared)
 
 

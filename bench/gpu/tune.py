@@ -159,9 +159,7 @@ def _try(target: Target, shape: Shape, setting: Setting) -> Outcome:
             with override(target.direction, _blocks(shape, programs)):
                 found = problem.kernel(target.precision)
             name = f"{target.name}, {shape.name}, {programs} programs"
-            judge_tensors(
-                outcome, target.precision, "edge pass", name, found, [plain], truth
-            )
+            judge_tensors(outcome, target.precision, "edge pass", name, found, [plain], truth)
     return outcome
 
 

@@ -112,8 +112,10 @@ class Backward:
         width, pq = call.width, self.pq
         if pq is not None:
             pq = width.narrow(pq.unflatten(1, (2, -1)), 2).flatten(1)
-        grads = [t if n else None for t, n in zip((pq, x, g.edge_attr, g.edge_mask), self.needed)]
-        for name, wanted in zip(Weights._fields, self.needed[4:], strict=True):
-            grad = found[name]
-            grads.append(width.narrow_weight(name, grad) if wanted and grad is not None else None)
-        return grads
+        wanted = dict(zip(Weights._fields, self.needed[4:], strict=True))
+        of_weights = (
+            width.narrow_weight(name, grad) if wanted[name] and grad is not None else None
+            for name, grad in ((name, found[name]) for name in Weights._fields)
+        )
+        grads = (pq, x, g.edge_attr, g.edge_mask, *of_weights)
+        return [t if n else None for t, n in zip(grads, self.needed, strict=True)]
