@@ -21,6 +21,7 @@ from egnn_fast.kernels.device import (
     operand,
     product,
     run_of_blocks,
+    shared_slope,
     slope_again,
     slope_from_shared,
     users_of,
@@ -65,7 +66,7 @@ def edge_backward(
     for_weights: tl.constexpr = gradients.weights is not None
     # what is no edge has no gradients anyway: those that come from outside are 0
     has_share: tl.constexpr = has_gate or inputs.edge_mask is not None
-    needs_s: tl.constexpr = spec.TANH or spec.CLAMP
+    early: tl.constexpr = spec.SHARE_SLOPE and not (spec.TANH or spec.CLAMP)
 
     if not spec.STREAM:
         w2 = load_weights(weights.w2, spec)
@@ -95,7 +96,7 @@ def edge_backward(
 
         a1, slope1 = activation_and_slope(z, numbers, spec)
         a1 = operand(a1, spec)
-        slope1 = kept_slope(slope1, spec)
+        slope1 = shared_slope(slope1, spec)
         if spec.STREAM:
             w2 = load_weights(weights.w2, spec)
         z = product(a1, tl.trans(w2), spec) + load_vector(weights.b2, spec)[None, :]
@@ -113,16 +114,17 @@ def edge_backward(
         g_m = tl.zeros((spec.BLOCK, spec.HP), tl.float32)
         if has_head:
             m = operand(shared, spec)
-            g_x = load_rows(cotangents.x, i, live, spec.D, spec.D, spec.DP)
-            if not needs_s:
-                # early: then a tile of the third layer is used as it comes, and takes no registers
+            if early:
+                # then a tile of the third layer is used as it comes, and takes no registers
+                g_x = load_rows(cotangents.x, i, live, spec.D, spec.D, spec.DP)
                 g_s = head_gradient(d, r, mask, g_x, mask, numbers, spec)
             if spec.STREAM:
                 w3 = load_weights(weights.w3, spec)
             z = product(m, tl.trans(w3), spec) + load_vector(weights.b3, spec)[None, :]
             a3, slope3 = activation_and_slope(z, numbers, spec)
             s = tl.sum(a3 * load_vector(weights.w_x, spec)[None, :], axis=1)
-            if needs_s:
+            if not early:
+                g_x = load_rows(cotangents.x, i, live, spec.D, spec.D, spec.DP)
                 g_s = head_gradient(d, r, s, g_x, mask, numbers, spec)
             if for_weights:
                 vectors = add_vector(vectors, 3, g_s, operand(a3, spec), spec)

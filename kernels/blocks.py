@@ -52,7 +52,7 @@ class Blocks(NamedTuple):
 
 # registers of a multiprocessor, threads of a warp, the most registers of a thread
 _REGISTERS, _LANES, _MOST_REGISTERS = 1 << 16, 32, 255
-_KINDS, _WIDTHS = ("16", "high", "highest"), (16, 64, 128, 256)
+_KINDS, _WIDTHS = ("16", "high", "highest"), (16, 32, 64, 128, 256)
 _LEAST = "offline: the least predicted time on sm_90, Triton 3.7"
 _FITS = "offline: fits into shared memory, compiled for {}, Triton 3.7"
 
@@ -93,8 +93,8 @@ TABLE: dict[tuple[str, str, int], Blocks] = {
 AMPERE: dict[tuple[str, str, int], Blocks] = {
     ("forward", "16", 64): Blocks(64, 4, 2, False, _FITS.format("sm_80"), paired=False),
     ("forward", "high", 64): Blocks(64, 4, 2, False, _FITS.format("sm_80")),
-    ("forward", "16", 128): Blocks(32, 8, 2, False, _FITS.format("sm_80"), stream=True),
-    ("forward", "high", 128): Blocks(32, 8, 2, False, _FITS.format("sm_80"), stream=True),
+    ("forward", "16", 128): Blocks(32, 8, 1, False, _FITS.format("sm_80"), stream=True),
+    ("forward", "high", 128): Blocks(32, 8, 1, False, _FITS.format("sm_80"), stream=True),
     ("forward", "highest", 128): Blocks(32, 8, 1, False, _FITS.format("sm_80"), stream=True),
     ("backward", "highest", 64): _staged("highest", 64, _FITS.format("sm_80")),
 } | {
@@ -112,7 +112,7 @@ def _blackwell(direction: str, kind: str, width: int) -> Blocks:
     if width > 128 or (direction, kind, width) == ("backward", "highest", 128):
         return _staged(kind, width, source)
     if width <= 64:
-        return Blocks(32, 2 if width <= 16 else 4, 4 if width <= 16 else 2, False, source)
+        return Blocks(32, 2 if width <= 32 else 4, 4 if width <= 32 else 2, False, source)
     return Blocks(32, 8, 1, direction == "backward", source, stream=True)
 
 

@@ -116,16 +116,8 @@ def kept_slope(slope, spec):
         return slope
     elif spec.ACT == 2:
         return (slope == 1.0).to(tl.float16)
-    elif spec.ACT == 1:
-        return slope.to(tl.float16)
-    # SiLU's is at most 1.1; a NaN, which the products have too, must not reach other edges by it
-    elif spec.PTX:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 two; mov.b32 two, 0x40004000; min.f16x2 $0, $1, two; }", "=r,r",
-            [slope.to(tl.float16)], dtype=tl.float16, is_pure=True, pack=2,
-        )  # fmt: skip
     else:
-        return tl.where(slope < 2.0, slope, 2.0).to(tl.float16)
+        return slope.to(tl.float16)
 
 
 @triton.jit
@@ -140,13 +132,29 @@ def slope_again(kept, numbers, spec):
 
 
 @triton.jit
-def slope_from_shared(kept, numbers, spec):
-    """The same of a tile that waits in shared memory, not in registers.
+def shared_slope(slope, spec):
+    """The same for a slope that waits in shared memory, if spec says so, and not in registers.
 
-    That is where the right operand of a product waits, from when it is known: so the tile is
-    multiplied by the identity.
+    There the right operand of a product waits, from when it is known; see
+    :func:`slope_from_shared`. A NaN must not reach other edges by it.
     """
-    if not spec.EXACT:
+    kept = kept_slope(slope, spec)
+    if not spec.SHARE_SLOPE or spec.ACT != 0:
+        return kept
+    # SiLU's slope is at most 1.1; where it is NaN the products that follow are too
+    elif spec.PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 two; mov.b32 two, 0x40004000; min.f16x2 $0, $1, two; }", "=r,r", [kept],
+            dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return tl.where(kept < 2.0, kept, 2.0).to(tl.float16)
+
+
+@triton.jit
+def slope_from_shared(kept, numbers, spec):
+    """act'(z) of what :func:`shared_slope` kept: its product with the identity."""
+    if spec.SHARE_SLOPE:
         edge = tl.arange(0, spec.BLOCK)
         identity = (edge[:, None] == edge[None, :]).to(tl.float16)
         kept = tl.dot(identity, kept)

@@ -149,6 +149,7 @@ class Spec(NamedTuple):
     DOT : ``input_precision`` of products of float32 operands
     ROUND : whether these are rounded to tf32, of which the matrix units drop the last digits
     EXACT : whether products are as accurate as float32
+    SHARE_SLOPE : whether the first layer's slopes wait in shared memory (backward)
     PART : type of the parts of 8 digits that float32 values are summed in
     APPROX : whether SiLU is computed from the special units' tanh, to 11 bits
     PAIRED : whether one reciprocal serves two activations
@@ -173,6 +174,7 @@ class Spec(NamedTuple):
     DOT: Any
     ROUND: Any
     EXACT: Any
+    SHARE_SLOPE: Any
     PART: Any
     APPROX: Any
     PAIRED: Any
@@ -209,6 +211,8 @@ class Spec(NamedTuple):
             DOT=exact if products == "highest" else "tf32",
             ROUND=products == "high" and nvidia,
             EXACT=products == "highest",
+            # beyond 64 x 64 the tile and the identity take too much of it
+            SHARE_SLOPE=products != "highest" and blocks.edges * padded(hidden) <= 64 * 64,
             # the interpreter has no bfloat16 worth the name
             PART=tl.float32 if interpreting() else tl.bfloat16,
             APPROX=precision != products, PAIRED=blocks.paired, PTX=nvidia and not interpreting(),
