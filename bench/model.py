@@ -189,7 +189,7 @@ def traffic(record: Record, gpu: Gpu, problem: Problem) -> tuple[float, float]:
     operand = 2 if c.precision in ("bf16", "fp16") else 4
     rows = rows_of_block(record.edges, problem.degree) / record.edges
     gathered = _sectors(c.width * operand) + _sectors(c.dim * 4)
-    listed = (0 if c.complete else 4) + 4 * c.permuted + 4 * c.attrs + 4 * c.mask
+    listed = (0 if c.complete else 8) + 4 * c.permuted + 4 * c.attrs + 4 * c.mask
     node = c.width * operand + c.dim * 4  # P and x of a receiver
     sums = 4 * (c.width + (c.dim if c.head or backward else 0))
     missed = _missed(problem.nodes * (c.width * operand + c.dim * 4), gpu)

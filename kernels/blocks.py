@@ -118,6 +118,7 @@ def _blackwell(direction: str, kind: str, width: int) -> Blocks:
 
 # Ada and other consumer cards, on top of Ampere's: less shared memory still
 CONSUMER: dict[tuple[str, str, int], Blocks] = {
+    ("forward", "highest", 64): Blocks(64, 4, 1, False, _FITS.format("sm_89"), split="bf16x6"),
     ("backward", "high", 64): Blocks(64, 4, 1, False, _FITS.format("sm_89"), stream=True),
 }
 

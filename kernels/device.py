@@ -141,14 +141,17 @@ def shared_slope(slope, spec):
     kept = kept_slope(slope, spec)
     if not spec.SHARE_SLOPE or spec.ACT != 0:
         return kept
-    # SiLU's slope is at most 1.1; where it is NaN the products that follow are too
+    # SiLU's is within -0.1 and 1.1; where it is not finite the products that follow are not either
     elif spec.PTX:
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 two; mov.b32 two, 0x40004000; min.f16x2 $0, $1, two; }", "=r,r", [kept],
-            dtype=tl.float16, is_pure=True, pack=2,
+            """
+            { .reg .b32 two; mov.b32 two, 0x40004000; min.f16x2 $0, $1, two;
+              mov.b32 two, 0xC000C000; max.f16x2 $0, $0, two; }
+            """,
+            "=r,r", [kept], dtype=tl.float16, is_pure=True, pack=2,
         )  # fmt: skip
     else:
-        return tl.where(kept < 2.0, kept, 2.0).to(tl.float16)
+        return tl.where(tl.abs(kept) < 2.0, kept, 2.0).to(tl.float16)
 
 
 @triton.jit
@@ -163,10 +166,11 @@ def slope_from_shared(kept, numbers, spec):
 
 @triton.jit
 def operand(t, spec):
-    """t as products take it, rounded to nearest."""
+    """t as products take it, rounded, not cut off."""
     t = t.to(spec.OPERAND)
     if spec.ROUND:
-        # Veltkamp's split: tf32 has 13 digits fewer; NaN stays, infinity becomes NaN
+        # Veltkamp's split, to the nearest number of 13 digits fewer but for 1 of 8,000, just below
+        # powers of 2; NaN stays, infinity becomes NaN
         t = tl.fma(t, -8192.0, t * 8193.0)
     return t
 

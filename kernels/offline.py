@@ -264,9 +264,10 @@ def arguments(c: Configuration) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         args = (i32, Order(None, i32), i32, _EDGES, blocks, f32, out, 2 * width, f32, out)
         sizes = {"H": width, "D": dim, "HP": spec.HP, "DP": spec.DP, "BLOCK": c.edges}
         return sender_sums, args, {**sizes, "PART": spec.PART.value, **sender_options(nvidia)}
+    listed = not c.complete and c.kernel not in STAGED_KERNELS
     edges = EdgeList(
-        order=Order(i64, None) if c.complete or c.direction == "backward" else Order(None, i32),
-        receivers=None if c.complete else i32, senders=None if c.complete else i32,
+        order=Order(None, i32) if listed and c.direction == "forward" else Order(i64, None),
+        receivers=i32 if listed else None, senders=None if c.complete else i32,
         perm=i32 if c.permuted and not c.complete else None, first=i32 if c.complete else None,
         block_rows=i32,
     )  # fmt: skip

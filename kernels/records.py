@@ -211,8 +211,9 @@ class Spec(NamedTuple):
             DOT=exact if products == "highest" else "tf32",
             ROUND=products == "high" and nvidia,
             EXACT=products == "highest",
-            # beyond 64 x 64 the tile and the identity take too much of it
-            SHARE_SLOPE=products != "highest" and blocks.edges * padded(hidden) <= 64 * 64,
+            # beyond 64 x 64, and where not even weights stay, there is no room
+            SHARE_SLOPE=products != "highest" and not blocks.stream
+            and blocks.edges * padded(hidden) <= 64 * 64,
             # the interpreter has no bfloat16 worth the name
             PART=tl.float32 if interpreting() else tl.bfloat16,
             APPROX=precision != products, PAIRED=blocks.paired, PTX=nvidia and not interpreting(),

@@ -80,14 +80,19 @@ def _parts(values, PART: tl.constexpr):
 def take_block_rows(base, stride, H: tl.constexpr, total, order, begin, end, first, last, spec):
     """Add to ``total [BLOCK, H]`` each edge's row of a float32 matrix, exactly.
 
-    The reverse of :func:`add_block_rows`. By products, as a window of rows takes fewer registers
-    and loads than a row for each edge.
+    The reverse of :func:`add_block_rows`, of rows by rowptr. By products, as a window of rows takes
+    fewer registers and loads than a row for each edge; what is not finite reaches the other rows of
+    its window.
     """
     row = first
     while row <= last:
         chosen = _edges_of_rows(order, row, last, begin, end, total.shape[0]).to(spec.PART)
         rows = row + tl.arange(0, WINDOW)
-        values = load_rows(base, rows, rows <= last, stride, H, total.shape[1])
+        # a row without edges may hold anything
+        inside = rows <= last
+        begun = tl.load(order.rowptr + rows, mask=inside, other=0)
+        inside &= tl.load(order.rowptr + rows + 1, mask=inside, other=0) > begun
+        values = load_rows(base, rows, inside, stride, H, total.shape[1])
         low, middle, high = _parts(values, spec.PART)
         total = tl.dot(chosen, low, total)
         total = tl.dot(chosen, middle, total)

@@ -40,6 +40,7 @@ from egnn_fast.kernels.offline import (
     shipped,
     with_options,
 )
+from egnn_fast.kernels.records import MAX_ATTRS
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
@@ -72,6 +73,11 @@ def representative() -> list[Configuration]:
     found.append(Configuration("edge_forward", hidden=128, precision="high"))
     found.append(Configuration("edge_forward", "gfx942", precision="highest"))
     found.append(Configuration("edge_forward", dim=1, activation="leaky_relu"))
+    # what needs the most shared memory
+    widest = {"attrs": MAX_ATTRS, "dim": 16, "activation": "leaky_relu", "attention": True}
+    found.append(Configuration("edge_forward", "sm_89", precision="highest", **widest))  # type: ignore[arg-type]
+    found.append(Configuration("edge_backward", "sm_89", precision="high", **widest))  # type: ignore[arg-type]
+    found.append(Configuration("edge_backward", hidden=128, precision="high", **widest))  # type: ignore[arg-type]
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def architecture(device: torch.device) -> str:
 
 
 def _round_to_tf32(t: Tensor) -> Tensor:
-    """The nearest numbers of 10 digits behind the first: Veltkamp's split, as in the kernels."""
+    """Numbers of 10 digits behind the first, as the kernels round their operands."""
     return t * 8193.0 - t * 8192.0
 
 
@@ -160,15 +161,23 @@ class Call:
 
     def edges(self, part: Partition) -> EdgeList:
         """The record of such a run of edges."""
-        receivers, order = None, Order(self.rowptr, None)
-        if self.senders is not None:
-            count = self.num_edges
-            receivers = kept(
-                self.rowptr, ("receivers", count), lambda: receivers_of(self.rowptr, count)
-            )
-            if self.direction == "forward":  # backward there are no registers for so much at once
-                order = Order(None, receivers)
+        receivers, order = self.receivers, Order(self.rowptr, None)
+        # backward there are no registers for so much at once
+        if receivers is not None and self.direction == "forward":
+            order = Order(None, receivers)
         return EdgeList(order, receivers, self.senders, self.perm, self.first, part.rows)
+
+    @cached_property
+    def receivers(self) -> Tensor | None:
+        """The receiver of each edge, ``[E]``; None where it is searched for.
+
+        That is in complete components, and in stages, which wait for memory anyway.
+        """
+        if self.senders is None or self.staged:
+            return None
+        key, count = ("receivers", self.num_edges), self.num_edges
+        found: Tensor = kept(self.rowptr, key, lambda: receivers_of(self.rowptr, count))
+        return found
 
     def rows(self, out: Tensor, programs: int) -> Rows:
         """Rows with slots of their own."""
