@@ -308,10 +308,10 @@ def test_no_row_spills_elsewhere() -> None:
 
 
 def test_what_spills_elsewhere_costs_little() -> None:
-    """In cycles of an edge, of which such a pass takes 30 (H = 16) to 150 (tf32, H = 64)."""
+    """In cycles of an edge, of which such a pass takes 30 (H = 16) to 170 (tf32, H = 64)."""
     found = {key(row): row["spill_cycles_per_edge"] for row in committed()["kernels"]}
     costs = {name: found[name] for name in spilling(*NVIDIA)}
-    assert {name: cost for name, cost in costs.items() if cost > 7} == {}
+    assert {name: cost for name, cost in costs.items() if cost > 12} == {}
 
 
 def test_no_row_computes_an_activation_twice() -> None:
