@@ -107,12 +107,12 @@ def test_bytes_forward() -> None:
     rows = (1 + 63 / 32) / 64
     l2, hbm = model.traffic(record(), H200, UNIFORM)
     gathered, node, sums = 128 + 32, 128 + 12, 4 * (64 + 3)
-    assert l2 == pytest.approx(gathered + 4 + rows * (node + sums))
+    assert l2 == pytest.approx(gathered + 8 + rows * (node + sums))
     missed = 1 - (50 << 20) / (140 * 1_000_000)
-    assert hbm == pytest.approx(missed * gathered + 4 + (node + sums) / 32)
+    assert hbm == pytest.approx(missed * gathered + 8 + (node + sums) / 32)
     # what fits into L2 is read from HBM once for each node
-    assert model.traffic(record(), H200, Problem(1000, 32_000))[1] == pytest.approx(4 + 408 / 32)
-    assert model.traffic(record(complete=True), H200, UNIFORM)[0] == pytest.approx(l2 - 4)
+    assert model.traffic(record(), H200, Problem(1000, 32_000))[1] == pytest.approx(8 + 408 / 32)
+    assert model.traffic(record(complete=True), H200, UNIFORM)[0] == pytest.approx(l2 - 8)
 
 
 def test_bytes_backward() -> None:
