@@ -74,7 +74,7 @@ def representative() -> list[Configuration]:
     found.append(Configuration("edge_forward", "gfx942", precision="highest"))
     found.append(Configuration("edge_forward", dim=1, activation="leaky_relu"))
     # what needs the most shared memory
-    widest = {"attrs": MAX_ATTRS, "dim": 16, "activation": "leaky_relu", "attention": True}
+    widest = {"attrs": MAX_ATTRS, "dim": 16, "activation": "leaky_relu"}
     found.append(Configuration("edge_forward", "sm_89", precision="highest", **widest))  # type: ignore[arg-type]
     found.append(Configuration("edge_backward", "sm_89", precision="high", **widest))  # type: ignore[arg-type]
     found.append(Configuration("edge_backward", hidden=128, precision="high", **widest))  # type: ignore[arg-type]
