@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from egnn_fast.kernels.blocks import blocks_for
+from egnn_fast.kernels.configurations import PASSES, Configuration
 from egnn_fast.kernels.disassembly import Loop
-from egnn_fast.kernels.offline import PASSES, Configuration, Record, compile_all
+from egnn_fast.kernels.offline import Record, compile_all
 from egnn_fast.kernels.records import padded
 
 WARP = 32
@@ -202,8 +203,8 @@ def traffic(record: Record, gpu: Gpu, problem: Problem) -> tuple[float, float]:
         added = _sectors(c.width * 4) + _sectors(c.dim * 4)
         l2 += 2 * added + 4 * c.attrs
         hbm += 2 * added * _missed(problem.nodes * 4 * (c.width + c.dim), gpu) + 4 * c.attrs
-        if c.row.spill:  # sums for w2 and w3, read and written by each block
-            l2 += 2 * (1 + c.head) * 4 * c.width**2 / record.edges
+        # sums for w2 and w3 that each block reads and writes
+        l2 += 2 * min(c.row.in_memory, 1 + c.head) * 4 * c.width**2 / record.edges
     return l2, hbm
 
 

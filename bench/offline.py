@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from egnn_fast.experiments.io import write_atomic
+from egnn_fast.kernels.configurations import NVIDIA, TARGETS, shipped
 from egnn_fast.kernels.disassembly import number_of
-from egnn_fast.kernels.offline import NVIDIA, TARGETS, Record, compile_all, shipped
+from egnn_fast.kernels.offline import Record, compile_all
 from egnn_fast.kernels.records import padded
 
 RESULTS = Path(__file__).resolve().parent / "results" / "offline.json"

@@ -122,7 +122,7 @@ class LayerKernel:
 
     def __init__(self, inputs: Sequence[Any], scalars: Sequence[Any]) -> None:
         h, x, v, _, _, node_attr, _, w1 = inputs[:8]
-        *options, self.scale, self.residual, self.carry = scalars
+        *options, self.scale, self.residual, self.carry, _backend, _precision = scalars
         features = h.shape[1]
         self.hidden, width = w1.shape
         self.out, self.dim = inputs[_NODE_W2].shape[0], x.shape[1]

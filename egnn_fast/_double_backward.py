@@ -94,7 +94,8 @@ def layer(edge_pass: EdgePass) -> Callable[..., list[Tensor]]:
     def double_backward(cotangents: Sequence[Tensor | None], *args: Any) -> list[Tensor]:
         g_out, inputs = args[:3], args[6 : 6 + _N_LAYER]  # three kept outputs between them
         graph = Graph(*args[6 + _N_LAYER : 10 + _N_LAYER])
-        *scalars, scale, residual, _carry, _kept, needed, needed2 = args[10 + _N_LAYER :]
+        rest = args[10 + _N_LAYER :]
+        *scalars, scale, residual, _carry, backend, _precision, _kept, needed, needed2 = rest
         spread = iter(cotangents)
         towards = [next(spread) if n else None for n in needed]
         with _autograd(inputs[0].device.type):
@@ -110,7 +111,7 @@ def layer(edge_pass: EdgePass) -> Callable[..., list[Tensor]]:
             outputs = composed.layer(
                 edge_pass, h, x, graph, weights, options,
                 v=v, edge_attr=edge_attr, edge_mask=edge_mask, node_attr=node_attr,
-                coord_weight=coord_weight, residual=residual, backend="cpu",
+                coord_weight=coord_weight, residual=residual, backend=backend,
             )  # fmt: skip
             value = h.new_zeros(())
             for g, output in zip(leaves[:3], outputs, strict=True):

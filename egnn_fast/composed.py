@@ -1,6 +1,6 @@
 """A layer around an edge pass in PyTorch's own operations: P and Q before it, the updates after it.
 
-Backends whose kernel is the edge pass alone run so, and the fused layer's second derivative does.
+The fused layer's second derivative runs so, and what benchmarks compare it with.
 """
 
 from __future__ import annotations

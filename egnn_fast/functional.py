@@ -228,24 +228,19 @@ def egcl(
             shift = composed.scale_shift(shift, weight, options)
         act = activation or options.activation_fn()
         new_h, new_x, new_v = composed.apply_updates(h, x, v, update, shift, weights, act, residual)
-    elif chosen == "cpu":
+    else:
         carry = carry_velocity and v is not None
         new_h, moved, step = ops.layer(
             h, x, graph, weights, options, v=v, edge_attr=edge_attr, edge_mask=mask,
             node_attr=node_attr, coord_weight=weight, residual=residual, carry=carry,
+            backend=chosen,
         )  # fmt: skip
         new_x = moved if options.updates_coords or v is not None else x
         new_v = step if carry else None
-        if plain and mask is edge_mask and can_learn(call):
+        if chosen == "cpu" and plain and mask is edge_mask and can_learn(call):
             learned = ops.layer_plan((*call[:6], weight, *weights), options, residual, carry)
             if learned is not None:
                 _layers.learn(key, call, range(6), learned)
-    else:
-        new_h, new_x, new_v = composed.layer(
-            ops.messages, h, x, graph, weights, options, v=v, edge_attr=edge_attr,
-            edge_mask=mask, node_attr=node_attr, coord_weight=weight, residual=residual,
-            backend=chosen,
-        )  # fmt: skip
     if nodes is not None:
         new_h = new_h * nodes.unsqueeze(1).to(new_h.dtype)
     return new_h, new_x, new_v if carry_velocity else None

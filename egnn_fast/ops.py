@@ -45,7 +45,8 @@ def _where(names: Sequence[str], prefixes: tuple[str, ...]) -> tuple[bool, ...]:
     return tuple(name.startswith(prefixes) for name in names)
 
 
-_BACKEND = len(MESSAGES_DIFF) + 4 + 5  # its place among the arguments of messages
+# its place among the arguments of messages and layer
+_BACKEND, _LAYER_BACKEND = len(MESSAGES_DIFF) + 4 + 5, len(LAYER_DIFF) + 4 + 5 + 3
 _HEAD = _where(MESSAGES_DIFF, ("w3", "b3", "w_x"))
 
 
@@ -89,7 +90,7 @@ def _layer_reached(needed: Sequence[bool], cotangents: Tensors, inputs: Tensors)
 
 def _layer_fake(h: Tensor, x: Tensor, v: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     weights = LayerWeights(*rest[4 : 4 + len(LayerWeights._fields)])
-    carry, kept = rest[-2:]
+    carry, _, _, kept = rest[-4:]
     n, dim = x.shape
     hidden, out = weights.edge_w1.shape[0], weights.node_w2.shape[0]
     has_head = weights.coord_w2 is not None
@@ -117,9 +118,8 @@ _messages = Operator(
 )
 
 
-def _kernel(args: Sequence[Any]) -> Any:
-    """The module with the kernels of the backend that a call of ``messages`` names."""
-    backend = args[_BACKEND]
+def _kernel(backend: str) -> Any:
+    """The module with a backend's kernels."""
     if backend == "cpu":
         return _cpu
     if backend == "triton":
@@ -128,16 +128,17 @@ def _kernel(args: Sequence[Any]) -> Any:
 
 
 def _run_messages(*args: Any) -> tuple[Tensor, Tensor]:
-    found: tuple[Tensor, Tensor] = _kernel(args).messages(*args)
+    found: tuple[Tensor, Tensor] = _kernel(args[_BACKEND]).messages(*args)
     return found
 
 
 def _run_messages_backward(g_m: Tensor | None, g_x: Tensor | None, *args: Any) -> list[Tensor]:
-    found: list[Tensor] = _kernel(args).messages_backward(g_m, g_x, *args)
+    found: list[Tensor] = _kernel(args[_BACKEND]).messages_backward(g_m, g_x, *args)
     return found
 
 
-for _device in ("CPU", "CUDA"):
+_DEVICES = ("CPU", "CUDA")
+for _device in _DEVICES:
     lib.impl("messages", _run_messages, _device)
     lib.impl("messages_backward", _run_messages_backward, _device)
 _short_messages = short_function(_messages)
@@ -167,13 +168,7 @@ def messages(
         if plan is not None:
             m, shift = plan.run(inputs, graph)
             return m, shift
-    precision = "highest"
-    if backend != "cpu":
-        precision = matmul_precision(x.device.type)
-        if not transforming():
-            # what the kernel would have to ask the device for
-            _partition.know(graph.rowptr, "num_edges", graph.num_edges)
-    scalars = (*_scalars(options), backend, precision)
+    scalars = (*_scalars(options), backend, _precision(backend, x, graph))
     m, shift = _messages(*_uncast(x, inputs, backend), *_graph_tensors(graph), *scalars)
     if short and can_learn(inputs):
         kernel = _cpu.MessagesKernel(inputs, scalars)
@@ -181,6 +176,16 @@ def messages(
             plan = Plan(_messages, _short_messages, kernel, inputs, scalars)
             _known_messages.learn(options, inputs, _MESSAGES_ROWS, plan)
     return m, shift
+
+
+def _precision(backend: str, x: Tensor, graph: Graph) -> str:
+    """That of a GPU's products; prepares its call."""
+    if backend == "cpu":
+        return "highest"
+    if not transforming():
+        # what the kernel would have to ask the device for
+        _partition.know(graph.rowptr, "num_edges", graph.num_edges)
+    return matmul_precision(x.device.type)
 
 
 def _is_dense(kernel: Any, inputs: Sequence[Any]) -> bool:
@@ -191,7 +196,7 @@ def _is_dense(kernel: Any, inputs: Sequence[Any]) -> bool:
 _layer = Operator(
     "layer",
     f"{_schema(LAYER_DIFF)}, {_GRAPH}, {_OPTIONS}, float coord_scale, bool residual, bool carry, "
-    "SymInt kept",
+    "str backend, str precision, SymInt kept",
     outputs=3,
     kept=3,
     n_diff=len(LAYER_DIFF),
@@ -200,8 +205,22 @@ _layer = Operator(
     reached=_layer_reached,
     double_backward=_double_backward.layer(messages),
 )
-lib.impl("layer", _cpu.layer, "CPU")
-lib.impl("layer_backward", _cpu.layer_backward, "CPU")
+
+
+def _run_layer(*args: Any) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = _kernel(args[_LAYER_BACKEND]).layer(*args)
+    return found
+
+
+def _run_layer_backward(*args: Any) -> list[Tensor]:
+    backend = args[_layer.outputs + _layer.kept + _LAYER_BACKEND]
+    found: list[Tensor] = _kernel(backend).layer_backward(*args)
+    return found
+
+
+for _device in _DEVICES:
+    lib.impl("layer", _run_layer, _device)
+    lib.impl("layer_backward", _run_layer_backward, _device)
 _short_layer = short_function(_layer)
 
 
@@ -219,9 +238,10 @@ def layer(
     coord_weight: Tensor | None,
     residual: bool,
     carry: bool,
+    backend: str = "cpu",
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A whole layer on the CPU: ``(h [N, O], x [N, D], v [N, D])``.
+    """A whole layer: ``(h [N, O], x [N, D], v [N, D])``.
 
     ``coord_weight [N]`` is what the mean divides by, inverted. x is empty (``[0, D]``) where
     nothing moves, v unless ``carry``. ``plan`` is one of :func:`layer_plan` for such calls.
@@ -232,7 +252,7 @@ def layer(
         return h_out, x_out, v_out
     args = (
         *_uncast(x, tensors), *_graph_tensors(graph), *_scalars(options),
-        options.coord_scale, residual, carry,
+        options.coord_scale, residual, carry, backend, _precision(backend, x, graph),
     )  # fmt: skip
     h_out, x_out, v_out, *_ = _layer(*args, _kept_size(args, graph))
     return h_out, x_out, v_out
@@ -243,7 +263,7 @@ def layer_plan(inputs: Sequence[Any], options: Options, residual: bool, carry: b
 
     ``inputs`` are the operator's differentiable ones, as :func:`layer` passes them.
     """
-    scalars = (*_scalars(options), options.coord_scale, residual, carry)
+    scalars = (*_scalars(options), options.coord_scale, residual, carry, "cpu", "highest")
     kernel = _cpu.LayerKernel(inputs, scalars)
     if not can_learn(inputs) or not _is_dense(kernel, inputs):
         return None
@@ -256,7 +276,7 @@ def _kept_size(args: tuple[Any, ...], graph: Graph) -> int:
     tensors = args[: len(LAYER_DIFF)]
     # a subclass (a fake one, say) has no memory to keep anything in
     plain = all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-    if not budget or not plain or args[0].device.type != "cpu" or not wants_grad(*tensors):
+    if not budget or not plain or args[_LAYER_BACKEND] != "cpu" or not wants_grad(*tensors):
         return 0
     size = _cpu.layer_kept_size(args, graph.num_edges)
     return size if size * args[0].element_size() <= budget else 0

@@ -11,7 +11,6 @@ from egnn_fast.kernels.device import (
     first_linear,
     gate_of,
     geometry,
-    kept_slope,
     load_matrix,
     load_rows,
     load_vector,
@@ -22,7 +21,6 @@ from egnn_fast.kernels.device import (
     product,
     run_of_blocks,
     shared_slope,
-    slope_again,
     slope_from_shared,
     users_of,
 )
@@ -38,10 +36,10 @@ from egnn_fast.kernels.rows import finish_block_rows, take_block_rows
 
 
 @triton.jit
-def _add_matrix(total, place, left, right, spec):
+def _add_matrix(total, place, left, right, IN_MEMORY: tl.constexpr, spec):
     """Add the sum over edges of their outer products: in registers, or at ``place``."""
     left = tl.trans(left)
-    if spec.SPILL_WEIGHTS:
+    if IN_MEMORY:
         found = tl.dot(left, right, input_precision=spec.DOT)
         store_matrix(place, found, spec.H, spec.H)
         tl.debug_barrier()
@@ -66,19 +64,21 @@ def edge_backward(
     for_weights: tl.constexpr = gradients.weights is not None
     # what is no edge has no gradients anyway: those that come from outside are 0
     has_share: tl.constexpr = has_gate or inputs.edge_mask is not None
-    early: tl.constexpr = spec.SHARE_SLOPE and not (spec.TANH or spec.CLAMP)
+    early: tl.constexpr = spec.SHARED_SLOPES > 0 and not (spec.TANH or spec.CLAMP)
+    w2_in_memory: tl.constexpr = spec.IN_MEMORY >= 1
+    w3_in_memory: tl.constexpr = spec.IN_MEMORY >= 2
 
-    if not spec.STREAM:
+    if spec.STREAMED < 2:
         w2 = load_weights(weights.w2, spec)
-        if has_head:
-            w3 = load_weights(weights.w3, spec)
+    if has_head and spec.STREAMED < 1:
+        w3 = load_weights(weights.w3, spec)
     w_a = None
     if weights.w_a is not None:
         w_a = load_matrix(weights.w_a, spec.H, spec.A, spec.HP, spec.AP)
     if for_weights:
         own = gradients.weights + tl.program_id(0).to(tl.int64) * spec.K
-        g_w2 = tl.zeros((1, 1) if spec.SPILL_WEIGHTS else (spec.HP, spec.HP), tl.float32)
-        g_w3 = tl.zeros((1, 1) if spec.SPILL_WEIGHTS else (spec.HP, spec.HP), tl.float32)
+        g_w2 = tl.zeros((1, 1) if w2_in_memory else (spec.HP, spec.HP), tl.float32)
+        g_w3 = tl.zeros((1, 1) if w3_in_memory else (spec.HP, spec.HP), tl.float32)
     vectors = no_vectors(spec)
     g_b_g = 0.0
 
@@ -96,12 +96,12 @@ def edge_backward(
 
         a1, slope1 = activation_and_slope(z, numbers, spec)
         a1 = operand(a1, spec)
-        slope1 = shared_slope(slope1, spec)
-        if spec.STREAM:
+        slope1 = shared_slope(slope1, 0, spec)
+        if spec.STREAMED >= 2:
             w2 = load_weights(weights.w2, spec)
         z = product(a1, tl.trans(w2), spec) + load_vector(weights.b2, spec)[None, :]
         n, slope2 = activation_and_slope(z, numbers, spec)
-        slope2 = kept_slope(slope2, spec)
+        slope2 = shared_slope(slope2, 1, spec)
         share = mask
         if has_gate:
             gate = gate_of(n, weights, spec)
@@ -118,7 +118,7 @@ def edge_backward(
                 # then a tile of the third layer is used as it comes, and takes no registers
                 g_x = load_rows(cotangents.x, i, live, spec.D, spec.D, spec.DP)
                 g_s = head_gradient(d, r, mask, g_x, mask, numbers, spec)
-            if spec.STREAM:
+            if spec.STREAMED >= 1:
                 w3 = load_weights(weights.w3, spec)
             z = product(m, tl.trans(w3), spec) + load_vector(weights.b3, spec)[None, :]
             a3, slope3 = activation_and_slope(z, numbers, spec)
@@ -133,8 +133,8 @@ def edge_backward(
             g_z3 = operand(g_z3, spec)
             if for_weights:
                 vectors = add_vector(vectors, 2, live.to(tl.float32), g_z3, spec)
-                g_w3 = _add_matrix(g_w3, own + H * H, g_z3, m, spec)
-            if spec.STREAM:
+                g_w3 = _add_matrix(g_w3, own + H * H, g_z3, m, w3_in_memory, spec)
+            if spec.STREAMED >= 1:
                 w3 = load_weights(weights.w3, spec)
             g_m = product(g_z3, w3, spec)
         if cotangents.m is not None:
@@ -159,13 +159,13 @@ def edge_backward(
             if for_weights:
                 vectors = add_vector(vectors, 4, g_gate, operand(n, spec), spec)
                 g_b_g += tl.sum(g_gate, axis=0)
-        g_z2 = operand(g_n * slope_again(slope2, numbers, spec), spec)
+        g_z2 = operand(g_n * slope_from_shared(slope2, 1, numbers, spec), spec)
         if for_weights:
             vectors = add_vector(vectors, 1, live.to(tl.float32), g_z2, spec)
-            g_w2 = _add_matrix(g_w2, own, g_z2, a1, spec)
-        if spec.STREAM:
+            g_w2 = _add_matrix(g_w2, own, g_z2, a1, w2_in_memory, spec)
+        if spec.STREAMED >= 2:
             w2 = load_weights(weights.w2, spec)
-        g_z1 = product(g_z2, w2, spec) * slope_from_shared(slope1, numbers, spec)
+        g_z1 = product(g_z2, w2, spec) * slope_from_shared(slope1, 0, numbers, spec)
         vectors, carry_p, carry_x = first_gradients(
             edges, inputs, weights, w_a, gradients, begin_edge, start, stop, e, live, i, user,
             first, last, d, r, g_z1, g_d, vectors, carry_p, carry_x, carry_row, head_row, spec,
@@ -177,10 +177,10 @@ def edge_backward(
     if gradients.receiver is not None:
         finish_block_rows(gradients.receiver, spec.D, carry_x, last, head_row)
     if for_weights:
-        if not spec.SPILL_WEIGHTS:
+        if not w2_in_memory:
             store_matrix(own, g_w2, H, H)
-            if has_head:
-                store_matrix(own + H * H, g_w3, H, H)
+        if has_head and not w3_in_memory:
+            store_matrix(own + H * H, g_w3, H, H)
         own += 2 * H * H
         store_vectors(own, vectors, weights, spec)
         own += 5 * H + H * spec.A

@@ -18,23 +18,28 @@ class Blocks(NamedTuple):
     edges : edges of a block
     warps : warps of a program
     programs : programs of a multiprocessor
-    spill : backward: sums for w2 and w3 in memory, not in registers
+    in_memory : backward: how many of the sums for w2 and w3, in this order, lie in memory, not in
+        registers
     source : where the row comes from
-    stream : weights read anew for each block, not kept in shared memory
+    streamed : how many of w3 and w2, in this order, are read anew for each block, not kept in
+        shared memory
     staged : in stages with products by the BLAS between, these being the blocks of the stages
     split : how products as accurate as float32 are made: ``input_precision`` on NVIDIA's GPUs
     paired : one reciprocal for two activations: the special units have less to do, others more
+    shared_slopes : backward: of how many layers, from the first, slopes wait in shared memory, not
+        in registers; none where products are as accurate as float32
     """
 
     edges: int
     warps: int
     programs: int
-    spill: bool
+    in_memory: int
     source: str
-    stream: bool = False
+    streamed: int = 0
     staged: bool = False
     split: str = "tf32x3"
     paired: bool = True
+    shared_slopes: int = 0
 
     def launch_options(self, direction: str, nvidia: bool) -> dict[str, int]:
         """How Triton is to compile a pass.
@@ -55,47 +60,59 @@ _REGISTERS, _LANES, _MOST_REGISTERS = 1 << 16, 32, 255
 _KINDS, _WIDTHS = ("16", "high", "highest"), (16, 32, 64, 128, 256)
 _LEAST = "offline: the least predicted time on sm_90, Triton 3.7"
 _FITS = "offline: fits into shared memory, compiled for {}, Triton 3.7"
+_HOLDS = "offline: the least predicted time of what spills nothing on {}, Triton 3.7"
 
 
 def _staged(kind: str, width: int, source: str) -> Blocks:
     """What runs in stages; wide tiles of float32 take the most registers."""
     if width <= 128:
-        return Blocks(32, 4, 4, False, source, staged=True)
-    return Blocks(32 if kind == "16" else 16, 8, 2, False, source, staged=True)
+        return Blocks(32, 4, 4, 0, source, staged=True)
+    return Blocks(32 if kind == "16" else 16, 8, 2, 0, source, staged=True)
 
 
 # (pass, precision, largest padded width) in ascending width; "16": bf16 and fp16
 TABLE: dict[tuple[str, str, int], Blocks] = {
-    ("forward", "16", 64): Blocks(64, 4, 3, False, _LEAST, paired=False),
-    ("forward", "16", 128): Blocks(64, 4, 2, False, _LEAST, stream=True, paired=False),
+    ("forward", "16", 64): Blocks(64, 4, 3, 0, _LEAST, paired=False),
+    ("forward", "16", 128): Blocks(64, 4, 2, 0, _LEAST, paired=False),
     ("forward", "16", 256): _staged("16", 256, _LEAST),
-    ("forward", "high", 64): Blocks(64, 4, 2, False, _LEAST, paired=False),
-    ("forward", "high", 128): Blocks(128, 8, 1, False, _LEAST, stream=True),
+    ("forward", "high", 64): Blocks(64, 4, 2, 0, _LEAST, paired=False),
+    ("forward", "high", 128): Blocks(128, 8, 1, 0, _LEAST, streamed=2),
     ("forward", "high", 256): _staged("high", 256, _LEAST),
-    ("forward", "highest", 64): Blocks(64, 4, 2, False, _LEAST, paired=False),
+    ("forward", "highest", 64): Blocks(64, 4, 2, 0, _LEAST, paired=False),
     # three bfloat16 parts take less shared memory than two of tf32
-    ("forward", "highest", 128): Blocks(128, 8, 1, False, _LEAST, stream=True, split="bf16x6"),
+    ("forward", "highest", 128): Blocks(128, 8, 1, 0, _LEAST, streamed=2, split="bf16x6"),
     ("forward", "highest", 256): _staged("highest", 256, _LEAST),
-    ("backward", "16", 64): Blocks(64, 4, 2, False, _LEAST),
-    ("backward", "16", 128): Blocks(128, 8, 1, True, _LEAST, stream=True),
+    ("backward", "16", 32): Blocks(64, 4, 2, 0, _LEAST, paired=False),
+    ("backward", "16", 64): Blocks(64, 4, 2, 0, _LEAST, shared_slopes=1),
+    ("backward", "16", 128): Blocks(
+        128, 8, 1, 0, _LEAST, streamed=1, paired=False, shared_slopes=2
+    ),
     ("backward", "16", 256): _staged("16", 256, _LEAST),
-    ("backward", "high", 64): Blocks(64, 4, 1, False, _LEAST),
-    ("backward", "high", 128): Blocks(128, 8, 1, True, _LEAST, stream=True),
+    ("backward", "high", 64): Blocks(64, 4, 1, 0, _LEAST, paired=False, shared_slopes=1),
+    ("backward", "high", 128): Blocks(128, 8, 1, 2, _LEAST, streamed=2, paired=False),
     ("backward", "high", 256): _staged("high", 256, _LEAST),
-    ("backward", "highest", 16): Blocks(32, 2, 4, False, _LEAST),
-    ("backward", "highest", 32): Blocks(32, 2, 3, False, _LEAST),
-    ("backward", "highest", 64): Blocks(64, 4, 1, False, _LEAST, split="bf16x6"),
+    ("backward", "highest", 16): Blocks(32, 2, 4, 0, _LEAST),
+    ("backward", "highest", 32): Blocks(32, 2, 3, 0, _LEAST),
+    ("backward", "highest", 64): Blocks(64, 4, 1, 0, _LEAST, split="bf16x6"),
     ("backward", "highest", 128): _staged("highest", 128, _LEAST),
     ("backward", "highest", 256): _staged("highest", 256, _LEAST),
 }
 
 # Ampere: less shared memory, and matrix units whose operands lie in registers
 AMPERE: dict[tuple[str, str, int], Blocks] = {
-    ("forward", "16", 64): Blocks(64, 4, 2, False, _FITS.format("sm_80"), paired=False),
-    ("forward", "high", 64): Blocks(64, 4, 2, False, _FITS.format("sm_80")),
-    ("forward", "16", 128): Blocks(32, 8, 1, False, _FITS.format("sm_80"), stream=True),
-    ("forward", "high", 128): Blocks(32, 8, 1, False, _FITS.format("sm_80"), stream=True),
-    ("forward", "highest", 128): Blocks(32, 8, 1, False, _FITS.format("sm_80"), stream=True),
+    ("forward", "16", 64): Blocks(64, 4, 2, 0, _FITS.format("sm_80"), paired=False),
+    ("forward", "high", 64): Blocks(64, 4, 2, 0, _FITS.format("sm_80")),
+    ("forward", "16", 128): Blocks(64, 4, 1, 0, _HOLDS.format("sm_80"), paired=False),
+    ("forward", "high", 128): Blocks(64, 8, 1, 0, _HOLDS.format("sm_80"), streamed=2, paired=False),
+    ("forward", "highest", 128): Blocks(32, 8, 1, 0, _FITS.format("sm_80"), streamed=2),
+    ("backward", "16", 32): Blocks(
+        64, 4, 2, 0, _HOLDS.format("sm_80"), paired=False, shared_slopes=1
+    ),
+    ("backward", "16", 64): Blocks(
+        64, 4, 2, 0, _HOLDS.format("sm_80"), paired=False, shared_slopes=1
+    ),
+    ("backward", "high", 32): Blocks(64, 4, 1, 0, _HOLDS.format("sm_80"), shared_slopes=1),
+    ("backward", "high", 64): Blocks(64, 4, 1, 1, _HOLDS.format("sm_80"), shared_slopes=1),
     ("backward", "highest", 64): _staged("highest", 64, _FITS.format("sm_80")),
 } | {
     ("backward", kind, 128): _staged(kind, 128, _FITS.format("sm_80")) for kind in _KINDS
@@ -111,15 +128,27 @@ def _blackwell(direction: str, kind: str, width: int) -> Blocks:
     source = "offline: compiles for sm_100, Triton 3.7"
     if width > 128 or (direction, kind, width) == ("backward", "highest", 128):
         return _staged(kind, width, source)
+    if (direction, width) == ("backward", 32) and kind != "highest":
+        source = _HOLDS.format("sm_100")
+        return Blocks(32, 2, 4, 0, source, paired=False, shared_slopes=2)
     if width <= 64:
-        return Blocks(32, 2 if width <= 32 else 4, 4 if width <= 32 else 2, False, source)
-    return Blocks(32, 8, 1, direction == "backward", source, stream=True)
+        slopes = int(direction == "backward" and kind != "highest")
+        warps, programs = (2, 4) if width <= 32 else (4, 2)
+        return Blocks(32, warps, programs, 0, source, shared_slopes=slopes)
+    return Blocks(32, 8, 1, 2 if direction == "backward" else 0, source, streamed=2)
 
 
+_LITTLE = "offline: the least predicted time on sm_89 and sm_120, spills and all, Triton 3.7"
 # Ada and other consumer cards, on top of Ampere's: less shared memory still
 CONSUMER: dict[tuple[str, str, int], Blocks] = {
-    ("forward", "highest", 64): Blocks(64, 4, 1, False, _FITS.format("sm_89"), split="bf16x6"),
-    ("backward", "high", 64): Blocks(64, 4, 1, False, _FITS.format("sm_89"), stream=True),
+    ("forward", "highest", 64): Blocks(
+        64, 4, 1, 0, _FITS.format("sm_89"), split="bf16x6", paired=False
+    ),
+    ("forward", "16", 128): Blocks(32, 8, 1, 0, _FITS.format("sm_89"), streamed=2),
+    ("backward", "16", 32): Blocks(64, 4, 2, 0, _LITTLE, paired=False),
+    ("backward", "16", 64): Blocks(64, 4, 1, 0, _LITTLE, paired=False),
+    ("backward", "high", 32): Blocks(64, 4, 1, 0, _LITTLE, paired=False),
+    ("backward", "high", 64): Blocks(64, 4, 1, 0, _FITS.format("sm_89"), streamed=2),
 }
 
 BLACKWELL = {(*key[:2], width): _blackwell(*key[:2], width) for key in TABLE for width in _WIDTHS}
@@ -146,6 +175,24 @@ def blocks_for(direction: str, precision: str, width: int, arch: str = "sm_90") 
 def staged_blocks(precision: str, width: int) -> Blocks:
     """For what runs in stages whatever its row says."""
     return _staged("16" if precision in ("bf16", "fp16") else precision, width, _LEAST)
+
+
+def node_blocks(width: int, precision: str, few: bool, arch: str) -> tuple[int, int, int]:
+    """Of the kernels over nodes: nodes of a tile, columns multiplied at once, warps.
+
+    Few nodes are spread over all multiprocessors; of many, larger tiles read weights less often, as
+    far as registers and shared memory hold them. Blackwell: see above.
+    """
+    if few or width > (64 if precision == "highest" else 128):
+        tile = 16
+    else:
+        tile = 32 if arch.startswith("sm_10") else 64
+    return tile, 32, 8 if width > 64 and tile > 16 else 4
+
+
+def few_nodes(nodes: int, multiprocessors: int) -> bool:
+    """Whether larger tiles than the smallest would leave multiprocessors without work."""
+    return nodes <= 64 * multiprocessors
 
 
 def sender_block(width: int) -> int:

@@ -132,14 +132,14 @@ def slope_again(kept, numbers, spec):
 
 
 @triton.jit
-def shared_slope(slope, spec):
-    """The same for a slope that waits in shared memory, if spec says so, and not in registers.
+def shared_slope(slope, layer: tl.constexpr, spec):
+    """The same for a layer's slope (from 0) that waits in shared memory, if spec says so.
 
     There the right operand of a product waits, from when it is known; see
     :func:`slope_from_shared`. A NaN must not reach other edges by it.
     """
     kept = kept_slope(slope, spec)
-    if not spec.SHARE_SLOPE or spec.ACT != 0:
+    if layer >= spec.SHARED_SLOPES or spec.ACT != 0:
         return kept
     # SiLU's is within -0.1 and 1.1; where it is not finite the products that follow are not either
     elif spec.PTX:
@@ -155,9 +155,9 @@ def shared_slope(slope, spec):
 
 
 @triton.jit
-def slope_from_shared(kept, numbers, spec):
+def slope_from_shared(kept, layer: tl.constexpr, numbers, spec):
     """act'(z) of what :func:`shared_slope` kept: its product with the identity."""
-    if spec.SHARE_SLOPE:
+    if layer < spec.SHARED_SLOPES:
         edge = tl.arange(0, spec.BLOCK)
         identity = (edge[:, None] == edge[None, :]).to(tl.float16)
         kept = tl.dot(identity, kept)

@@ -34,9 +34,10 @@ def edge_forward(
     begin, end = run_of_blocks(num_blocks)
     head_row = tl.load(edges.block_rows + 2 * begin)
 
-    if not spec.STREAM:
+    if spec.STREAMED < 2:
         w2 = load_weights(weights.w2, spec)
-        if weights.w3 is not None:
+    if weights.w3 is not None:  # noqa: SIM102
+        if spec.STREAMED < 1:
             w3 = load_weights(weights.w3, spec)
     w_a = None
     if weights.w_a is not None:
@@ -53,7 +54,7 @@ def edge_forward(
         d, r = geometry(inputs, i, j, live, spec)
         z = first_linear(inputs, weights, w_a, user, live, i, j, r, spec)
 
-        if spec.STREAM:
+        if spec.STREAMED >= 2:
             w2 = load_weights(weights.w2, spec)
         z = (
             product(operand(activation(z, numbers, spec), spec), tl.trans(w2), spec)
@@ -71,7 +72,7 @@ def edge_forward(
         if weights.w3 is None:
             broken = not_finite(tl.sum(m.to(spec.OPERAND).to(tl.float32), axis=1))
         else:
-            if spec.STREAM:
+            if spec.STREAMED >= 1:
                 w3 = load_weights(weights.w3, spec)
             z = (
                 product(operand(m, spec), tl.trans(w3), spec)

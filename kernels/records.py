@@ -149,14 +149,14 @@ class Spec(NamedTuple):
     DOT : ``input_precision`` of products of float32 operands
     ROUND : whether these are rounded to tf32, of which the matrix units drop the last digits
     EXACT : whether products are as accurate as float32
-    SHARE_SLOPE : whether the first layer's slopes wait in shared memory (backward)
+    SHARED_SLOPES : of how many layers, from the first, slopes wait in shared memory (backward)
     PART : type of the parts of 8 digits that float32 values are summed in
     APPROX : whether SiLU is computed from the special units' tanh, to 11 bits
     PAIRED : whether one reciprocal serves two activations
     PTX : whether NVIDIA's own instructions may be used where Triton has none for them
     K : width of a program's sums for the weights (backward)
-    STREAM : whether weights are read anew for each block, as too large to stay in shared memory
-    SPILL_WEIGHTS : whether the sums for w2 and w3 lie in memory, not in registers (backward)
+    STREAMED : how many of w3 and w2 are read anew for each block, as too large for shared memory
+    IN_MEMORY : how many of the sums for w2 and w3 lie in memory, not in registers (backward)
     """
 
     H: Any
@@ -174,14 +174,14 @@ class Spec(NamedTuple):
     DOT: Any
     ROUND: Any
     EXACT: Any
-    SHARE_SLOPE: Any
+    SHARED_SLOPES: Any
     PART: Any
     APPROX: Any
     PAIRED: Any
     PTX: Any
     K: Any
-    STREAM: Any
-    SPILL_WEIGHTS: Any
+    STREAMED: Any
+    IN_MEMORY: Any
 
     @classmethod
     def of(cls, **fields: Any) -> Spec:
@@ -202,6 +202,8 @@ class Spec(NamedTuple):
         exact = blocks.split if nvidia else "ieee"
         # the interpreter multiplies exactly whatever it is told, and knows fewer names
         exact = "tf32x3" if interpreting() else exact
+        # slopes of ReLU come by another way, for which wide tiles leave no room
+        crowded = activation != "silu" and blocks.edges * padded(hidden) > 64 * 64
         return cls.of(
             H=hidden, D=dim, A=attrs,
             HP=padded(hidden), DP=triton.next_power_of_2(dim), AP=padded(attrs),
@@ -211,12 +213,10 @@ class Spec(NamedTuple):
             DOT=exact if products == "highest" else "tf32",
             ROUND=products == "high" and nvidia,
             EXACT=products == "highest",
-            # beyond 64 x 64, and where not even weights stay, there is no room
-            SHARE_SLOPE=products != "highest" and not blocks.stream
-            and blocks.edges * padded(hidden) <= 64 * 64,
+            SHARED_SLOPES=0 if products == "highest" or crowded else blocks.shared_slopes,
             # the interpreter has no bfloat16 worth the name
             PART=tl.float32 if interpreting() else tl.bfloat16,
             APPROX=precision != products, PAIRED=blocks.paired, PTX=nvidia and not interpreting(),
-            K=sum(weight_parts(hidden, attrs, staged).values()), STREAM=blocks.stream,
-            SPILL_WEIGHTS=blocks.spill,
+            K=sum(weight_parts(hidden, attrs, staged).values()), STREAMED=blocks.streamed,
+            IN_MEMORY=blocks.in_memory,
         )  # fmt: skip

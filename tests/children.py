@@ -245,9 +245,10 @@ def launched_kernels() -> None:
     from triton.runtime.jit import JITFunction
 
     from egnn_fast import _triton
+    from egnn_fast.kernels import configurations as kernels
     from egnn_fast.kernels import offline
 
-    driver.set_active(offline._NoDevice(offline.TARGETS["sm_90"]))
+    driver.set_active(offline._NoDevice(kernels.TARGETS["sm_90"]))
     launch = JITFunction.run
     seen: dict[str, str] = {}
 
@@ -272,17 +273,33 @@ def launched_kernels() -> None:
         _triton.messages(*args)
         _triton.messages_backward(*cotangents, *args, needed)
 
+    def run_layer(hidden: int) -> None:
+        nodes, edges, dim = 30, 203, 3
+        rowptr = torch.linspace(0, edges, nodes + 1).long()
+        matrix, vector = torch.randn(hidden, hidden), torch.randn(hidden)
+        args = (
+            torch.randn(nodes, hidden), torch.randn(nodes, dim), None, None, None, None,
+            torch.rand(nodes), torch.randn(hidden, 2 * hidden + 1), vector, matrix, vector,
+            torch.randn(hidden, 2 * hidden), vector, matrix, vector, None, None,
+            matrix, vector, vector[None], None, None, None, None,
+            rowptr, torch.randint(nodes, (edges,), dtype=torch.int32), None, None,
+            "silu", 0.01, 0.0, False, 0.0, 1.0, True, False, "triton", "bf16", 0,
+        )  # fmt: skip
+        _triton.layer(*args)
+
     JITFunction.run = compile_only
-    _triton.call.Call.programs = property(lambda self: 3)  # type: ignore[method-assign,assignment]
+    call: Any = _triton.call.Call
+    call.programs, call.multiprocessors = property(lambda self: 3), property(lambda self: 0)
+    run_layer(64)
     run(64)
-    run(offline.WIDE_WIDTH)
+    run(kernels.WIDE_WIDTH)
     torch.use_deterministic_algorithms(True)
     run(64)
 
     def offline_hash(name: str) -> str:
-        hidden = offline.WIDE_WIDTH if name in offline.STAGED_KERNELS else 64
-        kernel, args, keywords = offline.arguments(offline.Configuration(name, hidden=hidden))
+        hidden = kernels.WIDE_WIDTH if name in kernels.STAGED_KERNELS else 64
+        kernel, args, keywords = kernels.arguments(kernels.Configuration(name, hidden=hidden))
         found = launch(kernel, *args, grid=(1,), warmup=True, **keywords)
         return str(found.hash)
 
-    print(json.dumps({name: (seen.get(name), offline_hash(name)) for name in offline.KERNELS}))
+    print(json.dumps({name: (seen.get(name), offline_hash(name)) for name in kernels.KERNELS}))

@@ -13,8 +13,9 @@ if sys.platform != "linux":
     pytest.skip("Triton is for Linux", allow_module_level=True)
 
 from egnn_fast.kernels.blocks import Blocks
+from egnn_fast.kernels.configurations import Configuration
 from egnn_fast.kernels.disassembly import Loop
-from egnn_fast.kernels.offline import Configuration, Record
+from egnn_fast.kernels.offline import Record
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from bench import model  # the checkout's own folder, not installed
@@ -30,8 +31,8 @@ def cycles(counts: dict[str, int], gpu: model.Gpu = H200, **macs: int) -> dict[s
     return model.unit_cycles([loop], gpu, WARPS, EDGES, rows=3)
 
 
-def record(kernel: str = "edge_forward", spill: bool = False, **fields: object) -> Record:
-    blocks = Blocks(EDGES, WARPS, 2, spill, "made up")
+def record(kernel: str = "edge_forward", in_memory: int = 0, **fields: object) -> Record:
+    blocks = Blocks(EDGES, WARPS, 2, in_memory, "made up")
     c = replace(Configuration(kernel, precision="bf16", blocks=blocks), **fields)  # type: ignore[arg-type]
     counts = {"MUFU.EX2": 96, "MUFU.RCP": 48, "HGMMA": 8, "LDG.128": 16}
     loops = [Loop("block", counts, {"HGMMA.BF16": 131072})]
@@ -122,7 +123,7 @@ def test_bytes_backward() -> None:
     assert l2 - forward[0] == pytest.approx(rows * 268 + 2 * (256 + 32))
     missed = 1 - (50 << 20) / (268 * 1_000_000)
     assert hbm - forward[1] == pytest.approx(268 / 32 + 2 * 288 * missed)
-    in_memory = model.traffic(record("edge_backward", spill=True), H200, UNIFORM)
+    in_memory = model.traffic(record("edge_backward", in_memory=2), H200, UNIFORM)
     assert in_memory[0] - l2 == pytest.approx(2 * 2 * 4 * 64 * 64 / 64)
     assert in_memory[1] == hbm
 

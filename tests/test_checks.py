@@ -12,7 +12,7 @@ from cases import BACKENDS_AND_DTYPES, FUSED_BACKENDS, INTERPRETED_BACKENDS
 from torch import Tensor
 
 from egnn_fast import BackendError, Graph, _native, checks, ops
-from egnn_fast._cases import ORDERS, Case, check_cases
+from egnn_fast._cases import ORDERS, Case, Problem, check_cases
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -153,6 +153,27 @@ def test_relative_error() -> None:
     assert checks.relative_error(torch.ones(0, 3), torch.ones(0, 3)) == 0
     with pytest.raises(ValueError, match=r"^value: expected shape \[2\], got \[1\]"):
         checks.relative_error(torch.ones(1), right)
+
+
+@pytest.mark.parametrize(("error", "orders"), [(0.5, 6), (3.0, 48), (9.0, 48)])
+def test_more_orders_are_asked_where_some_leave_doubt(
+    error: float, orders: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain PyTorch's error: 1e-4 at most in the first orders of summation, 2e-4 in later ones."""
+    asked: list[int] = []
+
+    def evaluate(problem: Problem, backend: str, order: int = 0) -> dict[str, dict[str, Tensor]]:
+        exact = problem.leaves["h"].dtype == torch.float64
+        off = error if backend == "cpu" else 0.0 if exact else 1.0 if order < ORDERS else 2.0
+        if backend == "reference" and not exact:
+            asked.append(order)
+        return {q: {"h": torch.tensor([1 + off * 1e-4]).double()} for q in checks.QUANTITIES}
+
+    monkeypatch.setattr(checks, "evaluate", evaluate)
+    problem = check_cases(quick=True)[0].layer(torch.float32)
+    rows = list(checks.compare(problem, "made up", ["cpu"], torch.float32))
+    assert asked == list(range(orders))
+    assert all(row.passed for row in rows) == (error < 4)
 
 
 @pytest.mark.parametrize("face", ["edge_pass", "layer"])

@@ -24,8 +24,6 @@ from egnn_fast.options import ACTIVATIONS, COORD_AGGS
 
 pytestmark = pytest.mark.native
 EXAMPLES = settings.default.max_examples if settings.default is not None else 0
-# Orders of summation, where the usual ones leave a float32 error in doubt.
-MANY_ORDERS = 8 * ORDERS
 # Draws of a case's numbers, where those drawn first leave an error in doubt.
 DRAWS = 12
 # whether a layer computes its activations again for the backward, or has kept them
@@ -183,9 +181,9 @@ def first_order(problem: Problem, order: int = 0) -> dict[str, Tensor]:
 def assert_passed(case: Drawn, dtype: torch.dtype) -> None:
     """By the rule of `checks`.
 
-    An error in doubt is judged again by more orders of summation, and by more draws of the case's
-    numbers, as if they were one batch: where the only number of a tensor cancels, no two ways of
-    adding it up have errors that compare.
+    An error in doubt is judged again by more draws of the case's numbers, as if they were one
+    batch: where the only number of a tensor cancels, no two ways of adding it up have errors that
+    compare.
     """
     if all(row.passed for row in checks.compare(case.problem(dtype), "drawn", ["cpu"], dtype)):
         return
@@ -199,7 +197,7 @@ def assert_passed(case: Drawn, dtype: torch.dtype) -> None:
         }
 
     truth, found = batch("reference", exact=True), batch("cpu")
-    orders = 0 if dtype == torch.float64 else MANY_ORDERS
+    orders = 0 if dtype == torch.float64 else checks.MORE * ORDERS
     plain = [batch("reference", order) for order in range(orders)]
     for quantity, tensors in truth.items():
         scale = scales(tensors)

@@ -116,10 +116,12 @@ CASES = (*_widths(), *_wide(), *_options(), *_graphs(), *_block_bounds())
 def rows_of(case: Case, face: str = "edge_pass") -> list[Row]:
     """The case against the reference in float32; the kernels ran, forward and backward.
 
-    Around the edge pass PyTorch differentiates twice, which takes the backward kernel once more.
+    A layer's second derivative runs its edge pass again: forward, backward for the first derivative
+    and where that is differentiated; and backward through new features that a mask multiplies.
     """
-    runs = int(case.build_graph().num_edges > 0)
-    with kernel_calls(runs, runs if face == "edge_pass" else 2 * runs, backend="triton"):
+    some = case.build_graph().num_edges > 0
+    forward, backward = (1, 1) if face == "edge_pass" else (2, 3 + case.node_mask)
+    with kernel_calls(forward * some, backward * some, backend="triton"):
         return list(
             checks.compare(getattr(case, face)(torch.float32), case.name, ["triton"], torch.float32)
         )
@@ -139,12 +141,43 @@ def test_edge_pass(case: Case) -> None:
         torch.testing.assert_close(found[name], right, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("velocity", [False, True])
+def _layers() -> Iterator[Case]:
+    """Each option of a layer, tiles of 16 and of 64 nodes, widths of one and more chunks."""
+    plain = replace(SMALL, options=Options(), attrs=0, mask=None)
+    yield replace(SMALL, name="all", velocity=True, carry=True, node_attrs=2, node_mask=True)
+    yield replace(plain, name="plain")
+    yield replace(plain, name="velocity", velocity=True, node_attrs=1)
+    yield replace(plain, name="no residual", residual=False, features=33, node_attrs=40)
+    yield replace(plain, name="64 features", features=64, hidden=64, options=EVERYTHING)
+    yield replace(plain, name="many nodes", nodes=100, edges=60, velocity=True, features=5)
+    # two products by three matrices each
+    yield replace(SMALL, name="H 33", hidden=33, features=33, velocity=True, residual=False)
+    yield replace(plain, name="wide", hidden=130, features=130, velocity=True, attrs=20)
+    for agg, norm in (("sum", 0.7), (None, None)):
+        options = Options(coord_agg=agg, coord_norm=norm, coord_scale=0.3)
+        yield replace(plain, name=f"{agg}", options=options, node_attrs=2)
+    moved = Options(coord_agg=None)
+    yield replace(plain, name="velocity alone", options=moved, velocity=True, carry=True)
+    for activation in ("relu", "leaky_relu"):
+        options = Options(activation=activation, negative_slope=0.2)
+        yield replace(plain, name=activation, options=options, velocity=True)
+    yield Case("complete", "complete", sizes=(5,) * 5, attrs=2, velocity=True, features=16)
+    yield replace(SMALL, name="no edges", edges=0, velocity=True, node_attrs=2)
+    yield replace(SMALL, name="no nodes", nodes=0, edges=0, velocity=True)
+
+
+@pytest.mark.parametrize("case", [*_layers()], ids=lambda case: case.name)
 @pytest.mark.usefixtures("poison")
-def test_layer(velocity: bool) -> None:
-    """PyTorch's operations around the kernel; `egnn-fast check` has more of these."""
-    case = replace(SMALL, velocity=velocity, carry=velocity, node_attrs=2, node_mask=True)
+def test_layer(case: Case) -> None:
+    """A whole layer; its nodes are kernels, too."""
+    from egnn_fast import _triton
+
+    before = _triton.launches["nodes"]
     assert_passed(rows_of(case, "layer"))
+    edges = case.build_graph().num_edges > 0
+    # before and after the edges; before them again, backward
+    found = _triton.launches["nodes"] - before
+    assert found == (case.num_nodes > 0) * (2 + edges * (1 + case.node_mask))
 
 
 @pytest.mark.usefixtures("poison")
@@ -196,7 +229,7 @@ def test_float16_under_autocast(case: Case, face: str) -> None:
         exact = Problem({k: t.double() for k, t in problem.leaves.items()}, problem.run)
         truth = checks.evaluate(exact, "reference")
         with torch.autocast("cpu", torch.float16):
-            with kernel_calls(1, backend="triton"):
+            with kernel_calls(1 if face == "edge_pass" else 2, backend="triton"):
                 runs = [(found, checks.evaluate(problem, "triton"))]
             runs += [(plain, checks.evaluate(problem, "reference", k)) for k in range(ORDERS)]
         for told, values in runs:

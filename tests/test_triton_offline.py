@@ -18,6 +18,18 @@ if sys.platform != "linux":
 
 from egnn_fast.kernels import blocks
 from egnn_fast.kernels.blocks import Blocks, blocks_for
+from egnn_fast.kernels.configurations import (
+    KERNELS,
+    NODE_KERNELS,
+    NVIDIA,
+    PASSES,
+    SHARED_LIMIT,
+    STAGED_KERNELS,
+    WIDE_WIDTH,
+    Configuration,
+    shipped,
+    with_options,
+)
 from egnn_fast.kernels.disassembly import (
     block_loops,
     class_of,
@@ -26,20 +38,7 @@ from egnn_fast.kernels.disassembly import (
     macs_of,
     number_of,
 )
-from egnn_fast.kernels.offline import (
-    KERNELS,
-    NVIDIA,
-    PASSES,
-    SHARED_LIMIT,
-    STAGED_KERNELS,
-    WIDE_WIDTH,
-    Configuration,
-    Record,
-    compile_all,
-    compile_here,
-    shipped,
-    with_options,
-)
+from egnn_fast.kernels.offline import Record, compile_all, compile_here
 from egnn_fast.kernels.records import MAX_ATTRS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +57,9 @@ def representative() -> list[Configuration]:
     forward, backward = (Configuration(kernel) for kernel in EDGE_KERNELS)
     own = [kernel for kernel in KERNELS if kernel not in STAGED_KERNELS]
     found = [Configuration(kernel, arch) for arch in CHIPS for kernel in own]
+    found.append(Configuration("update_nodes", precision="high", few=True))
+    found.append(Configuration("update_nodes", hidden=33, precision="highest", velocity=True))
+    found.append(Configuration("pack_weights", hidden=33, attrs=2, precision="high"))
     found += [Configuration("edge_backward", arch) for arch in ("sm_89", "sm_120")]
     found += [Configuration(kernel, hidden=WIDE_WIDTH) for kernel in STAGED_KERNELS]
     for arch in ("sm_80", "sm_100", "gfx942"):
@@ -78,6 +80,9 @@ def representative() -> list[Configuration]:
     found.append(Configuration("edge_forward", "sm_89", precision="highest", **widest))  # type: ignore[arg-type]
     found.append(Configuration("edge_backward", "sm_89", precision="high", **widest))  # type: ignore[arg-type]
     found.append(Configuration("edge_backward", hidden=128, precision="high", **widest))  # type: ignore[arg-type]
+    for activation in ("silu", "leaky_relu"):
+        wide = replace(every, hidden=128, **{**widest, "activation": activation})  # type: ignore[arg-type]
+        found.append(wide)
     return found
 
 
@@ -102,14 +107,16 @@ def check(record: Record) -> None:
     assert number_of(record.counts, "LDG", "LOAD") > 0, c.label
     assert number_of(record.counts, "STG", "STORE") > 0, c.label
     matrix = number_of(record.counts, "HMMA", "HGMMA", "UTCMMA", "MFMA")
-    without = c.kernel == "finish_rows" or (c.kernel == "staged_first" and not c.attrs)
+    without = c.kernel in ("finish_rows", "pack_weights")
+    without |= c.kernel == "staged_first" and not c.attrs
     assert (matrix > 0) != without, c.label
     if c.arch == "gfx942":
         return
     assert 0 < record.registers <= 255, c.label
     # a spilled register goes to local memory, and nothing else does
     assert (record.stack > 0) == (number_of(record.counts, "LDL", "STL") > 0), c.label
-    assert [loop.kind for loop in record.loops[:1]] == ["block"] * (c.kernel != "finish_rows")
+    if c.kernel not in NODE_KERNELS:
+        assert [loop.kind for loop in record.loops[:1]] == ["block"] * (c.kernel != "finish_rows")
 
 
 def check_special(record: Record) -> None:
@@ -119,14 +126,13 @@ def check_special(record: Record) -> None:
         return
     exponentials = table.per_edge_and_channel(record, "MUFU.EX2")
     reciprocals = table.per_edge_and_channel(record, "MUFU.RCP")
-    if c.activation != "silu":
-        assert exponentials == reciprocals == 0, c.label
-        return
-    activations = 3 if c.head else 2
+    activations = 0 if c.activation != "silu" else 3 if c.head else 2
     inverses = activations / 2 if c.row.paired else activations
     if c.attention or c.tanh or c.norm:  # these have some for each edge
         assert activations <= exponentials < activations + 1, c.label
         assert inverses <= reciprocals < inverses + 1, c.label
+    elif activations == 0:
+        assert exponentials == reciprocals == 0, c.label
     else:
         # some have a few more for each warp and block; a whole activation would be 1 and 1/2 or 1
         assert activations <= exponentials <= activations + 0.125, c.label
@@ -139,7 +145,7 @@ def committed() -> dict[str, Any]:
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["kernel"], row["arch"], row["hidden"], row["precision"]
+    return row["kernel"], row["arch"], row["hidden"], row["precision"], row["edges"]
 
 
 def check_committed(records: list[Record]) -> int:
@@ -203,7 +209,7 @@ def test_products_are_as_many_as_the_algorithm_has(records: list[Record]) -> Non
 
 def test_amd_tells_registers_and_spills(records: list[Record]) -> None:
     amd = [r for r in records if r.configuration.arch == "gfx942"]
-    assert len(amd) == 6
+    assert len(amd) == 9
     for record in amd:
         assert 0 < record.registers <= 512
         # scalar registers go to lanes of a vector register first, which is no memory
@@ -220,7 +226,7 @@ def test_offline_compiles_what_is_launched(cache: Path) -> None:
 
 
 def test_a_failure_to_compile_is_told(cache: Path) -> None:
-    wrong = Configuration("edge_forward", blocks=Blocks(48, 4, 1, False, "no power of 2"))
+    wrong = Configuration("edge_forward", blocks=Blocks(48, 4, 1, 0, "no power of 2"))
     with pytest.raises(
         RuntimeError, match=r"compiling failed: edge_forward sm_90 H=64 bf16 blocks"
     ):
@@ -241,7 +247,7 @@ def test_nothing_is_compiled_under_the_interpreter(monkeypatch: pytest.MonkeyPat
 
 
 def test_programs_share_the_registers() -> None:
-    three, usual = Blocks(64, 4, 3, False, "made up"), {"num_warps": 4, "num_stages": 1}
+    three, usual = Blocks(64, 4, 3, 0, "made up"), {"num_warps": 4, "num_stages": 1}
     assert three.launch_options("forward", nvidia=True) == {**usual, "maxnreg": 168}
     one = three._replace(programs=1)
     assert one.launch_options("forward", nvidia=True) == {**usual, "maxnreg": 255}
@@ -263,17 +269,15 @@ def test_shipped_configurations_cover_the_tables() -> None:
     for arch, precision in itertools.product(NVIDIA, precisions):
         found = [c for c in shipped((arch,)) if c.precision == precision]
         for hidden in (16, 32, 64, 128, 256):
-            kernels = {c.kernel for c in found if c.hidden == hidden} - {
-                "sender_sums",
-                "finish_rows",
-            }
+            beside = {"sender_sums", "finish_rows", *NODE_KERNELS}
+            kernels = {c.kernel for c in found if c.hidden == hidden} - beside
             for fused, *stages in PASSES.values():
                 assert ({fused} <= kernels) != (set(stages) <= kernels)
 
 
 def test_committed_file_lists_every_shipped_configuration() -> None:
     assert {key(row) for row in committed()["kernels"]} == {
-        (c.kernel, c.arch, c.hidden, c.precision) for c in shipped()
+        (c.kernel, c.arch, c.hidden, c.precision, c.edges) for c in shipped()
     }
 
 
@@ -288,7 +292,8 @@ def test_no_row_needs_more_shared_memory_than_there_is() -> None:
 
 def spilling(*archs: str) -> list[tuple[Any, ...]]:
     """Rows that spill at H <= 64, or forward at H = 128, in 16 bits and tf32."""
-    widest = {"edge_forward": 128, "edge_backward": 64, "sender_sums": 128, "finish_rows": 128}
+    beside = dict.fromkeys(("sender_sums", "finish_rows", *NODE_KERNELS), 128)
+    widest = {"edge_forward": 128, "edge_backward": 64, **beside}
     return [
         key(row)
         for row in committed()["kernels"]
@@ -297,21 +302,17 @@ def spilling(*archs: str) -> list[tuple[Any, ...]]:
     ]
 
 
-def test_no_row_spills_on_hopper() -> None:
-    assert spilling("sm_90") == []
-    assert sum(row["arch"] == "sm_90" for row in edge_rows()) >= 2 * 3 * 4
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_no_row_spills(arch: str) -> None:
+    assert spilling(arch) == []
+    assert sum(row["arch"] == arch for row in edge_rows()) >= 2 * 3 * 3
 
 
-# What is aimed at and not reached yet; a test that passes here fails until its mark is removed.
-@pytest.mark.xfail(reason="operands lie in registers where there are no matrix units of Hopper's")
-def test_no_row_spills_elsewhere() -> None:
-    assert spilling(*(arch for arch in NVIDIA if arch != "sm_90")) == []
-
-
-def test_what_spills_elsewhere_costs_little() -> None:
-    """In cycles of an edge, of which such a pass takes 30 (H = 16) to 170 (tf32, H = 64)."""
+def test_what_spills_on_consumer_cards_costs_little() -> None:
+    """Backward alone; in cycles of an edge, of which such a pass takes 44 (H = 32) to 160."""
     found = {key(row): row["spill_cycles_per_edge"] for row in committed()["kernels"]}
-    costs = {name: found[name] for name in spilling(*NVIDIA)}
+    costs = {name: found[name] for name in spilling("sm_89", "sm_120")}
+    assert {name for name in costs if name[0] != "edge_backward"} == set()
     assert {name: cost for name, cost in costs.items() if cost > 12} == {}
 
 

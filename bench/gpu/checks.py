@@ -89,6 +89,13 @@ def _options() -> Iterator[Case]:
                    mask="soft")  # fmt: skip
 
 
+def _layers() -> Iterator[Case]:
+    """So many nodes that their kernels take large tiles; odd widths of everything."""
+    for hidden, features in ((33, 20), (64, 64), (128, 100), (256, 256)):
+        yield Case(f"many nodes, H {hidden}", nodes=20_000, edges=30_000, hidden=hidden,
+                   features=features, node_attrs=3, velocity=True)  # fmt: skip
+
+
 def table(setting: Setting) -> list[tuple[str, Case, str]]:
     """``(face, case, precision)`` in the order of their importance."""
     if not setting.on_gpu:
@@ -104,7 +111,7 @@ def table(setting: Setting) -> list[tuple[str, Case, str]]:
         faces = [("edge pass", case, "highest") for case in tiny]
         return [*faces, ("layer", small, "highest"), ("edge pass", tiny[1], "high")]
     widths, options, graphs = list(_widths()), list(_options()), list(_graphs())
-    layers = check_cases(quick=setting.quick)
+    layers = [*check_cases(quick=setting.quick), *_layers()]
     if setting.quick:
         widths, options, graphs = widths[:6], options[-1:], graphs[:4] + graphs[-2:]
     found = [

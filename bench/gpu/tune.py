@@ -53,18 +53,21 @@ class Shape(NamedTuple):
 
     edges: int
     warps: int
-    spill: bool
-    stream: bool = False
+    in_memory: int
+    streamed: int = 0
     staged: bool = False
     split: str = "tf32x3"
     paired: bool = True
+    shared_slopes: int = 0
 
     @property
     def name(self) -> str:
         """For people."""
         name = f"{self.edges} edges, {self.warps} warps"
-        name += ", spilled sums" * self.spill + ", streamed weights" * self.stream
+        name += f", {self.in_memory} sums in memory" * (self.in_memory > 0)
+        name += f", {self.streamed} weights streamed" * (self.streamed > 0)
         name += ", in stages" * self.staged + f", {self.split}" * (self.split != "tf32x3")
+        name += f", slopes of {self.shared_slopes} shared" * (self.shared_slopes > 0)
         return name + ", a reciprocal for each activation" * (not self.paired)
 
 
@@ -83,20 +86,23 @@ def targets(setting: Setting) -> list[Target]:
 def shapes(target: Target, setting: Setting) -> list[Shape]:
     """What is tried for a row."""
     if not setting.on_gpu:
-        return [Shape(16, 4, target.direction == "backward"), Shape(32, 4, False)]
-    spills = (True, False) if target.direction == "backward" else (False,)
+        return [Shape(16, 4, 2 if target.direction == "backward" else 0), Shape(32, 4, 0)]
+    backward = target.direction == "backward"
     # kept weights suit narrow layers, streamed ones those that shared memory does not hold
-    streams = (False,) if target.width <= 64 else (False, True)
+    streams = (0,) if target.width <= 64 else (0, 1, 2)
     splits = ("tf32x3", "bf16x6") if target.precision == "highest" else ("tf32x3",)
-    pairs = (True,) if target.direction == "backward" else (False, True)
+    # what registers hold less of: sums, or slopes where these can be shared
+    relieved = [(0, 0)] + [(1, 0), (2, 0)] * backward
+    if backward and target.precision != "highest":
+        relieved += [(0, 1), (0, 2), (1, 1)]
     found = [
-        Shape(edges, warps, spill, stream, False, split, paired)
-        for edges, warps, spill, stream, split, paired in itertools.product(
-            EDGES, WARPS, spills, streams, splits, pairs
+        Shape(edges, warps, in_memory, streamed, False, split, paired, slopes)
+        for edges, warps, (in_memory, slopes), streamed, split, paired in itertools.product(
+            EDGES, WARPS, relieved, streams, splits, (False, True)
         )
     ]
     # tiles of [edges, width] that no multiprocessor holds; from 128 on stages may be faster
-    staged = [Shape(*values, False, False, True) for values in itertools.product(EDGES, WARPS)]
+    staged = [Shape(*values, 0, 0, True) for values in itertools.product(EDGES, WARPS)]
     found = found * (target.width <= 128) + staged * (target.width >= 128)
     return [shape for shape in found if shape.edges * target.width <= 16_384]
 
@@ -236,7 +242,7 @@ def table_rows(rows: Sequence[dict[str, Any]], gpu: str, date: str) -> list[str]
     lines = []
     for row in winners(rows):
         kind = "16" if row["precision"] == "bf16" else row["precision"]
-        values = [row["edges"], row["warps"], row["programs"], row["spill"]]
+        values = [row["edges"], row["warps"], row["programs"], row["in_memory"]]
         source = f'"measured: {gpu}, {date}"'
         more = [f"{n}={row[n]!r}".replace("'", '"') for n in usual if row[n] != usual[n]]
         given = ", ".join([*map(str, values), source, *more])

@@ -18,6 +18,8 @@ from egnn_fast._partition import (
     kept,
     receivers_of,
 )
+from egnn_fast._triton.packing import packed
+from egnn_fast._triton.products import operand_type
 from egnn_fast._triton.width import Width
 from egnn_fast.graph import INT32_MAX
 from egnn_fast.kernels import APPROXIMATE, interpreting
@@ -37,10 +39,10 @@ from egnn_fast.kernels.records import (
 )
 from egnn_fast.kernels.sums import finish_rows
 
-N_DIFF = 13  # differentiable inputs of the operator: pq, x, edge_attr, edge_mask, EdgeWeights
+# differentiable inputs of the operator: pq, x, edge_attr, edge_mask; these and EdgeWeights
+_N_INPUTS, N_DIFF = 4, 13
 # bytes of what is held for each edge of a chunk: so much stays in the L2 cache
 CHUNK_BYTES = 24 << 20
-_OPERANDS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_BLOCK = 1024  # no edge of a last block may lie beyond int32
 _INTERPRETED_PROGRAMS = 3
 
@@ -53,24 +55,24 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def _round_to_tf32(t: Tensor) -> Tensor:
-    """Numbers of 10 digits behind the first, as the kernels round their operands."""
-    return t * 8193.0 - t * 8192.0
-
-
 class Call:
-    """A call of the edge pass, forward or backward, for one set of inputs."""
+    """A call of the edge pass, forward or backward, for one set of inputs.
+
+    ``args`` are those of the operator; for a P and Q of None, a layer is to fill
+    ``inputs.pq [N, 2 hidden]``, of the channels that the kernels take.
+    """
 
     def __init__(self, direction: str, args: Sequence[Any]) -> None:
         self.direction = direction
-        dense: list[Any] = [t if t is None else t.contiguous() for t in args[:N_DIFF]]
-        pq, x, edge_attr, edge_mask, *weights = dense
+        dense: list[Any] = [t if t is None else t.contiguous() for t in args[:_N_INPUTS]]
+        pq, x, edge_attr, edge_mask = dense
+        weights = Weights(*args[_N_INPUTS:N_DIFF])
         self.rowptr, self.senders, self.perm, self.first = args[N_DIFF : N_DIFF + 4]
         activation, slope, norm, tanh, clamp, _, self.precision = args[N_DIFF + 4 :]
         self.device, self.nodes = x.device, x.shape[0]
-        channels, self.dim = pq.shape[1] // 2, x.shape[1]
+        channels, self.dim = weights.w2.shape[0], x.shape[1]
         self.attrs = 0 if edge_attr is None else edge_attr.shape[1]
-        self.has_head = weights[-1] is not None
+        self.has_head = weights.w_x is not None
         self.num_edges = self._count_edges()
         if self.num_edges > INT32_MAX - MAX_BLOCK:
             raise ValueError(
@@ -97,22 +99,18 @@ class Call:
             nvidia=nvidia, staged=self.staged,
         )  # fmt: skip
         self.weight_parts = weight_parts(self.hidden, attrs, self.staged)
-        self.operand = _OPERANDS.get(products, torch.float32)
+        self.operand = operand_type(self.precision)
         self.numbers = Numbers(float(slope), float(norm), float(clamp))
-        pq = self.width.widen(pq.unflatten(1, (2, -1)), 2).flatten(1)
+        if pq is None:
+            pq = x.new_empty((self.nodes, 2 * self.hidden), dtype=self.operand)
+        else:
+            pq = self.width.widen(pq.unflatten(1, (2, -1)), 2).flatten(1)
         self.inputs = Inputs(pq, x, None if self.many else edge_attr, edge_mask)
-        found = self.width.widen_weights(Weights(*weights))
-        self.edge_attr, self.w_a = edge_attr, found.w_a
-        # matrices in the operands' type; what is added in float32 stays in float32
-        self.weights = found._replace(
-            w_a=None if self.many else found.w_a,
-            w2=self._operand(found.w2),
-            w3=None if found.w3 is None else self._operand(found.w3),
-        )
-
-    def _operand(self, matrix: Tensor) -> Tensor:
-        matrix = matrix.to(self.operand)
-        return _round_to_tf32(matrix) if self.spec.ROUND.value else matrix
+        self.edge_attr, self.w_a = edge_attr, None
+        if self.many:
+            self.w_a = self.width.widen(weights.w_a, 0)
+            weights = weights._replace(w_a=None)
+        self.weights = packed(weights, self.spec, self.operand)
 
     def attr_rows(self, begin: int, end: int) -> Tensor:
         """The edge attributes ``[end - begin, A]`` of edges, as products take them."""
@@ -139,8 +137,14 @@ class Call:
         """How many programs fill the device."""
         if interpreting():
             return _INTERPRETED_PROGRAMS
-        count = torch.cuda.get_device_properties(self.device).multi_processor_count
-        return int(count) * self.blocks.programs
+        return self.multiprocessors * self.blocks.programs
+
+    @property
+    def multiprocessors(self) -> int:
+        """Those of the device."""
+        if interpreting():
+            return 1
+        return int(torch.cuda.get_device_properties(self.device).multi_processor_count)
 
     def chunks(self, bytes_of_edge: int) -> list[tuple[int, int]]:
         """Runs of edges, whole blocks each, of which so many bytes are held."""

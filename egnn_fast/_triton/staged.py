@@ -14,6 +14,7 @@ from torch import Tensor
 from egnn_fast._partition import Partition
 from egnn_fast._triton import backward
 from egnn_fast._triton.call import Call
+from egnn_fast._triton.products import multiply
 from egnn_fast.kernels.records import Weights
 from egnn_fast.kernels.staged import staged_first, staged_messages, staged_shifts
 from egnn_fast.kernels.staged_backward import (
@@ -166,7 +167,5 @@ class Backward(backward.Backward):
         with float32_products(self.call.precision):
             if left.dtype == torch.float32:
                 total.addmm_(left.t(), right)
-            elif left.is_cuda and torch.version.hip is None:
-                total += torch.mm(left.t(), right, out_dtype=torch.float32)
             else:
-                total.addmm_(left.t().float(), right.float())
+                total += multiply(left.t(), right, self.call.precision)

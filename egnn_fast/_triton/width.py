@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from egnn_fast.kernels.records import Weights
-
 # the dimensions of a weight that are channels; of the others, their only one
 _CHANNELS: dict[str, tuple[int, ...]] = {"w_a": (0,), "w2": (0, 1), "w3": (0, 1), "b_g": ()}
 
@@ -35,17 +33,8 @@ class Width:
             t = t.narrow(axis, 0, self.own)
         return t.contiguous()
 
-    def widen_weights(self, weights: Weights) -> Weights:
-        """All weights."""
-        named = weights._asdict().items()
-        return Weights(**{n: w if w is None else self.widen(w, *_axes(n)) for n, w in named})
-
     def narrow_weight(self, name: str, grad: Tensor) -> Tensor:
         """The gradient of a weight, which may come flat."""
-        axes = _axes(name)
+        axes = _CHANNELS.get(name, (0,))
         sizes = [self.wide] * len(axes) + ([-1] if name == "w_a" else [])
         return self.narrow(grad.view(sizes), *axes) if sizes else grad
-
-
-def _axes(name: str) -> tuple[int, ...]:
-    return _CHANNELS.get(name, (0,))
