@@ -17,13 +17,13 @@ from torch import Tensor
 from egnn_fast import composed, reference
 from egnn_fast.composed import EdgePass
 from egnn_fast.graph import Graph
-from egnn_fast.options import EdgeWeights, LayerWeights, Options
+from egnn_fast.options import LAYER_INPUTS, EdgeWeights, LayerWeights, Options
 
 # elements of a [chunk, H] tensor; a chunk keeps some forty of them alive
 CHUNK_ELEMENTS = 1 << 20
 _EDGE_INPUTS = (2, 3)  # edge_attr and edge_mask have a row an edge
 _N_DIFF = 13
-_N_LAYER = 7 + len(LayerWeights._fields)
+_N_LAYER = len(LAYER_INPUTS) + len(LayerWeights._fields)
 
 
 def messages(

@@ -19,7 +19,7 @@ from egnn_fast import _cpu, _double_backward, _partition, _sorting
 from egnn_fast.budget import activation_budget
 from egnn_fast.graph import Graph, check_count, check_edge_count, check_index_range
 from egnn_fast.operators import Operator, Tensors, lib, transforming, wants_grad
-from egnn_fast.options import EdgeWeights, LayerWeights, Options
+from egnn_fast.options import LAYER_INPUTS, EdgeWeights, LayerWeights, Options
 from egnn_fast.precision import matmul_precision
 from egnn_fast.shortcuts import Memory, Plan, can_learn, ordinary, short_function
 
@@ -28,9 +28,7 @@ _OPTIONS = "str activation, float slope, float norm, bool tanh, float clamp"
 
 # what gradients flow to, in the operators' order; the graph's four tensors and scalars follow
 MESSAGES_DIFF = ("pq", "x", "edge_attr", "edge_mask", *EdgeWeights._fields)
-LAYER_DIFF = (
-    "h", "x", "v", "edge_attr", "edge_mask", "node_attr", "coord_weight", *LayerWeights._fields,
-)  # fmt: skip
+LAYER_DIFF = (*LAYER_INPUTS, *LayerWeights._fields)
 _ALWAYS = {
     "pq", "x", "h", "w_r", "w2", "b2",
     "edge_w1", "edge_b1", "edge_w2", "edge_b2", "node_w1", "node_b1", "node_w2", "node_b2",

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 ACTIVATIONS = ("silu", "relu", "leaky_relu")
 COORD_AGGS = ("mean", "sum", None)
 UNIT_NORM_EPS = 1e-8
+# the tensors of a layer beside its weights, in the order in which its operator takes them
+LAYER_INPUTS = ("h", "x", "v", "edge_attr", "edge_mask", "node_attr", "coord_weight")
 
 Activation = Callable[[Tensor], Tensor]
 

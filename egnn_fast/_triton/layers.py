@@ -24,10 +24,9 @@ from egnn_fast.kernels.nodes import (
     project_nodes,
     update_nodes,
 )
-from egnn_fast.options import LayerWeights
+from egnn_fast.options import LAYER_INPUTS, LayerWeights
 
-_INPUTS = ("h", "x", "v", "edge_attr", "edge_mask", "node_attr", "coord_weight")
-NAMES = (*_INPUTS, *LayerWeights._fields)  # of the operator's differentiable inputs
+_NAMES = (*LAYER_INPUTS, *LayerWeights._fields)  # of the operator's differentiable inputs
 _N_GRAPH, _N_OPTIONS = 4, 5
 
 
@@ -35,9 +34,9 @@ class _Layer:
     """A call of the operator: its inputs by name, its widths, the edge pass in it."""
 
     def __init__(self, args: Sequence[Any]) -> None:
-        n = len(NAMES)
+        n = len(_NAMES)
         dense = (t if t is None else t.contiguous() for t in args[:n])
-        self.inputs: dict[str, Any] = dict(zip(NAMES, dense, strict=True))
+        self.inputs: dict[str, Any] = dict(zip(_NAMES, dense, strict=True))
         self.weights = LayerWeights(*(self.inputs[name] for name in LayerWeights._fields))
         self.graph, rest = args[n : n + _N_GRAPH], args[n + _N_GRAPH :]
         self.options = rest[:_N_OPTIONS]
@@ -129,7 +128,7 @@ class Backward:
     ) -> None:  # fmt: skip
         self.layer = _Layer(args)
         self.given = self.layer.inputs
-        self.needed = dict(zip(NAMES, needed, strict=True))
+        self.needed = dict(zip(_NAMES, needed, strict=True))
         self.cotangents = [
             None if g is None or not g.numel() else g.contiguous() for g in cotangents
         ]
