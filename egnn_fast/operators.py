@@ -177,16 +177,6 @@ def transformable(function: type[torch.autograd.Function], operator: Any, *args:
     return operator(*args)
 
 
-def transforming() -> bool:
-    """Whether the program is being traced or transformed, not just run."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
-
-
 def _first_order(operator: Operator) -> type[_Function]:
     outputs, n_diff, n_tensors = operator.outputs, operator.n_diff, operator.n_tensors
 

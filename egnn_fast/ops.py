@@ -17,8 +17,9 @@ from torch import Tensor
 
 from egnn_fast import _cpu, _double_backward, _partition, _sorting
 from egnn_fast.budget import activation_budget
+from egnn_fast.eager import transforming
 from egnn_fast.graph import Graph, check_count, check_edge_count, check_index_range
-from egnn_fast.operators import Operator, Tensors, lib, transforming, wants_grad
+from egnn_fast.operators import Operator, Tensors, lib, wants_grad
 from egnn_fast.options import LAYER_INPUTS, EdgeWeights, LayerWeights, Options
 from egnn_fast.precision import matmul_precision
 from egnn_fast.shortcuts import Memory, Plan, can_learn, ordinary, short_function
