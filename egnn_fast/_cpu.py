@@ -1,8 +1,4 @@
-"""Calls the C++ kernels: fills their argument record from tensors and allocates the outputs.
-
-A kernel object holds what two calls of one kind share. The operators make one for each call;
-:mod:`egnn_fast.shortcuts` keeps it.
-"""
+"""Calls the C++ kernels: fills their argument record from tensors and allocates the outputs."""
 
 from __future__ import annotations
 
@@ -29,7 +25,8 @@ _LAYER = (
     "w3", "b3", "w_x", "vel_w1", "vel_b1", "vel_w2", "vel_b2",
 )  # fmt: skip
 N_LAYER = len(_LAYER)
-Outputs = tuple[Tensor | None, ...]
+_ANY = -1  # number of rows or columns
+_N_OPTIONS = 5  # scalars of Options that both operators take
 _NODE_W2, _LAYER_HEAD = _LAYER.index("node_w2"), _LAYER.index("w_x")
 _PHI_H = tuple(k for k, name in enumerate(_LAYER) if name.startswith("node_"))
 # what only the coordinates' cotangents reach
@@ -44,13 +41,6 @@ _MOVING = tuple(
 class MessagesKernel:
     """The edge pass for inputs of some widths and dtype.
 
-    Attributes
-    ----------
-    outputs : tuple of int
-        Which of the operator's outputs there are.
-    NODE_ROWS, EDGE_ROWS : tuple of int
-        Which inputs have a row for each node and each edge.
-
     Parameters
     ----------
     inputs : sequence
@@ -59,27 +49,24 @@ class MessagesKernel:
         The operator's scalars from ``activation`` on.
     """
 
-    NODE_ROWS, EDGE_ROWS = (0, 1), (2, 3)
-
     def __init__(self, inputs: Sequence[Any], scalars: Sequence[Any]) -> None:
         pq, x, w_a = inputs[0], inputs[1], inputs[5]
         self.hidden, self.dim = pq.shape[1] // 2, x.shape[1]
         self.attrs = 0 if w_a is None else w_a.shape[1]
         self.has_head = inputs[_MESSAGES_HEAD] is not None
-        self.outputs = (0, 1) if self.has_head else (0,)
         self.scalars = _record_scalars(pq, scalars)
 
     @staticmethod
-    def dense(inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Inputs as the kernel reads them."""
+    def dense(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Inputs and graph tensors as the kernel reads them."""
         # w_r and w_a are columns of the first linear's weight: read in place, by their row stride
         return [
             t if t is None or k == 4 or (k == 5 and t.stride(1) == 1) else t.contiguous()
-            for k, t in enumerate(inputs)
+            for k, t in enumerate(tensors)
         ]
 
     def record(self, tensors: Sequence[Any]) -> Any:
-        """The argument record of inputs and graph tensors, which must outlive it."""
+        """The argument record of dense inputs and graph tensors, which must outlive it."""
         pq, _, edge_attr, edge_mask, w_r, w_a = tensors[:6]
         sizes = (
             torch.get_num_threads(), pq.shape[0], self.hidden, self.dim, self.attrs,
@@ -90,12 +77,27 @@ class MessagesKernel:
         )  # fmt: skip
         return _core().Args(addresses(tensors), sizes, self.scalars)
 
+    def check(self, tensors: Sequence[Any], before: Sequence[Any] = ()) -> None:
+        """Raise unless tensors have the shapes and dtypes that the kernel takes them to have.
+
+        Those of the operator or, with what comes ``before`` them, of its derivative.
+        """
+        n, hidden, dim = tensors[0].shape[0], self.hidden, self.dim
+        inputs = (
+            (n, 2 * hidden), (n, dim), (_ANY, self.attrs), (_ANY,),
+            (hidden,), (hidden, self.attrs), (hidden, hidden), (hidden,),
+            (hidden,), (1,), (hidden, hidden), (hidden,), (hidden,),
+        )  # fmt: skip
+        _check("messages", ("g_m", "g_x"), before, ((n, hidden), (_ANY, dim)), tensors[0].dtype)
+        _check("messages", _MESSAGES, tensors[:N_MESSAGES], inputs, tensors[0].dtype)
+        _check_graph("messages", tensors[N_MESSAGES:], n)
+
     @staticmethod
     def kept_size(record: Any, num_edges: int) -> int:
         """Nothing but the inputs is needed for the backward."""
         return 0
 
-    def forward(self, record: Any, pq: Tensor, x: Tensor, kept: int = 0) -> Outputs:
+    def forward(self, record: Any, pq: Tensor, x: Tensor, kept: int) -> tuple[Tensor | None, ...]:
         """M and X, None without a head."""
         n = pq.shape[0]
         outputs = (
@@ -108,27 +110,31 @@ class MessagesKernel:
     def backward(
         self,
         cotangents: Sequence[Tensor | None],
+        constants: Sequence[Tensor],
         tensors: Sequence[Any],
-        gradients: Sequence[Tensor | None],
-    ) -> None:
-        """Fill the gradients that are not None."""
-        _core().backward(self.record(tensors), addresses(cotangents), addresses(gradients))
+        needed: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """The gradients of the inputs that are needed."""
+        g_m, g_x = _filled(cotangents)
+        g_x = g_x if self.has_head else None
+        found = _empty_gradients(tensors[:N_MESSAGES], needed)
+        if g_m is None and g_x is None:
+            return [None if t is None else t.zero_() for t in found]
+        _core().backward(self.record(tensors), addresses((g_m, g_x)), addresses(found))
+        return found
 
 
 class LayerKernel:
     """A whole layer for inputs of some widths and dtype; see :class:`MessagesKernel`."""
 
-    NODE_ROWS, EDGE_ROWS = (0, 1, 2, 5, 6), (3, 4)
-
     def __init__(self, inputs: Sequence[Any], scalars: Sequence[Any]) -> None:
         h, x, v, _, _, node_attr, _, w1 = inputs[:8]
-        *options, self.scale, self.residual, self.carry, _backend, _precision = scalars
+        *options, self.scale, self.residual, self.carry = scalars[: _N_OPTIONS + 3]
         features = h.shape[1]
         self.hidden, width = w1.shape
         self.out, self.dim = inputs[_NODE_W2].shape[0], x.shape[1]
         self.has_head = inputs[_LAYER_HEAD] is not None
         self.moves = self.has_head or v is not None
-        self.outputs = (0, *((1,) if self.moves else ()), *((2,) if self.carry else ()))
         self.widths = (
             features, self.hidden, self.out, self.dim, width - 2 * features - 1,
             0 if node_attr is None else node_attr.shape[1],
@@ -136,7 +142,7 @@ class LayerKernel:
         self.scalars = _record_scalars(h, options)
 
     def record(self, tensors: Sequence[Any]) -> Any:
-        """The argument record of inputs and graph tensors, which must outlive it."""
+        """The argument record of dense inputs and graph tensors, which must outlive it."""
         edge_attr, edge_mask = tensors[3], tensors[4]
         sizes = (
             torch.get_num_threads(), tensors[0].shape[0], *self.widths,
@@ -145,81 +151,109 @@ class LayerKernel:
         )  # fmt: skip
         return _core().LayerArgs(addresses(tensors), sizes, self.scalars, self.scale, self.residual)
 
+    def check(self, tensors: Sequence[Any], before: Sequence[Any] = ()) -> None:
+        """See :meth:`MessagesKernel.check`."""
+        dtype, n = tensors[0].dtype, tensors[0].shape[0]
+        features, hidden, out, dim, attrs, node_attrs = self.widths
+        moved = (n if self.moves else _ANY, dim)
+        outputs = (
+            (n, out), moved, (n if self.carry else _ANY, dim),
+            (n, hidden), (n if self.has_head else 0, dim), (0,),
+        )  # fmt: skip
+        inputs = (
+            (n, features), (n, dim), (n, dim), (_ANY, attrs), (_ANY,), (n, node_attrs), (n,),
+            (hidden, 2 * features + 1 + attrs), (hidden,), (hidden, hidden), (hidden,),
+            (hidden, features + hidden + node_attrs), (hidden,), (out, hidden), (out,),
+            (1, hidden), (1,), (hidden, hidden), (hidden,), (1, hidden),
+            (hidden, features), (hidden,), (1, hidden), (1,),
+        )  # fmt: skip
+        _check("layer", ("g_h", "g_x", "g_v", "m", "shift", "kept"), before, outputs, dtype)
+        _check("layer", _LAYER, tensors[:N_LAYER], inputs, dtype)
+        _check_graph("layer", tensors[N_LAYER:], n)
+
     @staticmethod
     def kept_size(record: Any, num_edges: int) -> int:
         """Elements in which the layer can keep its activations for the backward."""
-        return int(_core().layer_kept_size(record, num_edges))
+        return int(_core().layer_kept_size(record, num_edges)) if num_edges else 0
 
     @staticmethod
-    def dense(inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Inputs as the kernel reads them."""
-        return _contiguous(inputs)
+    def dense(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Inputs and graph tensors as the kernel reads them."""
+        return _contiguous(tensors)
 
-    def forward(self, record: Any, h: Tensor, x: Tensor, kept: int) -> Outputs:
-        """New h, x and v, M and X, what is kept; None for what the layer has not."""
+    def forward(self, record: Any, h: Tensor, x: Tensor, kept: int) -> tuple[Tensor | None, ...]:
+        """New h, x and v, M and X, what is kept.
+
+        None for what the layer has not; what is kept has no elements, but memory behind it: a
+        recomputation under another budget shall save tensors of the same shapes.
+        """
         n = h.shape[0]
+        memory = _reused(kept, h.dtype) if kept else h.new_empty(0)
         outputs = (
             h.new_empty(n, self.out),
             x.new_empty(n, self.dim) if self.moves else None,
             x.new_empty(n, self.dim) if self.carry else None,
             h.new_empty(n, self.hidden),
-            x.new_empty(n, self.dim) if self.has_head else None,
-            _reused(kept, h.dtype) if kept else None,
+            x.new_empty(n if self.has_head else 0, self.dim),
+            memory,
         )
         _core().layer_forward(record, addresses(outputs))
-        return outputs
+        return (*outputs[:5], memory[:0] if kept else memory)
 
     def backward(
         self,
         cotangents: Sequence[Tensor | None],
+        constants: Sequence[Tensor],
         tensors: Sequence[Any],
-        gradients: Sequence[Tensor | None],
-    ) -> None:
-        """Fill the gradients that are not None; ``cotangents`` with M, X and what was kept."""
-        _core().layer_backward(self.record(tensors), addresses(cotangents), addresses(gradients))
+        needed: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """The gradients of the inputs that are needed; ``constants`` are M, X and what was kept."""
+        m, shift, memory = constants
+        given = _filled((*cotangents, m, shift))
+        found = _empty_gradients(tensors[:N_LAYER], needed)
+        features, moves = given[0] is not None, given[1] is not None or given[2] is not None
+        # what the cotangents do not reach is not written
+        places = list(found)
+        for k in (() if features else _PHI_H) + (() if moves else _MOVING):
+            tensor = found[k]
+            if tensor is not None:
+                tensor.zero_()
+                places[k] = None
+        kept = memory.untyped_storage()
+        kept_address = kept.data_ptr() if kept.nbytes() else 0
+        _core().layer_backward(
+            self.record(tensors), [*addresses(given), kept_address], addresses(places)
+        )
+        return found
 
 
 def messages(*args: Any) -> tuple[Tensor, Tensor]:
     """``egnn_fast::messages`` on the CPU."""
-    kernel = MessagesKernel(args[:N_MESSAGES], args[N_MESSAGES + 4 :])
-    tensors = kernel.dense(args[: N_MESSAGES + 4])
-    pq, x = args[:2]
-    m, shift = kernel.forward(kernel.record(tensors), pq, x)
-    assert m is not None
-    return m, x.new_empty((0, kernel.dim)) if shift is None else shift
+    kernel, tensors = _checked(MessagesKernel, N_MESSAGES, args)
+    m, shift = kernel.forward(kernel.record(tensors), *tensors[:2], 0)
+    return m, m.new_empty((0, kernel.dim)) if shift is None else shift
 
 
 def messages_backward(g_m: Tensor | None, g_x: Tensor | None, *args: Any) -> list[Tensor]:
     """``egnn_fast::messages_backward`` on the CPU."""
     *args, needed = args  # type: ignore[assignment]
-    inputs = args[:N_MESSAGES]
-    kernel = MessagesKernel(inputs, args[N_MESSAGES + 4 :])
-    if g_m is None and (g_x is None or not kernel.has_head):
-        return [torch.zeros_like(t) for t, n in zip(inputs, needed, strict=True) if n]
-    found = _empty_gradients(inputs, needed)
-    kernel.backward(_contiguous((g_m, g_x)), kernel.dense(args[: N_MESSAGES + 4]), found)
+    kernel, tensors = _checked(MessagesKernel, N_MESSAGES, args, (g_m, g_x))
+    found = kernel.backward((g_m, g_x), (), tensors, needed)
     return [t for t in found if t is not None]
 
 
 def layer(*args: Any) -> tuple[Tensor, ...]:
     """``egnn_fast::layer`` on the CPU."""
-    kernel = LayerKernel(args[:N_LAYER], args[N_LAYER + 4 : -1])
-    tensors = kernel.dense(args[: N_LAYER + 4])
-    h, x = args[:2]
-    h_out, x_out, v_out, m, shift, kept = kernel.forward(kernel.record(tensors), h, x, args[-1])
-    assert h_out is not None
-    assert m is not None
-    x_out, v_out, shift = (
-        x.new_empty((0, kernel.dim)) if t is None else t for t in (x_out, v_out, shift)
-    )
-    return h_out, x_out, v_out, m, shift, h.new_empty((0,)) if kept is None else kept
+    kernel, tensors = _checked(LayerKernel, N_LAYER, args[:-1])
+    h, x, v, m, shift, kept = kernel.forward(kernel.record(tensors), *tensors[:2], args[-1])
+    x, v = (h.new_empty((0, kernel.dim)) if t is None else t for t in (x, v))
+    return h, x, v, m, shift, kept
 
 
 def layer_kept_size(args: Sequence[Any], num_edges: int) -> int:
     """Elements in which ``egnn_fast::layer``, called with ``args``, can keep its activations."""
-    kernel = LayerKernel(args[:N_LAYER], args[N_LAYER + 4 :])
-    tensors = kernel.dense(args[: N_LAYER + 4])
-    return kernel.kept_size(kernel.record(tensors), num_edges)
+    kernel, tensors = _checked(LayerKernel, N_LAYER, args)
+    return int(kernel.kept_size(kernel.record(tensors), num_edges))
 
 
 def layer_backward(
@@ -233,24 +267,56 @@ def layer_backward(
 ) -> list[Tensor]:
     """``egnn_fast::layer_backward`` on the CPU."""
     *args, _, needed = args  # type: ignore[assignment]
-    inputs = args[:N_LAYER]
-    kernel = LayerKernel(inputs, args[N_LAYER + 4 :])
-    found = _empty_gradients(inputs, needed)
-    # a tensor without elements has no address: it reaches nothing, and is as good as None
-    cotangents = [
-        None if t is None or not t.numel() else t.contiguous()
-        for t in (g_h, g_x, g_v, m, shift, kept)
-    ]
-    features, moves = cotangents[0] is not None, any(t is not None for t in cotangents[1:3])
-    # what the cotangents do not reach is not written
-    places = list(found)
-    for k in (() if features else _PHI_H) + (() if moves else _MOVING):
-        tensor = found[k]
-        if tensor is not None:
-            tensor.zero_()
-            places[k] = None
-    kernel.backward(cotangents, kernel.dense(args[: N_LAYER + 4]), places)
+    cotangents, constants = (g_h, g_x, g_v), (m, shift, kept)
+    kernel, tensors = _checked(LayerKernel, N_LAYER, args, (*cotangents, *constants))
+    found = kernel.backward(cotangents, constants, tensors, needed)
     return [t for t in found if t is not None]
+
+
+def _checked(kind: Any, count: int, args: Sequence[Any], before: Sequence[Any] = ()) -> Any:
+    """A kernel of this kind and its dense tensors, of an operator's arguments."""
+    kernel, tensors = kind(args[:count], args[count + 4 :]), args[: count + 4]
+    kernel.check(tensors, before)
+    return kernel, kernel.dense(tensors)
+
+
+def _check(
+    operator: str,
+    names: Sequence[str],
+    tensors: Sequence[Tensor | None],
+    shapes: Sequence[tuple[int, ...]],
+    dtype: torch.dtype,
+) -> None:
+    # no strict zip: a derivative's own arguments come with the derivative alone
+    for name, t, shape in zip(names, tensors, shapes, strict=False):
+        if t is None or (t.shape == shape and t.dtype is dtype):
+            continue
+        same = len(shape) == t.dim() and all(
+            n in (_ANY, size) for n, size in zip(shape, t.shape, strict=True)
+        )
+        if not same or t.dtype is not dtype:
+            expected = ", ".join("*" if n == _ANY else str(n) for n in shape)
+            raise ValueError(
+                f"egnn_fast::{operator}: {name}: expected [{expected}] of {dtype}, "
+                f"got {list(t.shape)} of {t.dtype}"
+            )
+
+
+def _check_graph(operator: str, graph: Sequence[Any], nodes: int) -> None:
+    rowptr, senders, perm, first = graph
+    edges = _ANY if senders is None else senders.shape[0]
+    _check(operator, ("rowptr",), (rowptr,), ((nodes + 1,),), torch.int64)
+    _check(
+        operator, ("senders", "perm", "first"), (senders, perm, first),
+        ((edges,), (edges,), (nodes,)), torch.int32,
+    )  # fmt: skip
+    if senders is not None and int(rowptr[-1]) != edges:
+        raise ValueError(
+            f"egnn_fast::{operator}: rowptr: expected {edges}, the number of edges, at its end, "
+            f"got {int(rowptr[-1])}"
+        )
+    if senders is None and first is None:
+        raise ValueError(f"egnn_fast::{operator}: senders: needed unless there is first")
 
 
 def _reused(count: int, dtype: torch.dtype) -> Tensor:
@@ -260,8 +326,17 @@ def _reused(count: int, dtype: torch.dtype) -> Tensor:
 
 
 def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    """Where the tensors lie; 0 for None."""
-    return [0 if t is None else t.data_ptr() for t in tensors]
+    """Where the tensors lie; 0 for None, and for those without elements."""
+    return [0 if t is None else t.data_ptr() or _no_address(t) for t in tensors]
+
+
+def _no_address(tensor: Tensor) -> int:
+    if tensor.numel():
+        raise ValueError(
+            f"a tensor of shape {list(tensor.shape)} has no memory that a kernel could read; "
+            "was its storage freed?"
+        )
+    return 0
 
 
 def _record_scalars(like: Tensor, scalars: Sequence[Any]) -> tuple[Any, ...]:
@@ -273,8 +348,16 @@ def _contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
+def _filled(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Cotangents, dense; None for one without elements, which reaches nothing."""
+    return [None if t is None or not t.numel() else t.contiguous() for t in tensors]
+
+
 def _empty_gradients(tensors: Sequence[Any], needed: Sequence[bool]) -> list[Tensor | None]:
-    return [t.new_empty(t.shape) if need else None for t, need in zip(tensors, needed, strict=True)]
+    return [
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need else None
+        for t, need in zip(tensors, needed, strict=True)
+    ]
 
 
 def _core() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ _override: ContextVar[str | None] = ContextVar("egnn_fast_backend", default=None
 # the same for a traced region: Dynamo cannot read a ContextVar, but guards on a global
 _traced_override: str | None = None
 _warned: set[str] = set()
+_INSIDE = ("egnn_fast.", "torch.")
 
 
 class Call(NamedTuple):
@@ -240,6 +242,11 @@ def _candidates(device: str) -> tuple[str, ...]:
 
 @torch.compiler.assume_constant_result  # a traced call warns while it is traced
 def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, stacklevel=4)
+    if message in _warned:
+        return
+    level, frame = 2, sys._getframe(1)
+    # to the line that made the call, outside of the package and of PyTorch's modules
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith(_INSIDE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+    _warned.add(message)  # after a warning that is no error

@@ -8,7 +8,9 @@ from types import TracebackType
 ENV_BUDGET = "EGNN_FAST_ACTIVATION_BYTES"
 DEFAULT_BUDGET = 64 << 20
 
-_budget: int | None = None  # None: the environment, else the default
+# in effect: the last one; none: the environment, else the default
+_settings: list[set_activation_budget] = []
+_from_outside: int | None = None
 
 
 class set_activation_budget:
@@ -30,13 +32,16 @@ class set_activation_budget:
     """
 
     def __init__(self, num_bytes: int) -> None:
-        global _budget
-        checked = _check("num_bytes", num_bytes)
-        self._before = _budget
-        _budget = checked
+        self._num_bytes, self._entered = _check("num_bytes", num_bytes), False
+        # of what was set for good the last one alone may come back, at the end of a block
+        for setting in [s for s in _settings if not s._entered][:-1]:
+            _settings.remove(setting)
+        _settings.append(self)
 
     def __enter__(self) -> None:
-        pass
+        self._entered = True
+        if self not in _settings:
+            _settings.append(self)
 
     def __exit__(
         self,
@@ -44,16 +49,19 @@ class set_activation_budget:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        global _budget
-        _budget = self._before
+        self._entered = False
+        # blocks of several threads may end in any order
+        _settings.remove(self)
 
 
 def activation_budget() -> int:
     """The budget of a layer's call in bytes."""
-    global _budget
-    if _budget is None:
-        _budget = _from_environment()
-    return _budget
+    global _from_outside
+    if _settings:
+        return _settings[-1]._num_bytes
+    if _from_outside is None:
+        _from_outside = _from_environment()
+    return _from_outside
 
 
 def _from_environment() -> int:

@@ -14,7 +14,7 @@ from egnn_fast import reference
 from egnn_fast.graph import Graph
 from egnn_fast.options import Activation, LayerWeights, Options
 
-EdgePass = Callable[..., tuple[Tensor, Tensor]]
+EdgePass = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 def layer(
@@ -44,7 +44,9 @@ def layer(
     )
     act = options.activation_fn()
     update = reference.node_model(h, m, node_attr, weights, act)
-    shift = scale_shift(total, coord_weight, options) if options.updates_coords else None
+    shift = None
+    if options.updates_coords and total is not None:
+        shift = scale_shift(total, coord_weight, options)
     return apply_updates(h, x, v, update, shift, weights, act, residual)
 
 

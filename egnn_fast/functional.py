@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from egnn_fast import arguments, backends, composed, ops, reference
+from egnn_fast.eager import without_default_device
 from egnn_fast.graph import EdgeIndexLike, Graph
 from egnn_fast.options import Activation, EdgeWeights, LayerWeights, Options
-from egnn_fast.shortcuts import Memory, Plan, can_learn, ordinary
 
 __all__ = ["egcl", "egcl_messages", "explain"]
 
-# calls whose arguments were found right: see egnn_fast.shortcuts
-_layers, _edge_passes = Memory(), Memory()
 
-
+@without_default_device
 def egcl_messages(
     P: Tensor,
     Q: Tensor,
@@ -74,19 +69,6 @@ def egcl_messages(
     BackendError
         A backend was named that cannot run the call.
     """
-    call = (P, Q, x, edge_attr, edge_mask, *weights)
-    plain = _may_be_short(backend)
-    if (
-        plain
-        and isinstance(graph, Graph)
-        and _edge_passes.find(options, call)
-        and _rows_agree(graph, call[:3], call[3:5])
-    ):
-        m, shift = ops.messages(
-            torch.cat((P, Q), dim=1), x, graph, weights, options, edge_attr, edge_mask, "cpu"
-        )
-        return m, shift if options.updates_coords else None
-
     arguments.check_nodes(P, x, "P")
     arguments.check_float("Q", Q, 2)
     arguments.check_shape("Q", Q, tuple(P.shape))
@@ -105,11 +87,10 @@ def egcl_messages(
     m, shift = ops.messages(
         torch.cat((P, Q), dim=1), x, graph, weights, options, edge_attr, mask, chosen
     )
-    if plain and chosen == "cpu" and mask is edge_mask and can_learn(call):
-        _edge_passes.learn(options, call, range(5), True)
     return m, shift if options.updates_coords else None
 
 
+@without_default_device
 def egcl(
     h: Tensor,
     x: Tensor,
@@ -174,24 +155,6 @@ def egcl(
     BackendError
         A backend was named that cannot run the call.
     """
-    plain = node_mask is None and activation is None and _may_be_short(backend)
-    if plain:
-        if not isinstance(graph, Graph):
-            arguments.check_nodes(h, x)
-            graph = arguments.resolve_graph(graph, h)
-        key = (options, residual, carry_velocity)
-        call = (h, x, v, edge_attr, edge_mask, node_attr, *weights)
-        plan: Plan | None = _layers.find(key, call)
-        if plan is not None and _rows_agree(graph, (h, x, v, node_attr), (edge_attr, edge_mask)):
-            weight = reference.coord_weight(graph, options, edge_mask, x.dtype)
-            new_h, moved, step = ops.layer(
-                h, x, graph, weights, options, v=v, edge_attr=edge_attr, edge_mask=edge_mask,
-                node_attr=node_attr, coord_weight=weight, residual=residual,
-                carry=carry_velocity, plan=plan,
-            )  # fmt: skip
-            new_x = moved if options.updates_coords or v is not None else x
-            return new_h, new_x, step if carry_velocity and v is not None else None
-
     arguments.check_nodes(h, x)
     graph = arguments.resolve_graph(graph, h)
     node_attrs = _check_node_attr(node_attr, h)
@@ -235,12 +198,8 @@ def egcl(
             node_attr=node_attr, coord_weight=weight, residual=residual, carry=carry,
             backend=chosen,
         )  # fmt: skip
-        new_x = moved if options.updates_coords or v is not None else x
+        new_x = x if moved is None or not (options.updates_coords or v is not None) else moved
         new_v = step if carry else None
-        if chosen == "cpu" and plain and mask is edge_mask and can_learn(call):
-            learned = ops.layer_plan((*call[:6], weight, *weights), options, residual, carry)
-            if learned is not None:
-                _layers.learn(key, call, range(6), learned)
     if nodes is not None:
         new_h = new_h * nodes.unsqueeze(1).to(new_h.dtype)
     return new_h, new_x, new_v if carry_velocity else None
@@ -274,27 +233,6 @@ def explain(
     arguments.check_nodes(h, x)
     name = None if activation is not None else (options or Options()).activation
     return backends.explain_call(backend, _call(x, hidden, name))
-
-
-def _may_be_short(backend: str | None) -> bool:
-    """Whether a call may go the short way, if one like it was found right before."""
-    return (
-        ordinary()
-        and backends.requested(backend) in ("auto", "cpu")
-        and backends.unavailable("cpu") is None
-    )
-
-
-def _rows_agree(graph: Graph, nodes: Sequence[Any], edges: Sequence[Any]) -> bool:
-    """Whether tensors have a row for each node or edge of a graph with nodes on the CPU."""
-    num_nodes, num_edges, _ = graph.parts()
-    for t in nodes:
-        if t is not None and t.shape[0] != num_nodes:
-            return False
-    for t in edges:
-        if t is not None and t.shape[0] != num_edges:
-            return False
-    return num_nodes > 0 and graph.rowptr.is_cpu
 
 
 def _call(x: Tensor, hidden: int, activation: str | None) -> backends.Call:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 MAX_ORDER_MESSAGE = (
@@ -129,6 +130,8 @@ class Operator:
 
         ``saved`` holds the kept outputs and the input tensors.
         """
+        if are_batched(cotangents):
+            return over_batch(lambda each: self.backward(wanted, each, saved, scalars), cotangents)
         inputs = saved[self.kept : self.kept + self.n_diff]
         needed = self.reached(wanted, cotangents, inputs)
         if all(g is None for g in cotangents) or not any(needed):
@@ -177,6 +180,30 @@ def transformable(function: type[torch.autograd.Function], operator: Any, *args:
     return operator(*args)
 
 
+def are_batched(tensors: Tensors) -> bool:
+    """Whether derivatives are asked for in a batch, by ``is_grads_batched`` or ``vectorize``.
+
+    That is PyTorch's older vmap, which knows no rule of a Function.
+    """
+    return any(t is not None and is_legacy_batchedtensor(t) for t in tensors)
+
+
+def over_batch(
+    run: Callable[[Tensors], Sequence[Tensor | None]], cotangents: Tensors
+) -> list[Tensor | None]:
+    """``run`` for each cotangent of such a batch, one after the other; its results as a batch."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    given = [None if t is None else torch._remove_batch_dim(t, level, 1, 0) for t in cotangents]
+    size = max(t.shape[0] for t in given if t is not None)
+    runs = [
+        run([None if t is None else t[k if t.shape[0] > 1 else 0] for t in given])
+        for k in range(size)
+    ]
+    stacked = (None if each[0] is None else torch.stack(each) for each in zip(*runs, strict=True))
+    return [None if t is None else torch._add_batch_dim(t, 0, level) for t in stacked]
+
+
 def _first_order(operator: Operator) -> type[_Function]:
     outputs, n_diff, n_tensors = operator.outputs, operator.n_diff, operator.n_tensors
 
@@ -222,21 +249,27 @@ def _second_order(operator: Operator) -> type[_Function]:
 
         @staticmethod
         def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-            saved = ctx.saved_tensors
-            first = outputs + kept
-            wanted = ctx.needs_input_grad
-            diff = slice(first, first + n_diff)
-            reached = operator.reached(wanted[diff], saved[:outputs], saved[diff])
-            needed2 = [*wanted[:outputs], *reached]
-            rest = (None,) * (n_tensors - first - n_diff + len(ctx.scalars))
-            if all(c is None for c in cotangents) or not any(needed2):
-                return (None,) * (first + n_diff) + rest
-            found = transformable(
-                operator.double_backward_function, operator.double_backward_flat,
-                len(cotangents), *cotangents, *saved, *ctx.scalars, needed2,
-            )  # fmt: skip
-            places = _spread(found, needed2)
-            return (*places[:outputs], *(None,) * kept, *places[outputs:], *rest)
+            wanted, saved, scalars = ctx.needs_input_grad, ctx.saved_tensors, ctx.scalars
+            if are_batched(cotangents):
+                return tuple(over_batch(lambda each: run(wanted, each, saved, scalars), cotangents))
+            return run(wanted, cotangents, saved, scalars)
+
+    def run(
+        wanted: Sequence[bool], cotangents: Tensors, saved: Tensors, scalars: Sequence[Any]
+    ) -> tuple[Tensor | None, ...]:
+        first = outputs + kept
+        diff = slice(first, first + n_diff)
+        reached = operator.reached(wanted[diff], saved[:outputs], saved[diff])
+        needed2 = [*wanted[:outputs], *reached]
+        rest = (None,) * (n_tensors - first - n_diff + len(scalars))
+        if all(c is None for c in cotangents) or not any(needed2):
+            return (None,) * (first + n_diff) + rest
+        found = transformable(
+            operator.double_backward_function, operator.double_backward_flat,
+            len(cotangents), *cotangents, *saved, *scalars, needed2,
+        )  # fmt: skip
+        places = _spread(found, needed2)
+        return (*places[:outputs], *(None,) * kept, *places[outputs:], *rest)
 
     return named(Backward, f"EgnnFast_{operator.name}_backward")
 

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from egnn_fast import _cpu, _double_backward, _partition, _sorting
 from egnn_fast.budget import activation_budget
+from egnn_fast.direct import DirectWay, is_direct
 from egnn_fast.eager import transforming
 from egnn_fast.graph import Graph, check_count, check_edge_count, check_index_range
 from egnn_fast.operators import Operator, Tensors, lib, wants_grad
 from egnn_fast.options import LAYER_INPUTS, EdgeWeights, LayerWeights, Options
 from egnn_fast.precision import matmul_precision
-from egnn_fast.shortcuts import Memory, Plan, can_learn, ordinary, short_function
 
 _GRAPH = "Tensor rowptr, Tensor? senders, Tensor? perm, Tensor? first"
 _OPTIONS = "str activation, float slope, float norm, bool tanh, float clamp"
@@ -89,7 +89,7 @@ def _layer_reached(needed: Sequence[bool], cotangents: Tensors, inputs: Tensors)
 
 def _layer_fake(h: Tensor, x: Tensor, v: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     weights = LayerWeights(*rest[4 : 4 + len(LayerWeights._fields)])
-    carry, _, _, kept = rest[-4:]
+    carry = rest[-4]
     n, dim = x.shape
     hidden, out = weights.edge_w1.shape[0], weights.node_w2.shape[0]
     has_head = weights.coord_w2 is not None
@@ -100,7 +100,7 @@ def _layer_fake(h: Tensor, x: Tensor, v: Tensor | None, *rest: Any) -> tuple[Ten
         x.new_empty((n if carry else 0, dim)),
         h.new_empty((n, hidden)),
         x.new_empty((n if has_head else 0, dim)),
-        h.new_empty((kept,)),
+        h.new_empty((0,)),  # whatever the memory behind it
     )
 
 
@@ -140,9 +140,7 @@ _DEVICES = ("CPU", "CUDA")
 for _device in _DEVICES:
     lib.impl("messages", _run_messages, _device)
     lib.impl("messages_backward", _run_messages_backward, _device)
-_short_messages = short_function(_messages)
-_known_messages = Memory()
-_MESSAGES_ROWS = {*_cpu.MessagesKernel.NODE_ROWS, *_cpu.MessagesKernel.EDGE_ROWS}
+_direct_messages = DirectWay(_messages, _cpu.MessagesKernel)
 
 
 def messages(
@@ -154,26 +152,21 @@ def messages(
     edge_attr: Tensor | None,
     edge_mask: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """The fused edge pass: ``pq [N, 2H]`` holds P and Q side by side.
 
-    Returns ``M [N, H]`` and ``X [N, D]`` (``[0, D]`` without a coordinate head).
+    Returns ``M [N, H]`` and ``X [N, D]`` (None, or ``[0, D]``, without a coordinate head).
     """
     inputs = (pq, x, edge_attr, edge_mask, *weights)
-    # a tensor without elements has no address
-    short = backend == "cpu" and ordinary() and graph.num_nodes > 0
-    if short:
-        plan = _known_messages.find(options, inputs)
-        if plan is not None:
-            m, shift = plan.run(inputs, graph)
-            return m, shift
-    scalars = (*_scalars(options), backend, _precision(backend, x, graph))
-    m, shift = _messages(*_uncast(x, inputs, backend), *_graph_tensors(graph), *scalars)
-    if short and can_learn(inputs):
-        kernel = _cpu.MessagesKernel(inputs, scalars)
-        if _is_dense(kernel, inputs):
-            plan = Plan(_messages, _short_messages, kernel, inputs, scalars)
-            _known_messages.learn(options, inputs, _MESSAGES_ROWS, plan)
+    direct = _direct_parts(backend, graph, inputs)
+    m: Tensor | None
+    shift: Tensor | None
+    if direct is not None:
+        m, shift = _direct_messages(inputs, *direct, (*_scalars(options), backend, "highest"))
+    else:
+        scalars = (*_scalars(options), backend, _precision(backend, x, graph))
+        m, shift = _messages(*_uncast(x, inputs, backend), *_graph_tensors(graph), *scalars)
+    assert m is not None
     return m, shift
 
 
@@ -185,11 +178,6 @@ def _precision(backend: str, x: Tensor, graph: Graph) -> str:
         # what the kernel would have to ask the device for
         _partition.know(graph.rowptr, "num_edges", graph.num_edges)
     return matmul_precision(x.device.type)
-
-
-def _is_dense(kernel: Any, inputs: Sequence[Any]) -> bool:
-    """Whether the kernel reads the inputs where they are."""
-    return all(a is b for a, b in zip(kernel.dense(inputs), inputs, strict=True))
 
 
 _layer = Operator(
@@ -220,7 +208,7 @@ def _run_layer_backward(*args: Any) -> list[Tensor]:
 for _device in _DEVICES:
     lib.impl("layer", _run_layer, _device)
     lib.impl("layer_backward", _run_layer_backward, _device)
-_short_layer = short_function(_layer)
+_direct_layer = DirectWay(_layer, _cpu.LayerKernel)
 
 
 def layer(
@@ -238,35 +226,37 @@ def layer(
     residual: bool,
     carry: bool,
     backend: str = "cpu",
-    plan: Plan | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """A whole layer: ``(h [N, O], x [N, D], v [N, D])``.
 
-    ``coord_weight [N]`` is what the mean divides by, inverted. x is empty (``[0, D]``) where
-    nothing moves, v unless ``carry``. ``plan`` is one of :func:`layer_plan` for such calls.
+    ``coord_weight [N]`` is what the mean divides by, inverted. x is None or empty (``[0, D]``)
+    where nothing moves, v unless ``carry``.
     """
     tensors = (h, x, v, edge_attr, edge_mask, node_attr, coord_weight, *weights)
-    if plan is not None:
-        h_out, x_out, v_out = plan.run(tensors, graph)
-        return h_out, x_out, v_out
-    args = (
-        *_uncast(x, tensors), *_graph_tensors(graph), *_scalars(options),
-        options.coord_scale, residual, carry, backend, _precision(backend, x, graph),
-    )  # fmt: skip
-    h_out, x_out, v_out, *_ = _layer(*args, _kept_size(args, graph))
+    scalars = (*_scalars(options), options.coord_scale, residual, carry, backend)
+    direct = _direct_parts(backend, graph, tensors)
+    h_out: Tensor | None
+    x_out: Tensor | None
+    v_out: Tensor | None
+    if direct is not None:
+        h_out, x_out, v_out = _direct_layer(tensors, *direct, (*scalars, "highest", 0))
+    else:
+        given = (*_uncast(x, tensors), *_graph_tensors(graph))
+        args = (*given, *scalars, _precision(backend, x, graph))
+        h_out, x_out, v_out, *_ = _layer(*args, _kept_size(args, graph))
+    assert h_out is not None
     return h_out, x_out, v_out
 
 
-def layer_plan(inputs: Sequence[Any], options: Options, residual: bool, carry: bool) -> Plan | None:
-    """How to run layers like this one by the kernel alone; None where the long way is needed.
-
-    ``inputs`` are the operator's differentiable ones, as :func:`layer` passes them.
-    """
-    scalars = (*_scalars(options), options.coord_scale, residual, carry, "cpu", "highest")
-    kernel = _cpu.LayerKernel(inputs, scalars)
-    if not can_learn(inputs) or not _is_dense(kernel, inputs):
+def _direct_parts(
+    backend: str, graph: Graph, inputs: Sequence[Any]
+) -> tuple[tuple[Tensor | None, ...], int] | None:
+    """The graph's tensors and number of edges for a direct call; None where it is none."""
+    # a tensor without elements has no address
+    if backend != "cpu" or transforming() or graph.num_nodes == 0:
         return None
-    return Plan(_layer, _short_layer, kernel, inputs, (*scalars, 0))
+    _, num_edges, parts = graph.parts()
+    return (parts, num_edges) if is_direct((*inputs, *parts)) else None
 
 
 def _kept_size(args: tuple[Any, ...], graph: Graph) -> int:

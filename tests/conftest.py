@@ -13,7 +13,7 @@ from hypothesis import settings
 # with a GPU too: what only a GPU can show is not tested here.
 os.environ["TRITON_INTERPRET"] = "1"
 
-from egnn_fast import _native, backends, checks, functional, ops, shortcuts
+from egnn_fast import _native, backends, checks
 
 # the same examples in each run, so that a change is to blame for a failure
 settings.register_profile("egnn_fast", deadline=None, max_examples=40, derandomize=True)
@@ -45,14 +45,6 @@ def one_thread() -> None:
 def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton is not installed."""
     monkeypatch.setattr(backends, "find_spec", lambda name: None)
-
-
-@pytest.fixture
-def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No call has been made yet, so that the first one goes the long way."""
-    for module, names in ((functional, ("_layers", "_edge_passes")), (ops, ("_known_messages",))):
-        for name in names:
-            monkeypatch.setattr(module, name, shortcuts.Memory())
 
 
 @pytest.fixture

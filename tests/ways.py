@@ -5,35 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from cases import EVERYTHING
 from torch import Tensor
 
-from egnn_fast import Graph, nn
+from egnn_fast import Graph, direct, nn, ops
 from egnn_fast._cases import Case, Problem
 from egnn_fast.operators import Operator
 
+T = TypeVar("T")
 CASE = Case(
-    "short", nodes=6, edges=14, hidden=5, attrs=2, mask="soft", options=EVERYTHING,
+    "direct", nodes=6, edges=14, hidden=5, attrs=2, mask="soft", options=EVERYTHING,
     velocity=True, node_attrs=1, carry=True, features=3,
 )  # fmt: skip
 FACES: dict[str, Callable[..., Problem]] = {"layer": CASE.layer, "edge pass": CASE.edge_pass}
 
 
 @dataclass
-class Long:
-    """How often calls went the long way."""
+class Count:
+    """How often calls went through the operators."""
 
     forward: int = 0
     backward: int = 0
 
 
 @contextmanager
-def long_ways(monkeypatch: pytest.MonkeyPatch) -> Iterator[Long]:
-    count, call, backward = Long(), Operator.__call__, Operator.backward
+def through_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[Count]:
+    count, call, backward = Count(), Operator.__call__, Operator.backward
 
     def counted_call(self: Operator, *args: Any) -> Any:
         count.forward += 1
@@ -47,6 +48,14 @@ def long_ways(monkeypatch: pytest.MonkeyPatch) -> Iterator[Long]:
         patch.setattr(Operator, "__call__", counted_call)
         patch.setattr(Operator, "backward", counted_backward)
         yield count
+
+
+def by_operators(run: Callable[..., T], *args: Any) -> T:
+    """The result of a function whose calls, forward and backward, all go through the operators."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "is_direct", lambda tensors: False)
+        patch.setattr(direct, "is_direct", lambda tensors: False)
+        return run(*args)
 
 
 def leaves_of(problem: Any, grad: bool = True) -> dict[str, Tensor]:

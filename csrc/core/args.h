@@ -65,7 +65,8 @@ struct LayerArgs : Args {
   uintptr_t vel_w1 = 0, vel_b1 = 0, vel_w2 = 0, vel_b2 = 0;      // [H, F], [H]
 
   uintptr_t h_out = 0, x_out = 0, v_out = 0;  // [N, O], [N, D], [N, D]
-  uintptr_t kept = 0;  // written forward, read backward; absent: the backward computes it again
+  // written forward, read backward; absent, or another instruction set's: computed again
+  uintptr_t kept = 0;
   uintptr_t g_h_out = 0, g_x_out = 0, g_v_out = 0;  // their cotangents
   uintptr_t g_h = 0, g_v = 0, g_node_attr = 0, g_coord_weight = 0, g_w1 = 0, g_b1 = 0;
   uintptr_t g_node_w1 = 0, g_node_b1 = 0, g_node_w2 = 0, g_node_b2 = 0;

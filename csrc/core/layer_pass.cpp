@@ -150,8 +150,9 @@ void also_collect_nodes(Schedule& schedule, const KernelTable<T>& kernels, int64
   sums.also_add(schedule, kernels, 0, tasks - first, first == 0, true);
 }
 
-// The kept buffer: P and Q, the outputs of phi_h's, phi_v's, phi_e's and phi_x's linears that an
-// activation follows. Rows have the widths of the kernels; spare rows follow each part.
+// The kept buffer: whose layout it is; P and Q, the outputs of phi_h's, phi_v's, phi_e's and phi_x's
+// linears that an activation follows. Rows have the widths of the kernels; spare rows follow each
+// part.
 template <class T>
 struct Kept {
   int64_t pq, z_h, z_v, z2, z3, size;
@@ -161,7 +162,7 @@ struct Kept {
       return aligned_size((count + kSpareRows) * width * sizeof(T)) /
              static_cast<int64_t>(sizeof(T));
     };
-    pq = 0;
+    pq = aligned_size(sizeof(uintptr_t)) / static_cast<int64_t>(sizeof(T));
     z_h = pq + rows(nodes, 2 * ld);
     z_v = z_h + rows(nodes, ld);
     z2 = z_v + (velocity ? rows(nodes, ld) : 0);
@@ -170,9 +171,21 @@ struct Kept {
   }
 };
 
+// The layout is an instruction set's own: its table of kernels stands for it.
+template <class T>
+void sign_kept(const LayerArgs& a, const KernelTable<T>& kernels) {
+  if (a.kept != 0) *reinterpret_cast<uintptr_t*>(a.kept) = reinterpret_cast<uintptr_t>(&kernels);
+}
+
+// Whether there is a kept buffer, and these kernels wrote it.
+template <class T>
+bool can_use_kept(const LayerArgs& a, const KernelTable<T>& kernels) {
+  return a.kept != 0 && *reinterpret_cast<const uintptr_t*>(a.kept) ==
+                            reinterpret_cast<uintptr_t>(&kernels);
+}
+
 template <class T>
 void use_kept(const LayerArgs& a, Problem<T>& p, NodeProblem<T>& n) {
-  if (a.kept == 0) return;
   const Kept<T> at(n.nodes, p.edges, p.ld, n.velocity, p.head);
   T* kept = out<T>(a.kept);
   n.pq = kept + at.pq;
@@ -207,7 +220,8 @@ void run_forward(const LayerArgs& a) {
     pass.reserve(ws);
     if (last) packing.add_to(schedule);
   });
-  use_kept(a, p, n);
+  if (a.kept != 0) use_kept(a, p, n);
+  sign_kept(a, kernels);
   p.pq = n.pq;
   pass.also_prepare(schedule);
   add_node_blocks(schedule, n.nodes, [&](int64_t begin, int64_t end, int worker) {
@@ -299,7 +313,7 @@ void run_backward(const LayerArgs& a) {
   want_gradients(edge, a.g_w1 != 0, p);
   EdgeBackward<T> pass(kernels, p, threads);
 
-  const bool has_pq = a.kept != 0;
+  const bool has_pq = can_use_kept(a, kernels);
   WeightSums<T> update, first;
   update.size = n.needs_weights ? n.at_update.size : 0;
   first.size = needs_first_weights ? n.at_pq.size : 0;
@@ -326,7 +340,7 @@ void run_backward(const LayerArgs& a) {
     pass.reserve(ws);
     if (last) packing.add_to(schedule);
   });
-  use_kept(a, p, n);
+  if (has_pq) use_kept(a, p, n);
   n.g_m = g_m;
   n.g_shift = g_shift;
   p.pq = n.pq;

@@ -1,4 +1,4 @@
-"""The backward of the short way: when it is taken, and what autograd promises of it."""
+"""The backward of a direct call: when it is direct, and what autograd promises of it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from cases import kernel_calls
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from ways import FACES, layer_inputs, leaves_of, long_ways, step, total
+from ways import FACES, by_operators, layer_inputs, leaves_of, step, through_operators, total
 
 from egnn_fast import checks
 
-pytestmark = pytest.mark.usefixtures("one_thread", "forgetful")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_second_derivatives_go_by_the_operators_and_third_ones_raise(
@@ -26,9 +26,9 @@ def test_second_derivatives_go_by_the_operators_and_third_ones_raise(
         leaves = leaves_of(problem)
         step(problem, leaves)
         right = checks.evaluate(problem, "reference")
-        with long_ways(monkeypatch) as long:
+        with through_operators(monkeypatch) as count:
             found = checks.evaluate(problem, "cpu")
-            assert long.backward > 0
+            assert count.backward > 0
         for order, tensors in right.items():
             for name, t in tensors.items():
                 assert checks.relative_error(found[order][name], t) < 1e-11, (order, name)
@@ -43,7 +43,7 @@ def test_second_derivatives_go_by_the_operators_and_third_ones_raise(
 
 def test_autograd_knows_both_ways_by_one_name() -> None:
     layer, args = layer_inputs()
-    names = [layer(**args)[0].grad_fn.name() for _ in range(2)]
+    names = [by_operators(lambda: layer(**args)[0].grad_fn.name()), layer(**args)[0].grad_fn.name()]
     assert names == ["EgnnFast_layerBackward"] * 2
 
 
@@ -116,7 +116,7 @@ def test_hooks_on_saved_tensors_and_checkpoints(monkeypatch: pytest.MonkeyPatch)
         return list(torch.autograd.grad(h.sum() + (x * x).sum(), weights))
 
     grads(lambda: layer(**args))
-    with long_ways(monkeypatch) as long:
+    with through_operators(monkeypatch) as count:
         right = grads(lambda: layer(**args))
         ways: list[Callable[[], tuple[Tensor, ...]]] = [
             lambda: checkpoint(lambda: layer(**args), use_reentrant=False),
@@ -133,27 +133,34 @@ def test_hooks_on_saved_tensors_and_checkpoints(monkeypatch: pytest.MonkeyPatch)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             assert all(map(torch.equal, grads(lambda: layer(**args)), right))
         assert {id(w) for w in weights} <= {id(t) for t in packed}
-        assert long.forward == 0
+        assert count.forward == 0
 
 
-def test_what_hooks_put_in_place_of_saved_tensors_is_looked_at(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+HOOKED: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "strided": (lambda t: torch.stack([t, torch.full_like(t, 7)], dim=-1)[..., 0], True),
+    "cloned": (Tensor.clone, True),
+    "lazily negative": (lambda t: torch.complex(torch.zeros_like(t), -t).conj().imag, True),
+    "of another dtype": (Tensor.double, False),
+    "of another shape": (lambda t: t[:-1] if t.dim() else t, False),
+}
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_what_hooks_put_in_place_of_saved_tensors_is_looked_at(name: str) -> None:
     layer, args = layer_inputs()
     weights = list(layer.parameters())
+    change, works = HOOKED[name]
 
-    def grads() -> list[Tensor]:
-        h, x = layer(**args)
+    def grads(unpack: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            h, x = layer(**args)
         return list(torch.autograd.grad(h.sum() + (x * x).sum(), weights))
 
-    grads()
-    right = grads()
-    with (
-        long_ways(monkeypatch) as long,
-        torch.autograd.graph.saved_tensors_hooks(
-            lambda t: t, lambda t: torch.stack([t, t], dim=-1)[..., 0]
-        ),
-    ):
-        found = grads()
-        assert (long.forward, long.backward) == (0, 1)
-    assert all(map(torch.equal, found, right))
+    right = grads(lambda t: t)
+    for _ in range(2):
+        if works:
+            found = grads(lambda t: change(t) if t.is_floating_point() else t)
+            assert all(map(torch.equal, found, right))
+        else:
+            with pytest.raises(ValueError, match=r"egnn_fast::layer: .*: expected"):
+                grads(lambda t: change(t) if t.is_floating_point() else t)
