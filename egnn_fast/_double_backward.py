@@ -7,8 +7,9 @@ edges, added up, keep the memory bounded.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from egnn_fast import composed, reference
 from egnn_fast.composed import EdgePass
 from egnn_fast.graph import Graph
 from egnn_fast.options import LAYER_INPUTS, EdgeWeights, LayerWeights, Options
+from egnn_fast.precision import float32_products, in_float32
 
 # elements of a [chunk, H] tensor; a chunk keeps some forty of them alive
 CHUNK_ELEMENTS = 1 << 20
@@ -39,7 +41,7 @@ def messages(
     """
     inputs = list(args[:_N_DIFF])
     graph = Graph(*args[_N_DIFF : _N_DIFF + 4])
-    *scalars, _backend, _precision, needed, needed2 = args[_N_DIFF + 4 :]
+    *scalars, backend, precision, needed, needed2 = args[_N_DIFF + 4 :]
     options = _options(*scalars)
     spread = iter(cotangents)
     towards = [next(spread) if n else None for n in needed]
@@ -61,7 +63,16 @@ def messages(
             t[rows] if t is not None and k in _EDGE_INPUTS else t for k, t in enumerate(towards)
         ]
         grads = _chunk(
-            local, local_towards, g_m, g_x, receiver[begin:end], sender[begin:end], options, needed2
+            local,
+            local_towards,
+            g_m,
+            g_x,
+            receiver[begin:end],
+            sender[begin:end],
+            options,
+            needed2,
+            backend,
+            precision,
         )
         for k, (total, grad) in enumerate(zip(totals, grads, strict=True)):
             if total is None or grad is None:
@@ -74,12 +85,17 @@ def messages(
 
 
 @contextmanager
-def _autograd(device: str) -> Iterator[None]:
-    """Differentiation in full precision inside of an operator, where autograd is switched off."""
+def _autograd(device: str, backend: str, precision: str) -> Iterator[None]:
+    """Differentiation inside of an operator, where autograd is switched off.
+
+    Without autocast, and in the precision of the call's float32 products, whatever is set by now.
+    """
     key = torch._C.DispatchKey.AutogradFunctionality
     with (
         torch._C._SetExcludeDispatchKeyGuard(key, False),
         torch.autocast(device, enabled=False),
+        # the CPU's products know one precision
+        nullcontext() if backend == "cpu" else float32_products(in_float32(precision)),
         torch.enable_grad(),
     ):
         yield
@@ -95,10 +111,10 @@ def layer(edge_pass: EdgePass) -> Callable[..., list[Tensor]]:
         g_out, inputs = args[:3], args[6 : 6 + _N_LAYER]  # three kept outputs between them
         graph = Graph(*args[6 + _N_LAYER : 10 + _N_LAYER])
         rest = args[10 + _N_LAYER :]
-        *scalars, scale, residual, _carry, backend, _precision, _kept, needed, needed2 = rest
+        *scalars, scale, residual, _carry, backend, precision, _kept, needed, needed2 = rest
         spread = iter(cotangents)
         towards = [next(spread) if n else None for n in needed]
-        with _autograd(inputs[0].device.type):
+        with _autograd(inputs[0].device.type, backend, precision):
             leaves: list[Any] = _leaves([*g_out, *inputs])
             h, x, v, edge_attr, edge_mask, node_attr, coord_weight = leaves[3:10]
             weights = LayerWeights(*leaves[10:])
@@ -109,7 +125,7 @@ def layer(edge_pass: EdgePass) -> Callable[..., list[Tensor]]:
                 coord_agg=None if weights.coord_w2 is None else "sum",
             )
             outputs = composed.layer(
-                edge_pass, h, x, graph, weights, options,
+                partial(edge_pass, precision=in_float32(precision)), h, x, graph, weights, options,
                 v=v, edge_attr=edge_attr, edge_mask=edge_mask, node_attr=node_attr,
                 coord_weight=coord_weight, residual=residual, backend=backend,
             )  # fmt: skip
@@ -181,9 +197,11 @@ def _chunk(
     sender: Tensor,
     options: Options,
     needed2: Sequence[bool],
+    backend: str,
+    precision: str,
 ) -> list[Tensor | None]:
     """The second derivative's share of one chunk of edges."""
-    with _autograd(inputs[0].device.type):
+    with _autograd(inputs[0].device.type, backend, precision):
         leaves: list[Any] = _leaves([g_m, g_x, *inputs])
         leaf_m, leaf_x, pq, x, edge_attr, edge_mask, *weights = leaves
         p, q = pq.chunk(2, dim=1)

@@ -16,11 +16,13 @@ import torch
 
 from egnn_fast import _native
 from egnn_fast.kernels import MAX_DIM, MAX_HIDDEN, PROVEN, interpreting
+from egnn_fast.settings import Blocks, Entry
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 ENV_BACKEND = "EGNN_FAST_BACKEND"
 
-_override: ContextVar[str | None] = ContextVar("egnn_fast_backend", default=None)
+# the blocks that are open in this thread or task
+_override: ContextVar[tuple[Entry[str], ...]] = ContextVar("egnn_fast_backend", default=())
 # the same for a traced region: Dynamo cannot read a ContextVar, but guards on a global
 _traced_override: str | None = None
 _warned: set[str] = set()
@@ -64,15 +66,26 @@ def use_backend(name: str) -> Iterator[None]:
     """Run every layer inside the block on the named backend.
 
     It goes before ``EGNN_FAST_BACKEND``; a ``backend=`` argument other than None goes before it.
+    A block is its thread's affair; compiled code alone takes the block that any thread entered
+    last. What runs after the block, such as a checkpoint's recomputation in a backward, does not
+    know of it.
     """
-    global _traced_override
-    token = _override.set(check_name(name, "name"))
-    _traced_override = name
+    block = _blocks.enter(check_name(name, "name"))
+    _override.set((*_override.get(), block))
     try:
         yield
     finally:
-        _override.reset(token)
-        _traced_override = _override.get()
+        _blocks.leave(block)
+        # blocks of generators may end in any order, and in another context than they began in
+        _override.set(tuple(other for other in _override.get() if other is not block))
+
+
+def _publish(name: str | None) -> None:
+    global _traced_override
+    _traced_override = name
+
+
+_blocks: Blocks[str] = Blocks(_publish)
 
 
 def check_name(name: str, argument: str) -> str:
@@ -86,9 +99,11 @@ def requested(argument: str | None) -> str:
     """What the user asked for: the argument, the context, the environment, else "auto"."""
     if argument is not None:
         return check_name(argument, "backend")
-    override = _traced_override if torch.compiler.is_compiling() else _override.get()
-    if override is not None:
-        return override
+    if torch.compiler.is_compiling():
+        if _traced_override is not None:
+            return _traced_override
+    elif override := _override.get():
+        return override[-1].value
     return check_name(os.environ.get(ENV_BACKEND, "auto"), ENV_BACKEND)
 
 

@@ -37,6 +37,14 @@ def transforming() -> bool:
     )
 
 
+def refuse_jit_trace() -> None:
+    """Raise RuntimeError under ``torch.jit.trace``, which would record results as constants."""
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "egnn_fast: torch.jit.trace is not supported; use torch.export.export or torch.compile"
+        )
+
+
 def only_default_device() -> bool:
     """Whether a default device is set, and no other mode watches calls of PyTorch's functions."""
     count = torch._C._len_torch_function_stack()

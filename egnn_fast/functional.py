@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from egnn_fast import arguments, backends, composed, ops, reference
-from egnn_fast.eager import without_default_device
+from egnn_fast.eager import refuse_jit_trace, without_default_device
 from egnn_fast.graph import EdgeIndexLike, Graph
 from egnn_fast.options import Activation, EdgeWeights, LayerWeights, Options
 
@@ -69,6 +69,7 @@ def egcl_messages(
     BackendError
         A backend was named that cannot run the call.
     """
+    refuse_jit_trace()
     arguments.check_nodes(P, x, "P")
     arguments.check_float("Q", Q, 2)
     arguments.check_shape("Q", Q, tuple(P.shape))
@@ -155,6 +156,7 @@ def egcl(
     BackendError
         A backend was named that cannot run the call.
     """
+    refuse_jit_trace()
     arguments.check_nodes(h, x)
     graph = arguments.resolve_graph(graph, h)
     node_attrs = _check_node_attr(node_attr, h)

@@ -152,9 +152,11 @@ def messages(
     edge_attr: Tensor | None,
     edge_mask: Tensor | None,
     backend: str,
+    precision: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The fused edge pass: ``pq [N, 2H]`` holds P and Q side by side.
 
+    ``precision`` is that of a GPU's products; None: as PyTorch is set now.
     Returns ``M [N, H]`` and ``X [N, D]`` (None, or ``[0, D]``, without a coordinate head).
     """
     inputs = (pq, x, edge_attr, edge_mask, *weights)
@@ -164,7 +166,8 @@ def messages(
     if direct is not None:
         m, shift = _direct_messages(inputs, *direct, (*_scalars(options), backend, "highest"))
     else:
-        scalars = (*_scalars(options), backend, _precision(backend, x, graph))
+        now = _precision(backend, x, graph)
+        scalars = (*_scalars(options), backend, now if precision is None else precision)
         m, shift = _messages(*_uncast(x, inputs, backend), *_graph_tensors(graph), *scalars)
     assert m is not None
     return m, shift

@@ -11,11 +11,15 @@ from typing import Any
 import torch
 
 from egnn_fast.kernels import APPROXIMATE
+from egnn_fast.settings import Blocks
 
 ENV_APPROXIMATE = "EGNN_FAST_APPROXIMATE"
-_approximate = os.environ.get(ENV_APPROXIMATE, "").lower() in ("1", "true", "on", "yes")
+_approximate_outside = os.environ.get(ENV_APPROXIMATE, "").lower() in ("1", "true", "on", "yes")
+# as the blocks that are open have it: a traced region is guarded on this
+_approximate = _approximate_outside
 
 _setting = threading.RLock()
+_FLOAT32 = ("high", "highest")
 _AUTOCAST = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -37,12 +41,19 @@ def approximate_activations(allowed: bool = True) -> Iterator[None]:
     is not the largest error. ``EGNN_FAST_APPROXIMATE=1`` allows it for the whole process. Other
     backends and activations take no notice.
     """
-    global _approximate
-    before, _approximate = _approximate, allowed
+    block = _blocks.enter(allowed)
     try:
         yield
     finally:
-        _approximate = before
+        _blocks.leave(block)
+
+
+def _publish(allowed: bool | None) -> None:
+    global _approximate
+    _approximate = _approximate_outside if allowed is None else allowed
+
+
+_blocks: Blocks[bool] = Blocks(_publish)
 
 
 def _products(device: str) -> str:
@@ -63,6 +74,11 @@ def _float32_precision() -> str:
         return "high" if matmul.fp32_precision == "tf32" else "highest"
 
 
+def in_float32(precision: str) -> str:
+    """The precision in which a call's second derivatives are computed: float32's."""
+    return precision if precision.removesuffix(APPROXIMATE) in _FLOAT32 else "highest"
+
+
 @contextmanager
 def float32_products(precision: str) -> Iterator[None]:
     """Let PyTorch multiply float32 matrices on a GPU as ``precision`` says, inside the block.
@@ -70,7 +86,7 @@ def float32_products(precision: str) -> Iterator[None]:
     A pass backward may run under another setting than the one forward that it belongs to.
     """
     wanted = precision.removesuffix(APPROXIMATE)
-    if wanted not in ("high", "highest"):
+    if wanted not in _FLOAT32:
         yield
         return
     with _setting:  # other threads' products wait: the setting is the whole process's

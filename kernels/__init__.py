@@ -16,7 +16,11 @@ APPROXIMATE = "~"
 PROVEN: frozenset[tuple[int, int]] = frozenset()
 
 
+# once, as Triton reads it while it is imported
+_INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
+
+
 @torch.compiler.assume_constant_result
 def interpreting() -> bool:
     """Whether Triton runs its kernels in Python, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
+    return _INTERPRETING

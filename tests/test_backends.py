@@ -15,7 +15,7 @@ from cases import FUSED_BACKENDS, kernel_calls
 from torch import Tensor
 
 import egnn_fast
-from egnn_fast import BackendError, Options, _native, backends, functional
+from egnn_fast import BackendError, Options, _native, backends, functional, kernels
 from egnn_fast._cases import Case
 from egnn_fast.options import LayerWeights
 
@@ -106,7 +106,7 @@ def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As for a user without a GPU: Triton is there, but not to interpret."""
-    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(kernels, "_INTERPRETING", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 

@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ def messages_backward(g_m: Tensor | None, g_x: Tensor | None, *args: Any) -> lis
         if not call.has_head:
             g_x = None
         if call.num_edges == 0 or (g_m is None and g_x is None):
-            return [torch.zeros_like(t) for t, n in zip(args, needed, strict=False) if n]
+            # dense, as the operator's fake says
+            return [t.new_zeros(t.shape) for t, n in zip(args, needed, strict=False) if n]
         return [
             grad.to(t.dtype).reshape(t.shape)
             for t, grad, n in zip(
@@ -64,6 +66,13 @@ def layer_backward(
         return layers.Backward((g_h, g_x, g_v), m, shift, args, needed).run()
 
 
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+@contextmanager
+def _current(device: torch.device) -> Iterator[None]:
+    """Triton launches on the current device, which need not be the tensors'.
+
+    The products around the kernels follow the call's precision, not the autocast that is on when a
+    derivative is computed.
+    """
+    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with on_device, torch.autocast(device.type, enabled=False):
+        yield
