@@ -122,9 +122,12 @@ def test_a_second_derivative_has_the_precision_of_its_forward(
 def test_jit_trace_is_refused_by_name() -> None:
     """It would record the results of operators that it does not know as constants."""
     layer, (h, x, graph, v) = layer_and_inputs()
+    network, edges = nn.EGNNVel(16, 8), graph.edge_index
     for run in (
         lambda h, x, v: layer(h, x, graph, v)[0],
-        lambda h, x, v: layer(h, x, graph.edge_index, v)[0],
+        lambda h, x, v: layer(h, x, edges, v)[0],
+        lambda h, x, v: network(h, x, graph, v)[0],
+        lambda h, x, v: network(h, x, edges, v)[0],
     ):
         for backend in ("auto", "reference"):
             with (

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from egnn_fast import arguments
+from egnn_fast.eager import refuse_jit_trace
 from egnn_fast.graph import EdgeIndexLike, Graph
 from egnn_fast.nn._parts import LayerArgs, check_sizes
 from egnn_fast.nn.layers import EGCL, EGCLVel
@@ -199,6 +200,7 @@ def enter(
     embedding: nn.Module, h: Tensor, x: Tensor, graph: Graph | EdgeIndexLike
 ) -> tuple[Tensor, Graph]:
     """Check what enters a network, embed h, and make a raw edge list a Graph for all layers."""
+    refuse_jit_trace()
     arguments.check_nodes(h, x)
     weight: Tensor = embedding.weight  # type: ignore[assignment]
     if h.shape[1] != weight.shape[1]:
