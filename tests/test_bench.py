@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 import time
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from egnn_fast import checks
-from egnn_fast.bench import cases, check, floor, measure, memory, peers, problems, run
-from egnn_fast.bench.cases import BACKWARD, CASES, FUSED, INFERENCE, STEP, TRAINING, Case
+from egnn_fast.bench import cases, check, floor, measure, memory, peers, problems, report, run
+from egnn_fast.bench.cases import BACKWARD, CASES, FUSED, INFERENCE, PASSES, STEP, TRAINING, Case
 from egnn_fast.bench.findings import findings
-from egnn_fast.bench.results import CaseResult, CheckRow, MemoryRow, TimeRow
+from egnn_fast.bench.results import (
+    CaseResult,
+    CheckRow,
+    Environment,
+    MemoryRow,
+    Results,
+    TimeRow,
+)
 from egnn_fast.experiments.errors import UsageError
 
 BY_NAME = {case.name: case for case in CASES}
@@ -350,3 +359,27 @@ def test_findings_leave_out_what_failed() -> None:
     result = result_of("layer-64", row(INFERENCE, FUSED, 1.0, floor_share=0.9))
     result.check = CheckRow(False, None, 1.0, "x", 1)
     assert findings([result]) == []
+
+
+@pytest.mark.parametrize("name", list(BY_NAME))
+def test_the_report_has_whole_words_on_80_columns(name: str) -> None:
+    """Each pass by each peer, with figures as wide as they come."""
+    wide = {"ratio": 88.8, "gflops": 88.88, "floor_share": 0.88}
+    times = [row(p, peer, 88.8e-6, **wide) for p in PASSES for peer in peers.PEERS]
+    memory = [MemoryRow(peer, 88_800_000_000, 77.7, None) for peer in peers.PEERS]
+    result = result_of(name, *times, memory=memory)
+    here = Environment("a CPU", "avx2", 2, "2.13", "0.1", "abc", "2026-01-01", "Linux", "3.11", 0.1)
+    console = Console(width=80, file=io.StringIO())
+    console.print(report.report(Results(here, True, 3, [result], findings([result]))))
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in printed
+    found = printed.split()
+    for text in (*PASSES, "case, pass peer median spread ratio GFLOP/s floor peak N·H"):
+        assert set(text.split()) <= set(found)
+    rows = len(PASSES) * len(peers.PEERS)
+    assert found.count("88%") == found.count("88.9") == rows
+    assert found.count("88.8x") == rows - len(PASSES)
+    assert found.count("77.7") == len(peers.PEERS)
+    assert name in map(str.strip, printed.splitlines())
+    for peer in peers.PEERS:
+        assert peer in printed.replace("-\n", "-") or f"{peer.rpartition('-')[0]}-" in found

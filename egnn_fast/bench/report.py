@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 
 from rich.box import SIMPLE_HEAD
@@ -26,7 +27,8 @@ def seconds(value: float) -> str:
 
 def size(value: float) -> str:
     """Bytes in MB or GB."""
-    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
+    digits = 2 if value < 1e10 else 1
+    return f"{value / 1e9:.{digits}f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
 
 
 def ratio(value: float) -> str:
@@ -82,9 +84,12 @@ def _rates(results: Results) -> Iterator[RenderableType]:
 
 
 def _times(results: Results) -> Table:
+    # a case's name stands above its rows: all columns fit on 80 then, with whole words
+    table = Table(box=SIMPLE_HEAD, padding=0)
+    table.add_column("case, pass", overflow="fold")
+    table.add_column("peer", no_wrap=True)
     # a ratio is this peer's time over that of egnn_fast
-    table = Table("case", "pass", "peer", box=SIMPLE_HEAD, padding=0)
-    for column in ("median", "spread", "ratio", "GFLOP/s", "of floor", "peak memory"):
+    for column in ("median", "spread", "ratio", "GFLOP/s", "floor", "peak", "N·H"):
         table.add_column(column, justify="right", no_wrap=True)
     for result in results.cases:
         _case_rows(table, result)
@@ -93,35 +98,37 @@ def _times(results: Results) -> Table:
 
 
 def _case_rows(table: Table, result: CaseResult) -> None:
+    table.add_row(Text(result.name, style="bold"))
     if not result.check.passed:
-        table.add_row(result.name, Text("not timed", style="bold red"), FUSED)
+        table.add_row(Text("not timed", style="bold red"), FUSED)
         return
-    named = result.name
     shown: set[str] = set()
     for row in result.times:
-        memory = ""
+        memory = ("", "")
         if row.measured == TRAINING:
             memory = _peak(result, row.peer)
             shown.add(row.peer)
-        table.add_row(named, row.measured, *_time_cells(row), memory)
-        named = ""
+        table.add_row(row.measured, *_time_cells(row), *memory)
     for found in result.memory:
         if found.peer not in shown:
-            blanks = ("", "", "", "", "")
-            table.add_row(named, TRAINING, found.peer, *blanks, _peak(result, found.peer))
-            named = ""
+            table.add_row(TRAINING, _in_lines(found.peer), *[""] * 5, *_peak(result, found.peer))
 
 
 def _time_cells(row: TimeRow) -> tuple[str, ...]:
     differs = PEERS[row.peer].differs if row.peer in PEERS else ""
     return (
-        row.peer + (" *" if differs else ""),
+        _in_lines(row.peer + ("*" if differs else "")),
         seconds(row.median_s),
         f"{(row.upper_quartile_s - row.lower_quartile_s) / row.median_s:.0%}",
         "" if row.ratio is None or row.peer == FUSED else ratio(row.ratio),
         "" if row.gflops is None else f"{row.gflops:.3g}",
         "" if row.floor_share is None else f"{row.floor_share:.0%}",
     )
+
+
+def _in_lines(peer: str) -> str:
+    """A long name on several lines, broken after a hyphen."""
+    return textwrap.fill(peer, len("egnn-pytorch-"), break_long_words=False)
 
 
 def _failure(result: CaseResult) -> Text:
@@ -132,11 +139,11 @@ def _failure(result: CaseResult) -> Text:
     return Text.assemble(("CHECK FAILED", "bold red"), what)
 
 
-def _peak(result: CaseResult, peer: str) -> str:
+def _peak(result: CaseResult, peer: str) -> tuple[str, str]:
     row = result.peak(peer)
     if row is None or row.peak_bytes is None:
-        return ""
-    return f"{size(row.peak_bytes)} ({row.node_tensors:.1f} N·H)"
+        return "", ""
+    return size(row.peak_bytes), f"{row.node_tensors:.3g}"
 
 
 def _findings(found: list[Finding]) -> Table:
@@ -159,8 +166,9 @@ def _findings(found: list[Finding]) -> Table:
 
 def _notes(results: Results) -> list[RenderableType]:
     notes = [
-        "spread: interquartile range over median; ratio: time over that of egnn_fast",
-        "peak memory: growth of a fresh process's resident size; N·H: as many node tensors",
+        "spread: interquartile range over median; ratio: time over that of egnn_fast; "
+        "floor: the share of it that is reached",
+        "peak: growth of a fresh process's resident size; N·H: as many node tensors",
     ]
     peers = {row.peer for result in results.cases for row in result.times}
     notes += [f"* {n}: {PEERS[n].differs}" for n in PEERS if n in peers and PEERS[n].differs]
