@@ -54,8 +54,10 @@ def test_no_features(features: int, out: int, backend: str) -> None:
         loss = h.square().sum() + x.square().sum()
         return [h, x, *torch.autograd.grad(loss, list(t.values()))]
 
-    for found, right in zip(run(backend), run("reference"), strict=True):
-        torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-12)
+    exact = run("reference")
+    for _ in range(3):  # later calls were taken for known ones
+        for found, right in zip(run(backend), exact, strict=True):
+            torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-12)
 
 
 CHILD = """
