@@ -236,6 +236,13 @@ PYBIND11_MODULE(_core, module) {
       py::arg("indices"), py::arg("count"), release,
       "The smallest and the largest of count > 0 indices.");
   module.def(
+      "checksum",
+      [](uintptr_t data, int64_t bytes, int threads) {
+        return egnn::checksum(reinterpret_cast<const void*>(data), bytes, threads);
+      },
+      py::arg("data"), py::arg("bytes"), py::arg("threads"), release,
+      "64 bits of the content of memory, the same on any number of threads.");
+  module.def(
       "silu",
       [](uintptr_t from, uintptr_t to, int64_t count, bool is_double, int threads, int repeats) {
         egnn::silu(from, to, count, is_double, threads, repeats);

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from egnn_fast import _keeping
+from egnn_fast.eager import transforming
 
 
 class Partition(NamedTuple):
@@ -38,47 +41,11 @@ _kept = WeakTensorKeyDictionary()
 def kept(tensor: Tensor, key: Any, make: Callable[[], Any]) -> Any:
     """``make()``, computed once for this tensor (as long as it is not written to) and key.
 
-    Anew while a CUDA graph is captured, if it was not before: what a capture records has no values
-    until the graph runs. What another stream made is waited for.
+    The value must depend on nothing else. See :func:`egnn_fast._keeping.kept`.
     """
-    found = _of(tensor)
-    on_gpu = tensor.is_cuda
-    capturing = on_gpu and torch.cuda.is_current_stream_capturing()
-    if key not in found:
-        with torch.inference_mode(False):
-            value = make()
-        if capturing:
-            return value
-        found[key] = (value, _Made() if on_gpu else None)
-    value, made = found[key]
-    if made is not None and not capturing:  # before a capture the whole device is waited for
-        made.await_by_current_stream(value)
-    return value
-
-
-class _Made:
-    """When and on which stream something was computed."""
-
-    def __init__(self) -> None:
-        self.stream = torch.cuda.current_stream()
-        self.event = self.stream.record_event()
-
-    def await_by_current_stream(self, value: Any) -> None:
-        """Let the current stream wait for it, and its memory for the current stream."""
-        current = torch.cuda.current_stream()
-        if current == self.stream:
-            return
-        current.wait_event(self.event)
-        for t in _tensors(value):
-            t.record_stream(current)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple):
-        for part in value:
-            yield from _tensors(part)
+    if transforming():
+        return make()
+    return _keeping.kept(_of(tensor), key, make, tensor.device)
 
 
 def know(tensor: Tensor, key: Any, value: Any) -> None:
@@ -86,13 +53,13 @@ def know(tensor: Tensor, key: Any, value: Any) -> None:
     _of(tensor).setdefault(key, (value, None))
 
 
-def _of(tensor: Tensor) -> dict[Any, Any]:
+def _of(tensor: Tensor) -> _keeping.Values:
     state = (0 if tensor.is_inference() else tensor._version, tensor.data_ptr())
     entry = _kept.get(tensor)
     if entry is None or entry[0] != state:
         entry = (state, {})
         _kept[tensor] = entry
-    values: dict[Any, Any] = entry[1]
+    values: _keeping.Values = entry[1]
     return values
 
 
@@ -130,6 +97,19 @@ class SenderOrder(NamedTuple):
     order: Tensor
     keys: Tensor
     part: Partition
+
+
+def kept_by_sender(
+    rowptr: Tensor, senders: Tensor | None, first: Tensor | None, begin: int, end: int,
+    size: int, most: int,
+) -> SenderOrder:  # fmt: skip
+    """:func:`by_sender`, computed once for what it depends on."""
+    graph, key = (rowptr, senders, first), (begin, end, size, most)
+    # listed senders alone decide; in complete components rowptr does: it gives their sizes
+    found: SenderOrder = kept(
+        rowptr if senders is None else senders, ("by sender", *key), lambda: by_sender(*graph, *key)
+    )
+    return found
 
 
 def by_sender(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from egnn_fast import ops
-from egnn_fast.eager import PLAIN_TYPES
+from egnn_fast import backends
+from egnn_fast._edge_lists import EdgeIndexLike, as_edge_index
+from egnn_fast.eager import PLAIN_TYPES, transforming
 from egnn_fast.edge_cache import graph_of
-from egnn_fast.graph import EdgeIndexLike, Graph, as_edge_index
+from egnn_fast.graph import Graph
 from egnn_fast.options import EdgeWeights, LayerWeights, Options
 
 
@@ -51,25 +55,42 @@ def check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
 
 
-def resolve_graph(graph: Graph | EdgeIndexLike, h: Tensor) -> Graph:
+def resolve_graph(graph: Graph | EdgeIndexLike | Sequence[Graph], h: Tensor) -> Graph:
     """A Graph for what the user passed, on the device and of the size of ``h``."""
     if not isinstance(graph, Graph):
-        if torch.compiler.is_compiling():
-            # nothing may be kept between calls there, so an operator sorts
-            graph = ops.graph_in_trace(as_edge_index(graph), h.shape[0])
+        if isinstance(graph, (list, tuple)) and graph and isinstance(graph[0], Graph):
+            graph = Graph.batch(graph)
         else:
-            graph = graph_of(graph, h.shape[0])
-    if graph.num_nodes != h.shape[0]:
-        raise ValueError(f"graph: has {graph.num_nodes} nodes, but h has {h.shape[0]} rows")
+            graph = _graph_of_edges(graph, h)
     if graph.device != h.device:
         raise ValueError(f"graph: expected device {h.device} as h has, got {graph.device}")
+    if graph.num_nodes != h.shape[0]:
+        raise ValueError(f"graph: has {graph.num_nodes} nodes, but h has {h.shape[0]} rows")
     return graph
+
+
+def _graph_of_edges(edge_index: Any, h: Tensor) -> Graph:
+    device = h.device
+    rows = edge_index if isinstance(edge_index, (list, tuple)) else (edge_index,)
+    tensors = [row for row in rows if isinstance(row, Tensor)]
+    for t in tensors:
+        if t.device != device:
+            raise ValueError(f"edge_index: expected device {device} as h has, got {t.device}")
+    if not tensors:
+        # numbers lie nowhere: they go where h is
+        edge_index = as_edge_index(edge_index, device)
+    if device.type not in ("cpu", "meta") and not transforming():
+        backends._warn_once(
+            f"edge_index: on {device.type} an edge list is sorted at each call, which waits for "
+            "the device; build a Graph once (Graph.from_edge_index) and pass that"
+        )
+    return graph_of(edge_index, h.shape[0])
 
 
 def check_edge_rows(name: str, value: Tensor, graph: Graph) -> None:
     """``value`` has a row for each edge."""
     # the operator compares with an implicit graph's size itself; here it would be a constant
-    if graph.is_complete and torch.compiler.is_compiling():
+    if graph.is_complete and transforming():
         return
     if value.shape[0] != graph.num_edges:
         raise ValueError(

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import GetAttrKey, register_pytree_node
+from torch.utils.data._utils.collate import default_collate_fn_map
 
-from egnn_fast import _sorting
+from egnn_fast import _batching, _keeping, _sorting
+from egnn_fast._edge_lists import (
+    INT32_MAX,
+    EdgeIndexLike,
+    as_count,
+    as_counts,
+    as_edge_index,
+    check_edge_count,
+    check_totals,
+)
+from egnn_fast.eager import is_plain, transforming
 
-EdgeIndexLike = Tensor | Sequence[Any]
-INT32_MAX = 2**31 - 1
+__all__ = ["INT32_MAX", "EdgeIndexLike", "Graph"]
+
+TENSORS = ("rowptr", "senders", "perm", "first", "sizes")
 
 
-def _lasting() -> torch.inference_mode:
-    """What a graph keeps must serve training too, whatever the mode that first asked for it."""
-    return torch.inference_mode(False)
-
-
-@dataclass(frozen=True, eq=False, repr=False)
 class Graph:
     """An immutable directed graph, ordered by receiver.
 
-    Build it with :meth:`from_edge_index` or :meth:`complete`. ``edge_attr`` and masks that go
-    with it are in the *user's* edge order, that of :attr:`edge_index`.
+    Build it with :meth:`from_edge_index`, :meth:`complete` or :meth:`batch`. ``edge_attr`` and
+    masks that go with it are in the *user's* edge order, that of :attr:`edge_index`.
+
+    It can be copied, pickled and saved, moved like a tensor (:meth:`to`, :meth:`pin_memory`), and
+    ``torch.utils.data.default_collate`` batches it. PyTorch Geometric has no such hook: its
+    loaders make a list of the Graphs in ``Data`` objects, which layers take in place of a Graph
+    and batch at each call (``Graph.batch(data.graph)`` does it once); a Graph that lies bare in
+    a dataset needs PyTorch's own loader. :class:`egnn_fast.nn.GraphBuffer` moves one with a module.
 
     Attributes
     ----------
@@ -37,16 +50,46 @@ class Graph:
         The user's number of each edge in receiver order; None where both orders agree.
     first : Tensor [N], int32, or None
         Complete graphs only: the first node of each node's component.
+    sizes : Tensor [B], int64, or None
+        Nodes of each graph in a batch, and of each component of :meth:`complete`; see
+        :attr:`batch_index`. None for a single graph.
     """
 
     rowptr: Tensor
-    senders: Tensor | None = None
-    perm: Tensor | None = None
-    first: Tensor | None = None
-    _lazy: dict[Any, Any] = field(default_factory=dict)
+    senders: Tensor | None
+    perm: Tensor | None
+    first: Tensor | None
+    sizes: Tensor | None
+    _num_edges: int | None
+    _kept: _keeping.Values
+
+    def __init__(
+        self,
+        rowptr: Tensor,
+        senders: Tensor | None = None,
+        perm: Tensor | None = None,
+        first: Tensor | None = None,
+        sizes: Tensor | None = None,
+        num_edges: int | None = None,
+    ) -> None:
+        # num_edges: of a complete graph, where it is known; it is read from rowptr otherwise
+        values: dict[str, Any] = {
+            "rowptr": rowptr, "senders": senders, "perm": perm, "first": first, "sizes": sizes,
+            "_num_edges": num_edges, "_kept": {},
+        }  # fmt: skip
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"a Graph is immutable: {name!r} cannot be set")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"a Graph is immutable: {name!r} cannot be deleted")
+
+    def __reduce__(self) -> tuple[type[Graph], tuple[Any, ...]]:
+        return Graph, (*self._tensors(), self._num_edges)
 
     @classmethod
-    @_lasting()
     def from_edge_index(
         cls, edge_index: EdgeIndexLike, num_nodes: int, *, validate: bool = True
     ) -> Graph:
@@ -54,10 +97,11 @@ class Graph:
 
         Parameters
         ----------
-        edge_index : Tensor [2, E], int64 or int32, or a pair of tensors or lists
-            Row 0 the receivers i, row 1 the senders j. Any order, repeated edges allowed.
+        edge_index : Tensor or NumPy array [2, E], int64 or int32, or a pair of those or of lists
+            Row 0 the receivers i, row 1 the senders j. Any order, repeated edges allowed. The
+            graph lies where the tensors do, or else on the CPU.
         num_nodes : int
-            N; every index lies in [0, N).
+            N; every index lies in [0, N). An integer of NumPy and a 0-dim tensor serve too.
         validate : bool
             Whether to check the range of the indices; turn it off only for indices known good.
 
@@ -69,60 +113,141 @@ class Graph:
             An index is negative or not below ``num_nodes``.
         """
         edges = as_edge_index(edge_index)
-        check_count("num_nodes", num_nodes)
-        check_edge_count(edges)
-        if validate:
-            check_index_range(edges, num_nodes)
-        rowptr, senders, perm, is_sorted = _sorting.sort_by_receiver(edges, num_nodes)
-        # the graph must not change when the caller's tensor does
-        return cls(rowptr=rowptr, senders=senders, perm=None if is_sorted else perm)
+        num_nodes = as_count("num_nodes", num_nodes)
+        if transforming() or edges.is_meta or not is_plain(edges):
+            # recorded as an operator, which checks the edges when it runs
+            return cls(*_sorting.sort_in_trace(edges, num_nodes))
+        with _keeping.lasting():
+            return cls._sorted(edges, num_nodes, validate)
 
     @classmethod
-    @_lasting()
-    def complete(cls, sizes: Sequence[int] | Tensor, device: torch.device | str = "cpu") -> Graph:
+    def _sorted(cls, edges: Tensor, num_nodes: int, validate: bool) -> Graph:
+        if edges.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "edge_index: edges cannot be sorted while a CUDA graph is captured; "
+                "build a Graph of them before"
+            )
+        check_edge_count(edges)
+        if validate:
+            _sorting.check_index_range(edges, num_nodes)
+        rowptr, senders, perm, is_sorted = _sorting.sort_by_receiver(edges, num_nodes)
+        # the graph must not change when the caller's tensor does
+        return cls(rowptr, senders, None if is_sorted else perm)
+
+    @classmethod
+    def complete(
+        cls,
+        sizes: Sequence[int] | Tensor | np.ndarray[Any, Any],
+        device: torch.device | str = "cpu",
+    ) -> Graph:
         """All ordered pairs (i, j), i != j, within each component; no edge list is stored.
 
         Parameters
         ----------
-        sizes : sequence of int or Tensor [B]
+        sizes : sequence of int, or Tensor or NumPy array [B] of integers
             Nodes of each component; components are numbered one after the other.
         device : torch.device or str
             Where the graph lies.
 
         Edges are row-major: by component, then receiver, then sender.
         """
-        if isinstance(sizes, Tensor) and (sizes.is_floating_point() or sizes.dim() != 1):
-            raise TypeError(
-                f"sizes: expected a 1-D tensor of integers, got {sizes.dtype} {tuple(sizes.shape)}"
-            )
-        values = sizes.tolist() if isinstance(sizes, Tensor) else list(sizes)
-        for size in values:
-            check_count("sizes", size)
-        count = torch.tensor(values, dtype=torch.int64)
-        nodes, edges = int(count.sum()), int((count * (count - 1)).sum())
-        if max(nodes, edges) > INT32_MAX:
-            raise ValueError(f"sizes: at most 2**31 - 1 nodes and edges, got {nodes} and {edges}")
-        start = count.cumsum(0) - count
-        first = torch.repeat_interleave(start, count)
-        degree = torch.repeat_interleave((count - 1).clamp(min=0), count)
+        counts = as_counts("sizes", sizes)
+        if transforming():
+            return cls._complete(counts, device)
+        with _keeping.lasting():
+            return cls._complete(counts, device)
+
+    @classmethod
+    def _complete(cls, counts: list[int], device: torch.device | str) -> Graph:
+        nodes, edges = sum(counts), sum(n * (n - 1) for n in counts)
+        check_totals("sizes", nodes, edges)
+        count = torch.tensor(counts, dtype=torch.int64, device="cpu")
+        first = torch.repeat_interleave(count.cumsum(0) - count, count, output_size=nodes)
+        degree = torch.repeat_interleave((count - 1).clamp(min=0), count, output_size=nodes)
         return cls(
             rowptr=_prefix_sum(degree).to(device),
             first=first.to(device=device, dtype=torch.int32),
-            _lazy={"num_edges": edges},
+            sizes=count.to(device),
+            num_edges=edges,
         )
 
-    @_lasting()
-    def to(self, device: torch.device | str) -> Graph:
-        """The same graph on another device; itself if it is there already."""
-        if torch.device(device) == self.device:
+    @classmethod
+    def batch(cls, graphs: Iterable[Graph]) -> Graph:
+        """One graph of several, whose nodes and edges follow each other in their order.
+
+        Edge attributes and masks of the graphs, concatenated in the same order, go with it. Of
+        complete graphs alone it is complete. :attr:`sizes` has the nodes of each graph, those of
+        a batch one by one; :attr:`batch_index` the number of each node's graph, for pooling::
+
+            h.new_zeros(graph.num_graphs, h.shape[1]).index_add(0, graph.batch_index, h)
+
+        Raises
+        ------
+        TypeError, ValueError
+            Something is no Graph, there is none, they lie on different devices, or 32 bits do
+            not suffice to number nodes or edges.
+        """
+        found = list(graphs)
+        for graph in found:
+            if not isinstance(graph, Graph):
+                raise TypeError(f"graphs: expected Graphs, got {type(graph).__name__}")
+        if not found:
+            raise ValueError("graphs: expected at least one Graph")
+        if any(graph.device != found[0].device for graph in found):
+            places = sorted({str(graph.device) for graph in found})
+            raise ValueError(f"graphs: expected one device, got {', '.join(places)}")
+        if transforming():
+            return cls(*_batching.joined(found))
+        with _keeping.lasting():
+            return cls(*_batching.joined(found))
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Graph:
+        """The same graph on another device; itself if it is there already.
+
+        Parameters
+        ----------
+        device : torch.device, str or int
+            Where to; indices keep their dtypes.
+        non_blocking : bool
+            Whether to copy from pinned memory to a GPU without waiting; see ``Tensor.to``.
+        """
+        return self._each(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def cpu(self) -> Graph:
+        """The graph on the CPU."""
+        return self.to("cpu")
+
+    def cuda(
+        self, device: torch.device | str | int | None = None, non_blocking: bool = False
+    ) -> Graph:
+        """The graph on a GPU, the current one by default."""
+        return self.to("cuda" if device is None else device, non_blocking)
+
+    def pin_memory(self) -> Graph:
+        """The graph in page-locked memory, from which GPUs copy without waiting."""
+        return self._each(lambda t: t.pin_memory())
+
+    def is_pinned(self) -> bool:
+        """Whether it lies in page-locked memory."""
+        return self.rowptr.is_pinned()
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep its memory until what the stream has to do so far is done; on GPUs."""
+        for t in self._tensors():
+            if t is not None:
+                t.record_stream(stream)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Graph:
+        old = self._tensors()
+        with _keeping.lasting():
+            new = [None if t is None else change(t) for t in old]
+        if all(a is b for a, b in zip(old, new, strict=True)):
             return self
-        moved = [
-            None if t is None else t.to(device)
-            for t in (self.rowptr, self.senders, self.perm, self.first)
-        ]
-        assert moved[0] is not None
-        kept = {"num_edges": self._lazy["num_edges"]} if "num_edges" in self._lazy else {}
-        return Graph(moved[0], moved[1], moved[2], moved[3], _lazy=kept)
+        assert new[0] is not None
+        return Graph(new[0], new[1], new[2], new[3], new[4], self._num_edges)
+
+    def _tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        return self.rowptr, self.senders, self.perm, self.first, self.sizes
 
     @property
     def device(self) -> torch.device:
@@ -139,7 +264,19 @@ class Graph:
         """E."""
         if self.senders is not None:
             return self.senders.shape[0]
+        if self._num_edges is not None:
+            return self._num_edges
         return int(self._cached("num_edges", lambda: int(self.rowptr[-1])))
+
+    @property
+    def num_graphs(self) -> int:
+        """B: how many graphs it consists of."""
+        return 1 if self.sizes is None else self.sizes.shape[0]
+
+    @property
+    def batch_index(self) -> Tensor:
+        """The number of each node's graph, ``[N]``, int64, ascending; not to be written to."""
+        return self._cached("batch_index", self._batch_index)
 
     @property
     def is_complete(self) -> bool:
@@ -177,6 +314,11 @@ class Graph:
     @property
     def receivers(self) -> Tensor:
         """Receiver of each edge in receiver order: ``[E]``, int64."""
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            # vmap has no rule for repeat_interleave
+            starts = self.rowptr[1:-1]
+            marks = self.rowptr.new_zeros(self.num_edges + 1)
+            return marks.scatter_add(0, starts, torch.ones_like(starts)).cumsum(0)[:-1]
         nodes = torch.arange(self.num_nodes, device=self.device)
         return torch.repeat_interleave(nodes, self.degree, output_size=self.num_edges)
 
@@ -192,7 +334,8 @@ class Graph:
         """1 / max(degree, 1): ``[N]``; kept after the first call."""
         return self._cached(
             ("inverse_degree", dtype),
-            lambda: self.degree.clamp(min=1).to(dtype).reciprocal(),
+            # a quotient: reciprocal() has autocast's own dtype on GPUs
+            lambda: torch.ones_like(self.degree, dtype=dtype) / self.degree.clamp(min=1).to(dtype),
         )
 
     def sorted_senders(self) -> Tensor:
@@ -209,23 +352,24 @@ class Graph:
         ordered = torch.stack((self.receivers, self.sorted_senders()))
         if self.perm is None:
             return ordered
-        edges = torch.empty_like(ordered)
-        edges[:, self.perm.long()] = ordered
-        return edges
+        return ordered.scatter(1, self.perm.long().expand_as(ordered), ordered)
 
     def _transpose(self) -> tuple[Tensor, Tensor]:
         senders = self.sorted_senders()
         order = torch.sort(senders, stable=True).indices.to(torch.int32)
         return _prefix_sum(torch.bincount(senders, minlength=self.num_nodes)), order
 
-    def _cached(self, key: Any, make: Any) -> Any:
+    def _batch_index(self) -> Tensor:
+        if self.sizes is None:
+            return self.rowptr.new_zeros(self.num_nodes)
+        numbers = torch.arange(self.sizes.shape[0], device=self.device)
+        return torch.repeat_interleave(numbers, self.sizes, output_size=self.num_nodes)
+
+    def _cached(self, key: Any, make: Callable[[], Any]) -> Any:
         # a traced region must not read or write what depends on the calls before it
-        if torch.compiler.is_compiling():
+        if transforming():
             return make()
-        if key not in self._lazy:
-            with _lasting():
-                self._lazy[key] = make()
-        return self._lazy[key]
+        return _keeping.kept(self._kept, key, make, self.device)
 
     def __repr__(self) -> str:
         kind = "complete, " if self.is_complete else ""
@@ -233,60 +377,33 @@ class Graph:
         return f"Graph({kind}{sizes}, device={self.device})"
 
 
-def as_edge_index(edge_index: EdgeIndexLike) -> Tensor:
-    """An edge list of any accepted form as one int64 tensor ``[2, E]``."""
-    if not isinstance(edge_index, Tensor):
-        if not isinstance(edge_index, Sequence) or len(edge_index) != 2:
-            raise TypeError(
-                "edge_index: expected a Graph, a tensor [2, E] or a pair (receivers, senders), "
-                f"got {type(edge_index).__name__}"
-            )
-        rows = [torch.as_tensor(row) for row in edge_index]
-        # an empty list has no dtype of its own
-        rows = [row.long() if row.numel() == 0 else row for row in rows]
-        if rows[0].shape != rows[1].shape or rows[0].dim() != 1:
-            raise ValueError(
-                "edge_index: receivers and senders must be 1-D of one length, "
-                f"got {tuple(rows[0].shape)} and {tuple(rows[1].shape)}"
-            )
-        if rows[0].device != rows[1].device:
-            raise ValueError(
-                f"edge_index: receivers lie on {rows[0].device}, senders on {rows[1].device}"
-            )
-        edge_index = torch.stack(rows)
-    if edge_index.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"edge_index: expected int64 or int32, got {edge_index.dtype}")
-    if edge_index.dim() != 2 or edge_index.shape[0] != 2:
-        raise ValueError(f"edge_index: expected shape [2, E], got {list(edge_index.shape)}")
-    return edge_index.long()
-
-
-def check_index_range(edges: Tensor, num_nodes: int) -> None:
-    """Raise IndexError unless every entry of ``edges [2, E]`` lies in [0, num_nodes)."""
-    if edges.shape[1] == 0:
-        return
-    low, high = _sorting.index_range(edges)
-    if low < 0:
-        raise IndexError(f"edge_index: indices must not be negative, got {low}")
-    if high >= num_nodes:
-        raise IndexError(f"edge_index: indices must be below num_nodes = {num_nodes}, got {high}")
-
-
-def check_edge_count(edges: Tensor) -> None:
-    """Raise ValueError unless 32 bits suffice to number the edges."""
-    if edges.shape[1] > INT32_MAX:
-        raise ValueError(f"edge_index: at most 2**31 - 1 edges, got {edges.shape[1]}")
-
-
-def check_count(name: str, value: object) -> None:
-    """Raise unless ``value`` is a whole number from 0 to 2**31 - 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
-    if not 0 <= value <= INT32_MAX:
-        raise ValueError(f"{name}: expected 0 to 2**31 - 1, got {value}")
-
-
 def _prefix_sum(counts: Tensor) -> Tensor:
     out = counts.new_zeros(counts.shape[0] + 1, dtype=torch.int64)
     torch.cumsum(counts, 0, out=out[1:])
     return out
+
+
+def _flatten(graph: Graph) -> tuple[list[Any], None]:
+    return list(graph._tensors()), None
+
+
+def _flatten_with_keys(graph: Graph) -> tuple[list[tuple[Any, Any]], None]:
+    return [(GetAttrKey(name), getattr(graph, name)) for name in TENSORS], None
+
+
+def _unflatten(tensors: Iterable[Any], context: None) -> Graph:
+    return Graph(*tensors)
+
+
+def _collate(graphs: list[Graph], *, collate_fn_map: object = None) -> Graph:
+    return Graph.batch(graphs)
+
+
+# make_fx and torch.export see the tensors of a Graph that is an argument
+register_pytree_node(
+    Graph, _flatten, _unflatten,
+    serialized_type_name="egnn_fast.Graph", flatten_with_keys_fn=_flatten_with_keys,
+)  # fmt: skip
+default_collate_fn_map[Graph] = _collate
+# checkpoints with a Graph load with weights_only=True
+torch.serialization.add_safe_globals([Graph])

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egnn_fast import _cpu, _double_backward, _partition, _sorting
+from egnn_fast import _cpu, _double_backward, _partition
 from egnn_fast.budget import activation_budget
 from egnn_fast.direct import DirectWay, is_direct
 from egnn_fast.eager import transforming
-from egnn_fast.graph import Graph, check_count, check_edge_count, check_index_range
+from egnn_fast.graph import Graph
 from egnn_fast.operators import Operator, Tensors, lib, wants_grad
 from egnn_fast.options import LAYER_INPUTS, EdgeWeights, LayerWeights, Options
 from egnn_fast.precision import matmul_precision
@@ -298,27 +298,3 @@ def _uncast(x: Tensor, tensors: Tensors, backend: str = "cpu") -> Tensors:
     found = [None if t is None else t.to(x.dtype) for t in tensors]
     # GPU kernels gather P and Q as autocast's linear left them
     return found if backend == "cpu" else [tensors[0], *found[1:]]
-
-
-def graph_in_trace(edge_index: Tensor, num_nodes: int) -> Graph:
-    """The graph of an edge list inside a traced region, where nothing may be kept."""
-    rowptr, senders, perm = torch.ops.egnn_fast.sort_by_receiver.default(edge_index, num_nodes)
-    return Graph(rowptr, senders, perm)
-
-
-def _sort_by_receiver(edge_index: Tensor, num_nodes: int) -> tuple[Tensor, Tensor, Tensor]:
-    check_edge_count(edge_index)
-    check_count("num_nodes", num_nodes)
-    check_index_range(edge_index, num_nodes)
-    return _sorting.sort_by_receiver(edge_index, num_nodes)[:3]
-
-
-def _sort_by_receiver_fake(edge_index: Tensor, num_nodes: int) -> tuple[Tensor, Tensor, Tensor]:
-    edges = edge_index.shape[1]
-    int32 = edge_index.new_empty((edges,), dtype=torch.int32)
-    return edge_index.new_empty((num_nodes + 1,)), int32, torch.empty_like(int32)
-
-
-lib.define("sort_by_receiver(Tensor edge_index, SymInt num_nodes) -> (Tensor, Tensor, Tensor)")
-lib.impl("sort_by_receiver", _sort_by_receiver, "CompositeExplicitAutograd")
-torch.library.register_fake("egnn_fast::sort_by_receiver", _sort_by_receiver_fake, lib=lib)

@@ -269,6 +269,43 @@ def test_compiled_double_backward_is_refused_by_pytorch(backend: str) -> None:
         force.pow(2).sum().backward()
 
 
+def from_list(h: Tensor, edges: Tensor) -> Graph:
+    return Graph.from_edge_index(edges, h.shape[0])
+
+
+def from_sizes(h: Tensor, edges: Tensor) -> Graph:
+    return Graph.complete([h.shape[0] - 3, 3])
+
+
+def from_both(h: Tensor, edges: Tensor) -> Graph:
+    return Graph.batch([Graph.from_edge_index(edges, h.shape[0] - 2), Graph.complete([2])])
+
+
+@every_backend
+@pytest.mark.parametrize("build", [from_list, from_sizes, from_both])
+def test_graphs_built_in_compiled_code(
+    build: Callable[[Tensor, Tensor], Graph], backend: str
+) -> None:
+    model = nn.EGNN(5, 8, 4, n_layers=2, backend=backend)
+
+    def call(h: Tensor, x: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = model(h, x, build(h, edges))
+        return found
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    made = torch.compile(build, fullgraph=True, dynamic=True, backend="aot_eager")
+    for k, (nodes, edges) in enumerate(SIZES):
+        args = (torch.randn(nodes, 5), torch.randn(nodes, 3), torch.randint(nodes - 2, (2, edges)))
+        with torch.compiler.set_stance("fail_on_recompile" if k else "default"):
+            found = training_step(compiled, model, args, {})
+            graph = made(args[0], args[2])
+        assert_equal(found, training_step(call, model, args, {}))
+        assert type(graph) is Graph
+        assert torch.equal(graph.edge_index, build(args[0], args[2]).edge_index)
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+
+
 class WithGraph(torch.nn.Module):
     def __init__(self, model: torch.nn.Module, graph: Graph) -> None:
         super().__init__()
@@ -331,6 +368,20 @@ def test_export_with_edge_index_and_sizes_as_inputs(strict: bool, backend: str) 
                 found = call(*args, edge_attr=edge_attr)
             for a, b in zip(found, model(*args, edge_attr=edge_attr), strict=True):
                 assert torch.equal(a, b)
+
+
+@every_backend
+@pytest.mark.parametrize("make", [unsorted, complete])
+def test_export_with_a_graph_as_an_input(make: Callable[[Tensor, int], Any], backend: str) -> None:
+    model = nn.EGNN(5, 8, 4, n_layers=2, backend=backend).eval()
+    args, _ = inputs("plain", make, 10, 30)
+    program = torch.export.export(model, args, strict=False)
+    for call in (program.module(), reloaded(program)):
+        other, _ = inputs("plain", make, 10, 30)
+        with torch.no_grad():
+            found = call(*other)
+        for a, b in zip(found, model(*other), strict=True):
+            assert torch.equal(a, b)
 
 
 @even_interpreted

@@ -23,7 +23,7 @@ from torch.func import (
 )
 from torch.utils._pytree import tree_leaves
 
-from egnn_fast import checks, nn
+from egnn_fast import Graph, checks, nn
 from egnn_fast._cases import ORDERS, Case
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -297,6 +297,71 @@ def test_ensembles_of_models(backend: str) -> None:
         right = model(leaves["h"], leaves["x"], graph)
         assert checks.relative_error(h[k], right[0]) <= checks.FLOAT64_BOUND
         assert checks.relative_error(x[k], right[1]) <= checks.FLOAT64_BOUND
+
+
+def by_grad(loss: Callable[..., Tensor], x: Tensor, edges: Any) -> Any:
+    return grad(lambda x: loss(x, edges))(x)
+
+
+def by_grad_of_all(loss: Callable[..., Tensor], x: Tensor, edges: Any) -> Any:
+    return grad(loss)(x, edges)
+
+
+def by_vjp(loss: Callable[..., Tensor], x: Tensor, edges: Any) -> Any:
+    value, pull = vjp(lambda x: loss(x, edges), x)[:2]
+    return pull(torch.ones_like(value))[0]
+
+
+def by_vmap(loss: Callable[..., Tensor], x: Tensor, edges: Any) -> Any:
+    return vmap(grad(loss), in_dims=(0, None))(torch.stack((-x, x)), edges)[1]
+
+
+def by_jacrev(loss: Callable[..., Tensor], x: Tensor, edges: Any) -> Any:
+    return jacrev(lambda x: loss(x, edges))(x)
+
+
+@pytest.mark.parametrize("backend", [*FUSED_BACKENDS, "reference"])
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("form", ["tensor", "pair", "graph"])
+@pytest.mark.parametrize("transform", [by_grad, by_grad_of_all, by_vjp, by_vmap, by_jacrev])
+def test_edges_of_any_form(transform: Any, form: str, warm: bool, backend: str) -> None:
+    """The same whether an ordinary call has seen them before or not."""
+    model = nn.EGNN(5, 8, 4, n_layers=2, backend=backend).double()
+    h, x = torch.randn(6, 5).double(), torch.randn(6, 3).double()
+    edge_index = torch.randint(6, (2, 20))
+    edges: Any = {
+        "tensor": edge_index, "pair": list(edge_index.clone()),
+        "graph": Graph.from_edge_index(edge_index, 6),
+    }[form]  # fmt: skip
+
+    def loss(x: Tensor, edges: Any) -> Tensor:
+        return model(h, x, edges)[0].sin().sum()
+
+    if warm:
+        loss(x, edges)
+    found = transform(loss, x, edges)
+    leaf = x.clone().requires_grad_()
+    (right,) = torch.autograd.grad(loss(leaf, edge_index.clone()), leaf)
+    assert checks.relative_error(found, right) <= checks.FLOAT64_BOUND
+    if warm:
+        assert torch.equal(loss(x, edges), loss(x, edge_index.clone()))
+
+
+@pytest.mark.parametrize("backend", [*FUSED_BACKENDS, "reference"])
+@pytest.mark.parametrize("dim", [0, 1, -1])
+@pytest.mark.filterwarnings("error")
+def test_vmap_over_edge_lists(dim: int, backend: str) -> None:
+    model = nn.EGNN(5, 8, 4, n_layers=2, backend=backend).double()
+    h, x = torch.randn(6, 5).double(), torch.randn(6, 3).double()
+    lists = torch.randint(6, (3, 2, 20))
+
+    def loss(x: Tensor, edges: Tensor) -> Tensor:
+        return model(h, x, edges)[0].sin().sum()
+
+    found = vmap(grad(loss), in_dims=(None, dim))(x, lists.movedim(0, dim))
+    for k, edges in enumerate(lists):
+        right = grad(loss)(x, Graph.from_edge_index(edges, 6))  # type: ignore[arg-type]
+        assert checks.relative_error(found[k], right) <= checks.FLOAT64_BOUND
 
 
 @every_face

@@ -14,8 +14,8 @@ from egnn_fast._partition import (
     Partition,
     SenderOrder,
     by_receiver,
-    by_sender,
     kept,
+    kept_by_sender,
     receivers_of,
 )
 from egnn_fast._triton.packing import packed
@@ -160,8 +160,7 @@ class Call:
     def part_by_sender(self, begin: int, end: int) -> SenderOrder:
         """The same edges in the order of their senders."""
         key = (begin, end, sender_block(padded(self.hidden)), self.programs)
-        graph = (self.rowptr, self.senders, self.first)
-        return kept(self.rowptr, ("senders", *key), lambda: by_sender(*graph, *key))
+        return kept_by_sender(self.rowptr, self.senders, self.first, *key)
 
     def edges(self, part: Partition) -> EdgeList:
         """The record of such a run of edges."""

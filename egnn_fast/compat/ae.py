@@ -104,7 +104,7 @@ class AE_EGNN(nn.Module):
         arguments.check_float("h", h, 2)
         if x0 is None:
             # drawn in the default dtype and on the CPU, so that a seed gives the official noise
-            x0 = torch.randn(h.shape[0], self.K).to(h)
+            x0 = torch.randn(h.shape[0], self.K, device="cpu").to(h)
         arguments.check_nodes(h, x0)
         arguments.check_shape("x0", x0, (h.shape[0], self.K))
         graph = arguments.resolve_graph(edges, h)

@@ -175,4 +175,4 @@ def get_edges(n_nodes: int) -> list[list[int]]:
 def get_edges_batch(n_nodes: int, batch_size: int) -> tuple[list[Tensor], Tensor]:
     """The edges of ``batch_size`` such graphs one after the other, and ones as ``edge_attr``."""
     edges = Graph.complete([n_nodes] * batch_size).edge_index
-    return list(edges), torch.ones(edges.shape[1], 1)
+    return list(edges), torch.ones(edges.shape[1], 1, device="cpu")

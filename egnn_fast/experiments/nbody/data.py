@@ -245,14 +245,14 @@ def systems(
     """Some of the systems as tensors on a device."""
 
     def tensor(array: npt.NDArray[np.float64]) -> Tensor:
-        return torch.as_tensor(array[part], dtype=dtype)
+        return torch.as_tensor(array[part], dtype=dtype, device="cpu")
 
     charges = tensor(arrays.charges)
     x, v, target = (
         tensor(a).transpose(1, 2).contiguous() for a in (arrays.x_in, arrays.v_in, arrays.x_out)
     )
     particles = charges.shape[1]
-    receiver, sender = (~torch.eye(particles, dtype=torch.bool)).nonzero().T
+    receiver, sender = (~torch.eye(particles, dtype=torch.bool, device="cpu")).nonzero().T
     charge_product = charges[:, receiver] * charges[:, sender]
     distance2 = ((x[:, receiver] - x[:, sender]) ** 2).sum(dim=2)
     return Systems(

@@ -70,7 +70,8 @@ class History:
 
     def to_tensor(self) -> Tensor:
         """``[epochs, 3]``, float64."""
-        return torch.tensor([self.train, self.val, self.test], dtype=torch.float64).T.contiguous()
+        rows = [self.train, self.val, self.test]
+        return torch.tensor(rows, dtype=torch.float64, device="cpu").T.contiguous()
 
     @classmethod
     def from_tensor(cls, values: Tensor) -> History:

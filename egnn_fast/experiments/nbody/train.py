@@ -89,7 +89,8 @@ def try_out(config: Config) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
-        values = torch.randn(2, *shape, generator=generator, dtype=data_dtype(config))
+        dtype = data_dtype(config)
+        values = torch.randn(2, *shape, generator=generator, dtype=dtype, device="cpu")
         return values.to(trainer.fabric.device)
 
     batch = Systems(draw(5, 1), draw(5, 3), draw(5, 3), draw(20, 2), draw(5, 3), draw(5))
@@ -163,7 +164,8 @@ def train(
     with folder.start_metrics(history) as metrics:
         for epoch in range(len(history), config.epochs):
             start = time.perf_counter()
-            order = torch.randperm(len(data.train), generator=shuffle).to(data.train.x.device)
+            order = torch.randperm(len(data.train), generator=shuffle, device="cpu")
+            order = order.to(data.train.x.device)
             loss = trainer.epoch(data.train, order, config.batch_size)
             rate = steps / (time.perf_counter() - start)
             if not math.isfinite(loss):

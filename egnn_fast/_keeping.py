@@ -1,0 +1,71 @@
+"""Values computed once from tensors that do not change, kept for later calls.
+
+Kept is only what an ordinary call computed, of plain tensors: what a trace or transform computes
+belongs to it, and has no values afterwards. It serves every later call, so what it is computed from
+must be in its key or stay as it is: grad mode, inference mode, autocast and the default dtype and
+device are those of no caller (:func:`lasting`; the functions that compute name dtype and device).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from egnn_fast.eager import is_plain, transforming
+
+Values = dict[Any, tuple[Any, "_Made | None"]]
+
+
+def lasting() -> torch.inference_mode:
+    """What is kept must serve training too, whatever the mode of the call that first asked."""
+    return torch.inference_mode(False)
+
+
+def kept(values: Values, key: Any, make: Callable[[], Any], device: torch.device) -> Any:
+    """``make()``, computed once for this key in an ordinary call.
+
+    Anew while a CUDA graph is captured, if it was not before: what a capture records has no values
+    until the graph runs. What another stream made is waited for.
+    """
+    if transforming():
+        return make()
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if key not in values:
+        with lasting():
+            value = make()
+        if capturing or not all(is_plain(t) for t in _tensors(value)):
+            return value
+        # of two threads that compute at once the first one's stays
+        values.setdefault(key, (value, _Made(device) if device.type == "cuda" else None))
+    value, made = values[key]
+    if made is not None and not capturing:  # before a capture the whole device is waited for
+        made.await_by_current_stream(value)
+    return value
+
+
+class _Made:
+    """When and on which stream something was computed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.current_stream(device)
+        self.event = self.stream.record_event()
+
+    def await_by_current_stream(self, value: Any) -> None:
+        """Let the current stream wait for it, and its memory for the current stream."""
+        current = torch.cuda.current_stream(self.stream.device)
+        if current == self.stream:
+            return
+        current.wait_event(self.event)
+        for t in _tensors(value):
+            t.record_stream(current)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
