@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,13 +11,13 @@ from torch import Tensor, nn
 from egnn_fast import functional
 from egnn_fast.backends import Explanation, check_name
 from egnn_fast.graph import EdgeIndexLike, Graph
+from egnn_fast.nn import _modules
 from egnn_fast.nn._parts import (
     LayerArgs,
     check_activation,
     check_sizes,
     coord_mlp,
     fused_activation,
-    linear_tensors,
     mlp,
 )
 from egnn_fast.options import LayerWeights, Options
@@ -113,7 +114,6 @@ class EGCLBase(nn.Module):
         self.edge_attr_dim = edge_attr_dim
         self.node_attr_dim = node_attr_dim
         self.residual = residual
-        self._is_fused = fused is not None
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         width = 2 * in_features + 1 + edge_attr_dim
@@ -133,23 +133,20 @@ class EGCLBase(nn.Module):
         self.coord_mlp_vel = mlp(self.in_features, self.hidden_features, 1, act, factory)
 
     def weights(self) -> LayerWeights:
-        """The parameters as :func:`egnn_fast.functional.egcl` takes them, not copied."""
-        parts: Any = self._modules
-        found: list[Tensor | None] = [
-            *linear_tensors(parts["edge_mlp"], "0"),
-            *linear_tensors(parts["edge_mlp"], "2"),
-            *linear_tensors(parts["node_mlp"], "0"),
-            *linear_tensors(parts["node_mlp"], "2"),
-        ]
-        att, head, vel = map(parts.get, ("att_mlp", "coord_mlp", "coord_mlp_vel"))
-        found += (None, None) if att is None else linear_tensors(att, "0")
-        if head is None:
-            found += (None, None, None)
-        else:
-            found += (*linear_tensors(head, "0"), linear_tensors(head, "2")[0])
-        if vel is not None:
-            found += (*linear_tensors(vel, "0"), *linear_tensors(vel, "2"))
-        return LayerWeights(*found)  # type: ignore[arg-type]
+        """The parameters as :func:`egnn_fast.functional.egcl` takes them, not copied.
+
+        Raises
+        ------
+        ValueError
+            A submodule was replaced or has a hook, so that they do not say what the layer computes.
+        """
+        found = _modules.read(self)
+        if found is not None:
+            return found
+        for change, is_activation in _modules.changes(self):
+            if not is_activation:
+                raise ValueError(f"weights: do not say what the layer computes: {change}")
+        return _modules.reparametrised(self)
 
     def explain(self, h: Tensor, x: Tensor) -> Explanation:
         """Which backend and instruction set would run the layer on these tensors, and why."""
@@ -158,7 +155,7 @@ class EGCLBase(nn.Module):
             x,
             hidden=self.hidden_features,
             options=self.options,
-            activation=self._activation(),
+            changed=_modules.first_change(self),
             backend=self.backend,
         )
 
@@ -182,11 +179,6 @@ class EGCLBase(nn.Module):
             shown.append(f"backend={self.backend!r}")
         return ", ".join(shown)
 
-    def _activation(self) -> nn.Module | None:
-        """The activation module where no kernel knows it."""
-        edge_mlp: Any = self._modules["edge_mlp"]
-        return None if self._is_fused else edge_mlp._modules["1"]
-
     def _run(
         self,
         h: Tensor,
@@ -200,22 +192,32 @@ class EGCLBase(nn.Module):
         node_mask: Tensor | None = None,
         carry_velocity: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        return functional.egcl(
-            h,
-            x,
-            graph,
-            self.weights(),
-            self.options,
-            edge_attr=edge_attr,
-            node_attr=node_attr,
-            edge_mask=edge_mask,
-            node_mask=node_mask,
-            v=v,
-            residual=self.residual,
-            carry_velocity=carry_velocity,
-            activation=self._activation(),
-            backend=self.backend,
-        )
+        given: dict[str, Any] = {
+            "edge_attr": edge_attr,
+            "node_attr": node_attr,
+            "edge_mask": edge_mask,
+            "node_mask": node_mask,
+            "v": v,
+            "residual": self.residual,
+            "carry_velocity": carry_velocity,
+            "backend": self.backend,
+        }
+        weights = _modules.read(self)
+        if weights is None:
+            change = _modules.first_change(self)
+            if change is not None:
+                return self._run_modules(h, x, graph, change, **given)
+            weights = _modules.reparametrised(self)
+        return functional.egcl(h, x, graph, weights, self.options, **given)
+
+    def _run_modules(
+        self, h: Tensor, x: Tensor, graph: Graph | EdgeIndexLike, change: str, **given: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The layer in plain PyTorch, through its modules as they are."""
+        _modules.check_dtype(self, h)
+        widths = (self.in_features, self.hidden_features, self.edge_attr_dim, self.node_attr_dim)
+        maps = _modules.maps_of(self)
+        return functional.egcl_by_maps(h, x, graph, maps, self.options, widths, change, **given)
 
 
 class EGCL(EGCLBase):
@@ -356,7 +358,8 @@ def explain(module: nn.Module, h: Tensor, x: Tensor) -> Explanation:
     Parameters
     ----------
     module : torch.nn.Module
-        A layer of this package, or any module that contains one: the first one is asked.
+        A layer of this package, or any module that contains one: the first layer is asked, or
+        the first that runs through its modules because they are not as they were built.
     h : Tensor [N, any]
         Node features.
     x : Tensor [N, D]
@@ -369,7 +372,11 @@ def explain(module: nn.Module, h: Tensor, x: Tensor) -> Explanation:
     BackendError
         A backend was named that cannot run the call.
     """
-    for part in module.modules():
-        if isinstance(part, EGCLBase):
-            return part.explain(h, x)
+    layers = [(k, part) for k, part in module.named_modules() if isinstance(part, EGCLBase)]
+    for name, layer in layers:
+        if _modules.first_change(layer) is not None:
+            told = layer.explain(h, x)
+            return replace(told, reason=f"{name}.{told.reason}" if name else told.reason)
+    if layers:
+        return layers[0][1].explain(h, x)
     raise TypeError(f"module: {type(module).__name__} contains no layer of egnn_fast")

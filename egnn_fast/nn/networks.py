@@ -200,10 +200,14 @@ def enter(
 ) -> tuple[Tensor, Graph]:
     """Check what enters a network, embed h, and make a raw edge list a Graph for all layers."""
     arguments.check_nodes(h, x)
-    weight: Tensor = embedding.weight  # type: ignore[assignment]
-    if h.shape[1] != weight.shape[1]:
-        raise ValueError(f"h: expected [N, {weight.shape[1]}], got {list(h.shape)}")
-    arguments.check_like("h", h, weight, "the network")
+    features = getattr(embedding, "in_features", None)
+    if type(embedding).forward is nn.Linear.forward:
+        weight: Any = embedding.weight
+        features = weight.shape[1]
+        arguments.check_like("h", h, weight, "the network")
+    # what stands in a Linear's place (quantised, an adapter) need not have these
+    if isinstance(features, int) and h.shape[1] != features:
+        raise ValueError(f"h: expected [N, {features}], got {list(h.shape)}")
     return embedding(h), arguments.resolve_graph(graph, h)
 
 
