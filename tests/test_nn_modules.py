@@ -264,6 +264,8 @@ def test_quantised_networks(data: Data) -> None:
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         quantised = torch.ao.quantization.quantize_dynamic(network, {nn.Linear}, torch.qint8)
     expected = network(*given[:3], edge_attr=given[3])
+    said = quantised.gcl_0.explain(torch.randn(N, 16), given[1]).reason
+    assert said.startswith("edge_mlp.0 is a torch.ao.nn.quantized.dynamic.modules.linear.Linear, ")
     found = quantised(*given[:3], edge_attr=given[3])
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0.1, atol=0.1)

@@ -196,7 +196,9 @@ def _differs(module: Any, kind: type[nn.Module], options: Options, biased: bool)
 
 
 def _is_a(module: Any, kind: type[nn.Module]) -> str:
-    name = type(module).__name__
+    found = type(module)
+    # peft's and quantised Linears are called so too
+    name = f"{found.__module__}.Linear" if found.__name__ == "Linear" else found.__name__
     known = FUSED_ACTIVATIONS.values()
     if kind in known and type(module) not in known:
         return f"is a {name}: only SiLU, ReLU and LeakyReLU run fused"
