@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from egnn_fast import functional
+from egnn_fast._keywords import hinted
 from egnn_fast.backends import Explanation, check_name
 from egnn_fast.graph import EdgeIndexLike, Graph
 from egnn_fast.nn import _modules
@@ -20,12 +21,13 @@ from egnn_fast.nn._parts import (
     fused_activation,
     mlp,
 )
-from egnn_fast.options import LayerWeights, Options
+from egnn_fast.options import LayerWeights, Options, as_bool
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@hinted
 class EGCLBase(nn.Module):
     """The parameters and options of a layer; what every layer class is built on.
 
@@ -90,8 +92,7 @@ class EGCLBase(nn.Module):
         )
         check_sizes(0, edge_attr_dim=edge_attr_dim, node_attr_dim=node_attr_dim)
         check_activation("activation", activation)
-        if not isinstance(residual, bool):
-            raise TypeError(f"residual: expected a bool, got {residual!r}")
+        residual = as_bool("residual", residual)
         if residual and in_features != out_features:
             raise ValueError(
                 f"residual: needs in_features = out_features, got {in_features} and {out_features}"
@@ -121,8 +122,8 @@ class EGCLBase(nn.Module):
         width = in_features + hidden_features + node_attr_dim
         self.node_mlp = mlp(width, hidden_features, out_features, act, factory)
         if self.options.updates_coords:
-            self.coord_mlp = coord_mlp(hidden_features, act, coord_tanh, factory)
-        if attention:
+            self.coord_mlp = coord_mlp(hidden_features, act, self.options.coord_tanh, factory)
+        if self.options.attention:
             self.att_mlp = nn.Sequential(nn.Linear(hidden_features, 1, **factory), nn.Sigmoid())
 
     def _add_velocity_mlp(
@@ -278,6 +279,7 @@ class EGCL(EGCLBase):
         return new_h, new_x
 
 
+@hinted
 class EGCLVel(EGCLBase):
     """The layer with velocities: x also moves by phi_v(h) v (eq. 7).
 
@@ -300,9 +302,7 @@ class EGCLVel(EGCLBase):
         **layer: Unpack[LayerArgs],
     ) -> None:
         super().__init__(in_features, out_features, hidden_features, **layer)
-        if not isinstance(carry_velocity, bool):
-            raise TypeError(f"carry_velocity: expected a bool, got {carry_velocity!r}")
-        self.carry_velocity = carry_velocity
+        self.carry_velocity = as_bool("carry_velocity", carry_velocity)
         self._add_velocity_mlp(layer.get("device"), layer.get("dtype"))
 
     def forward(

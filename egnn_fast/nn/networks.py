@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from egnn_fast import arguments
+from egnn_fast._keywords import hinted
 from egnn_fast.graph import EdgeIndexLike, Graph
 from egnn_fast.nn._parts import LayerArgs, check_sizes
 from egnn_fast.nn.layers import EGCL, EGCLVel
+from egnn_fast.options import as_bool
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@hinted
 class EGNN(nn.Module):
     """Embedding, ``n_layers`` layers :class:`EGCL`, output embedding.
 
@@ -98,6 +101,7 @@ coord_agg, coord_scale, coord_clamp, backend, device, dtype
         return h if mask is None else h * mask.unsqueeze(1).to(h.dtype), x
 
 
+@hinted
 class EGNNVel(nn.Module):
     """Embedding and ``n_layers`` layers :class:`EGCLVel`, for systems with velocities.
 
@@ -137,7 +141,7 @@ coord_agg, coord_scale, coord_clamp, backend, device, dtype
         super().__init__()
         check_sizes(1, in_features=in_features, hidden_features=hidden_features, n_layers=n_layers)
         self.n_layers = n_layers
-        self.carry_velocity = carry_velocity
+        self.carry_velocity = as_bool("carry_velocity", carry_velocity)
         factory: dict[str, Any] = {"device": layer.get("device"), "dtype": layer.get("dtype")}
         self.embedding = nn.Linear(in_features, hidden_features, **factory)
         for i in range(n_layers):
