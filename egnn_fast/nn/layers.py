@@ -33,9 +33,12 @@ class EGCLBase(nn.Module):
 
     The parameters bear the official names: ``edge_mlp.{0,2}``, ``node_mlp.{0,2}``,
     ``coord_mlp.{0,2}``, ``att_mlp.0`` and ``coord_mlp_vel.{0,2}``. They are drawn in the official
-    order, so one seed gives the official initial weights bit for bit. The submodules only hold
-    them: a call reads the weights and runs the whole layer, so forward hooks on the submodules do
-    not run.
+    order, so one seed gives the official initial weights bit for bit. A call reads the weights from
+    the submodules and runs the whole layer. If these are not as they were built (replaced, wrapped,
+    added, removed, with hooks or another ``forward``), it runs through them as they are, in plain
+    PyTorch, on every backend, with one warning; then the modules decide over the activation, tanh,
+    biases and the like, and the options over the rest. PyTorch's own reparametrisations
+    (``parametrize``, ``weight_norm``, ``spectral_norm``, ``prune``) stay fused.
 
     Parameters
     ----------
@@ -45,7 +48,7 @@ class EGCLBase(nn.Module):
         Widths A and B of ``edge_attr`` and ``node_attr``; 0 means that there are none.
     activation : torch.nn.Module, optional
         Non-linearity of every MLP, ``nn.SiLU()`` by default. SiLU, ReLU and LeakyReLU run fused;
-        any other module runs on the reference path, with one warning.
+        with any other module the layer runs in plain PyTorch, with one warning.
     residual : bool
         Add h to the node MLP's output; needs F = O.
     attention, coord_norm, coord_tanh, coord_agg, coord_scale, coord_clamp
@@ -150,7 +153,10 @@ class EGCLBase(nn.Module):
         return _modules.reparametrised(self)
 
     def explain(self, h: Tensor, x: Tensor) -> Explanation:
-        """Which backend and instruction set would run the layer on these tensors, and why."""
+        """Which backend and instruction set would run the layer on these tensors, and why.
+
+        The reason names the submodule that is not as it was built, if there is one.
+        """
         return functional.explain(
             h,
             x,
