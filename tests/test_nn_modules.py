@@ -93,11 +93,12 @@ def test_one_warning_names_the_module_and_the_cost(change: Change, named: str, d
     assert told.reason == str(caught[0].message)
     assert told.refused["cpu"] in told.reason
     # named backends do the same; who asked for plain PyTorch loses nothing
-    egnn_fast.backends._warned.clear()
-    with egnn_fast.use_backend("cpu"):
-        with pytest.warns(UserWarning, match=said):
-            layer(graph=data.edges, **given)
-        assert layer.explain(data.h, data.x).backend == "reference"
+    for name in ("cpu", "triton", "cuda"):
+        egnn_fast.backends._warned.clear()
+        with egnn_fast.use_backend(name):
+            with pytest.warns(UserWarning, match=said):
+                layer(graph=data.edges, **given)
+            assert layer.explain(data.h, data.x).backend == "reference"
     with warnings.catch_warnings(), egnn_fast.use_backend("reference"):
         warnings.simplefilter("error")
         layer(graph=data.edges, **given)
