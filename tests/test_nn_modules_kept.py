@@ -172,6 +172,18 @@ def test_compiled_submodules(data: Data) -> None:
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
+@quiet
+def test_lazy_linears_run_fused_once_filled(data: Data) -> None:
+    layer: Any = EGCL(F, F, 8).double()
+    layer.edge_mlp[0] = nn.LazyLinear(8, dtype=torch.float64)
+    expected = layer(data.h, data.x, data.edges)
+    assert type(layer.edge_mlp[0]) is nn.Linear
+    with fused():
+        found = layer(data.h, data.x, data.edges)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
 CHANGES_TO_TRACE = [lora("edge_mlp", 0), layer_norm, hook, patched_forward]
 
 
