@@ -90,7 +90,7 @@ def read(layer: Any) -> LayerWeights | None:
 
 
 def _own(module: Any, kind: type[nn.Module]) -> dict[str, Any]:
-    """The dictionary of a module of this very class that only its class's forward is run for."""
+    """The dictionary of a module of this very class that runs its class's forward alone."""
     if type(module) is kind:
         its: dict[str, Any] = module.__dict__
         if not (
@@ -163,6 +163,12 @@ def first_change(layer: Any) -> str | None:
 def _touched(module: Any) -> str | None:
     """What runs beside a module's forward, or in its place."""
     if not isinstance(module, nn.Module):
+        return None
+    try:
+        _own(module, type(module))
+    except LookupError:
+        pass
+    else:
         return None
     for hooks, name in (
         (module._forward_hooks, "a forward hook"),
