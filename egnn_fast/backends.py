@@ -37,6 +37,18 @@ class Call(NamedTuple):
     hidden: int
     coord_dim: int
     activation: str | None  # None: a module that no kernel knows
+    changed: str | None = None  # what of a layer's modules is not as it was built
+
+    def unknown_to_kernels(self) -> str | None:
+        """What of the layer only plain PyTorch computes, on every backend; None if nothing."""
+        if self.changed is not None:
+            return (
+                f"{self.changed}; the layer runs through its modules in plain PyTorch, without "
+                "the fused kernels: slower, and with memory of size edges x hidden"
+            )
+        if self.activation is None:
+            return "activation: only SiLU, ReLU and LeakyReLU run fused; using the reference"
+        return None
 
 
 class BackendInfo(NamedTuple):
@@ -153,6 +165,8 @@ def refusal(backend: str, call: Call) -> str | None:
     missing = unavailable(backend)
     if missing is not None:
         return missing
+    if call.changed is not None:
+        return call.changed
     if call.activation is None:
         return "only SiLU, ReLU and LeakyReLU run fused"
     if backend == "cpu":
@@ -189,11 +203,13 @@ def select(argument: str | None, call: Call) -> str:
         A backend was named, by argument, context or environment, that cannot run the call.
     """
     name = requested(argument)
+    unknown = call.unknown_to_kernels()
+    if unknown is not None:
+        # runs as promised, even where a backend is named; who asked for the reference loses nothing
+        if name != "reference":
+            _warn_once(unknown)
+        return "reference"
     if name != "auto":
-        # an activation that no kernel knows runs on the reference, as promised, with a warning
-        if call.activation is None and name != "reference":
-            _warn_once("activation: only SiLU, ReLU and LeakyReLU run fused; using the reference")
-            return "reference"
         reason = refusal(name, call)
         if reason is not None:
             raise BackendError(f"backend {name!r} cannot run this call: {reason}")
@@ -218,9 +234,12 @@ def explain_call(argument: str | None, call: Call) -> Explanation:
     if name == "auto":
         left_alone = {b: unproven(b) for b in _candidates(call.device) if b not in refused}
         refused |= {b: why for b, why in left_alone.items() if why is not None}
-    if name != "auto" and name in refused and call.activation is not None:
+    unknown = call.unknown_to_kernels()
+    if name != "auto" and name in refused and unknown is None:
         raise BackendError(f"backend {name!r} cannot run this call: {refused[name]}")
-    if name != "auto" and name not in refused:
+    if call.changed is not None:
+        chosen, reason = "reference", str(unknown)
+    elif name != "auto" and name not in refused:
         chosen, reason = name, "named by the caller"
     else:
         usable = [b for b in _candidates(call.device) if b not in refused]

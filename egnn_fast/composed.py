@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from egnn_fast import reference
 from egnn_fast.graph import Graph
-from egnn_fast.options import Activation, LayerWeights, Options
+from egnn_fast.options import LayerWeights, Options
 
 EdgePass = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -47,7 +47,8 @@ def layer(
     shift = None
     if options.updates_coords and total is not None:
         shift = scale_shift(total, coord_weight, options)
-    return apply_updates(h, x, v, update, shift, weights, act, residual)
+    gate = None if v is None else reference.velocity_gate(h, weights, act)
+    return apply_updates(h, x, v, update, shift, gate, residual)
 
 
 def scale_shift(total: Tensor, coord_weight: Tensor | None, options: Options) -> Tensor:
@@ -62,15 +63,18 @@ def apply_updates(
     v: Tensor | None,
     update: Tensor,
     shift: Tensor | None,
-    weights: LayerWeights,
-    act: Activation,
+    gate: Tensor | None,
     residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Residual, velocity and coordinate update: ``(h, x, v)``, v the whole step that x made."""
+    """Residual, velocity and coordinate update: ``(h, x, v)``, v the whole step that x made.
+
+    ``gate [N, 1]`` is phi_v(h), needed where there are velocities.
+    """
     new_h = h + update if residual else update
     if v is None:
         return new_h, x if shift is None else x + shift, None
-    step = reference.velocity_gate(h, weights, act).to(v.dtype) * v
+    assert gate is not None
+    step = gate.to(v.dtype) * v
     if shift is not None:
         step = step + shift
     return new_h, x + step, step

@@ -167,32 +167,17 @@ def egcl(
             f"residual: needs as many output as input features, "
             f"got {weights.node_w2.shape[0]} and {h.shape[1]}"
         )
-    if (v is None) != (weights.vel_w1 is None):
-        raise ValueError("v: needed exactly where the weights have a velocity MLP")
-    if v is not None:
-        arguments.check_float("v", v, 2)
-        arguments.check_shape("v", v, tuple(x.shape))
-        arguments.check_like("v", v, x, "x")
-    nodes = arguments.as_mask("node_mask", node_mask, h.shape[0], x)
-    mask = _edge_mask(edge_mask, graph, x)
-    if nodes is not None:
-        receiver, sender = graph.shared_edge_index()
-        between = nodes[receiver] * nodes[sender]
-        mask = between if mask is None else mask * between
-        v = None if v is None else v * nodes.unsqueeze(1)
+    _check_velocity(v, weights.vel_w1 is not None, x)
+    nodes, mask, v = _masked(node_mask, edge_mask, v, graph, x)
 
     name = None if activation is not None else options.activation
     chosen = backends.select(backend, _call(x, weights.edge_w1.shape[0], name))
     weight = reference.coord_weight(graph, options, mask, x.dtype)
     if chosen == "reference":
-        update, _, shift = reference.egcl(
-            h, x, graph, weights, options,
-            edge_attr=edge_attr, node_attr=node_attr, edge_mask=mask, activation=activation,
-        )  # fmt: skip
-        if shift is not None:
-            shift = composed.scale_shift(shift, weight, options)
-        act = activation or options.activation_fn()
-        new_h, new_x, new_v = composed.apply_updates(h, x, v, update, shift, weights, act, residual)
+        maps = reference.maps_of(weights, options, activation)
+        new_h, new_x, new_v = _in_plain_pytorch(
+            h, x, v, graph, maps, options, edge_attr, node_attr, mask, weight, residual
+        )
     else:
         carry = carry_velocity and v is not None
         new_h, moved, step = ops.layer(
@@ -207,6 +192,74 @@ def egcl(
     return new_h, new_x, new_v if carry_velocity else None
 
 
+def egcl_by_maps(
+    h: Tensor,
+    x: Tensor,
+    graph: Graph | EdgeIndexLike,
+    maps: reference.Maps,
+    options: Options,
+    widths: tuple[int, int, int, int],
+    changed: str,
+    *,
+    edge_attr: Tensor | None = None,
+    node_attr: Tensor | None = None,
+    edge_mask: Tensor | None = None,
+    node_mask: Tensor | None = None,
+    v: Tensor | None = None,
+    residual: bool = True,
+    carry_velocity: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`egcl` in plain PyTorch, whatever the backend, of any MLPs.
+
+    ``widths`` are F, H, A and B: of ``h``, of its MLPs, of ``edge_attr`` and ``node_attr``;
+    ``changed`` says why no kernel runs the layer: a warning repeats it.
+    """
+    features, hidden, edge_attrs, node_attrs = widths
+    arguments.check_nodes(h, x)
+    if h.shape[1] != features:
+        raise ValueError(f"h: expected [N, {features}], got {list(h.shape)}")
+    graph = arguments.resolve_graph(graph, h)
+    if _check_node_attr(node_attr, h) != node_attrs:
+        wanted = f"[N, {node_attrs}]" if node_attrs else None
+        got = None if node_attr is None else list(node_attr.shape)
+        raise ValueError(f"node_attr: expected {wanted}, got {got}")
+    arguments.check_edge_attr(edge_attr, edge_attrs, graph, x)
+    _check_velocity(v, maps.coord_mlp_vel is not None, x)
+    nodes, mask, v = _masked(node_mask, edge_mask, v, graph, x)
+    backends.select(backend, _call(x, hidden, options.activation, changed))
+    weight = reference.coord_weight(graph, options, mask, x.dtype)
+    new_h, new_x, new_v = _in_plain_pytorch(
+        h, x, v, graph, maps, options, edge_attr, node_attr, mask, weight, residual
+    )
+    if nodes is not None:
+        new_h = new_h * nodes.unsqueeze(1).to(new_h.dtype)
+    return new_h, new_x, new_v if carry_velocity else None
+
+
+def _in_plain_pytorch(
+    h: Tensor,
+    x: Tensor,
+    v: Tensor | None,
+    graph: Graph,
+    maps: reference.Maps,
+    options: Options,
+    edge_attr: Tensor | None,
+    node_attr: Tensor | None,
+    mask: Tensor | None,
+    coord_weight: Tensor | None,
+    residual: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A layer of checked arguments, by the reference."""
+    update, _, shift = reference.egcl(
+        h, x, graph, maps, options, edge_attr=edge_attr, node_attr=node_attr, edge_mask=mask
+    )
+    if shift is not None:
+        shift = composed.scale_shift(shift, coord_weight, options)
+    gate = None if v is None or maps.coord_mlp_vel is None else maps.coord_mlp_vel(h)
+    return composed.apply_updates(h, x, v, update, shift, gate, residual)
+
+
 def explain(
     h: Tensor,
     x: Tensor,
@@ -214,6 +267,7 @@ def explain(
     hidden: int,
     options: Options | None = None,
     activation: Activation | None = None,
+    changed: str | None = None,
     backend: str | None = None,
 ) -> backends.Explanation:
     """Which backend and instruction set would run a layer on these tensors, and why.
@@ -226,6 +280,8 @@ def explain(
         The layer's hidden width H.
     options, activation, backend
         As for :func:`egcl`.
+    changed : str, optional
+        What of a layer's modules no kernel knows.
 
     Raises
     ------
@@ -234,11 +290,36 @@ def explain(
     """
     arguments.check_nodes(h, x)
     name = None if activation is not None else (options or Options()).activation
-    return backends.explain_call(backend, _call(x, hidden, name))
+    return backends.explain_call(backend, _call(x, hidden, name, changed))
 
 
-def _call(x: Tensor, hidden: int, activation: str | None) -> backends.Call:
-    return backends.Call(x.device.type, x.dtype, hidden, x.shape[1], activation)
+def _call(
+    x: Tensor, hidden: int, activation: str | None, changed: str | None = None
+) -> backends.Call:
+    return backends.Call(x.device.type, x.dtype, hidden, x.shape[1], activation, changed)
+
+
+def _check_velocity(v: Tensor | None, wanted: bool, x: Tensor) -> None:
+    if (v is not None) is not wanted:
+        raise ValueError("v: needed exactly where the weights have a velocity MLP")
+    if v is not None:
+        arguments.check_float("v", v, 2)
+        arguments.check_shape("v", v, tuple(x.shape))
+        arguments.check_like("v", v, x, "x")
+
+
+def _masked(
+    node_mask: Tensor | None, edge_mask: Tensor | None, v: Tensor | None, graph: Graph, x: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The nodes' mask, the edges' with that of both ends, and the velocities times the nodes'."""
+    nodes = arguments.as_mask("node_mask", node_mask, x.shape[0], x)
+    mask = _edge_mask(edge_mask, graph, x)
+    if nodes is None:
+        return None, mask, v
+    receiver, sender = graph.shared_edge_index()
+    between = nodes[receiver] * nodes[sender]
+    mask = between if mask is None else mask * between
+    return nodes, mask, None if v is None else v * nodes.unsqueeze(1)
 
 
 def _edge_mask(edge_mask: Tensor | None, graph: Graph, x: Tensor) -> Tensor | None:

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from egnn_fast._keywords import hinted
 
 ACTIVATIONS = ("silu", "relu", "leaky_relu")
 COORD_AGGS = ("mean", "sum", None)
@@ -20,6 +23,7 @@ LAYER_INPUTS = ("h", "x", "v", "edge_attr", "edge_mask", "node_attr", "coord_wei
 Activation = Callable[[Tensor], Tensor]
 
 
+@hinted
 @dataclass(frozen=True)
 class Options:
     """Everything about a layer that is not a tensor.
@@ -63,8 +67,9 @@ class Options:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {self.activation!r}")
         for name in ("attention", "coord_tanh"):
+            # the dataclass is frozen, and no plain bool is set anew
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
+                object.__setattr__(self, name, as_bool(name, getattr(self, name)))
         for name in ("negative_slope", "coord_scale"):
             _check_number(name, getattr(self, name))
         if self.coord_agg not in COORD_AGGS:
@@ -95,6 +100,21 @@ class Options:
             return F.relu
         slope = self.negative_slope
         return lambda z: F.leaky_relu(z, slope)
+
+
+def as_bool(name: str, value: object) -> bool:
+    """A bool, also given as 0 or 1 or by NumPy: command lines and configurations do.
+
+    Raises
+    ------
+    TypeError
+        It is anything else; the message names it.
+    """
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, (int, np.integer)) and value in (0, 1):
+        return bool(value)
+    raise TypeError(f"{name}: expected a bool, got {value!r}")
 
 
 def _check_number(name: str, value: object, positive: bool = False) -> None:

@@ -6,6 +6,9 @@ Any device and dtype, differentiable to any order. Node i receives, node j sends
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,18 +16,48 @@ from torch.nn import functional as F
 from egnn_fast.graph import Graph
 from egnn_fast.options import UNIT_NORM_EPS, Activation, EdgeWeights, LayerWeights, Options
 
+Map = Callable[[Tensor], Tensor]
+
+
+class Maps(NamedTuple):
+    """A layer's MLPs as functions of rows, under the names of the modules that hold them.
+
+    ``edge_mlp`` (phi_e) maps ``[h_i ; h_j ; r ; a]`` to n ``[E, H]``, ``node_mlp`` (phi_h)
+    ``[h ; M ; node_attr]`` to ``[N, O]``; ``att_mlp`` (phi_inf) n to the gate ``[E, 1]``,
+    ``coord_mlp`` (phi_x) m to s ``[E, 1]``, ``coord_mlp_vel`` (phi_v) h to ``[N, 1]``. None where
+    the layer has no such part.
+    """
+
+    edge_mlp: Map
+    node_mlp: Map
+    att_mlp: Map | None = None
+    coord_mlp: Map | None = None
+    coord_mlp_vel: Map | None = None
+
+
+def maps_of(weights: LayerWeights, options: Options, activation: Activation | None = None) -> Maps:
+    """The MLPs that weights stand for; ``activation`` replaces the one that ``options`` names."""
+    act = activation or options.activation_fn()
+    w = weights
+    return Maps(
+        lambda z: act(_mlp(z, w.edge_w1, w.edge_b1, w.edge_w2, w.edge_b2, act)),
+        lambda z: _mlp(z, w.node_w1, w.node_b1, w.node_w2, w.node_b2, act),
+        _gate(w.att_w, w.att_b),
+        _head(w.coord_w1, w.coord_b1, w.coord_w2, options, act),
+        None if w.vel_w1 is None else lambda h: velocity_gate(h, w, act),
+    )
+
 
 def egcl(
     h: Tensor,
     x: Tensor,
     graph: Graph,
-    weights: LayerWeights,
+    maps: Maps,
     options: Options,
     *,
     edge_attr: Tensor | None = None,
     node_attr: Tensor | None = None,
     edge_mask: Tensor | None = None,
-    activation: Activation | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One layer, unsplit: eqs. 3 to 6 of the paper (eq. 8 with attention).
 
@@ -36,16 +69,16 @@ def egcl(
         Coordinates.
     graph : Graph
         N nodes, E edges.
-    weights, options
-        See :class:`LayerWeights` and :class:`Options`.
+    maps : Maps
+        The layer's MLPs: :func:`maps_of` its weights, or its modules.
+    options : Options
+        What of it is not in the MLPs: how coordinates are normalised and clamped.
     edge_attr : Tensor [E, A], optional
         Edge attributes in the user's edge order.
     node_attr : Tensor [N, B], optional
         Attributes that enter the node MLP only.
     edge_mask : Tensor [E], optional
         Factor on every message and coordinate update.
-    activation : callable, optional
-        Replaces the activation that ``options`` names.
 
     Returns
     -------
@@ -53,19 +86,18 @@ def egcl(
         ``update [N, O]``: the node MLP's output, without residual; ``messages [N, H]``: the sum
         of the messages; ``shift [N, D]``: the sum of the coordinate updates, None without a head.
     """
-    act = activation or options.activation_fn()
     receiver, sender = graph.shared_edge_index()
     d = x[receiver] - x[sender]
     r = (d * d).sum(dim=1, keepdim=True)
     parts = [h[receiver], h[sender], r]
     if edge_attr is not None:
         parts.append(edge_attr)
-    z1 = F.linear(torch.cat(parts, dim=1), weights.edge_w1, weights.edge_b1)
-    edge = weights.edge_weights(w_r=weights.edge_w1[:, 2 * h.shape[1]], w_a=None)
-    m, t = _edge_model(z1, d, r, edge, options, edge_mask, act)
+    n = maps.edge_mlp(torch.cat(parts, dim=1))
+    m, t = _edge_model(n, d, r, maps.att_mlp, maps.coord_mlp, options, edge_mask)
     # under autocast m is of low precision, its sum is not
     messages = segment_sum(m.to(d.dtype), receiver, h.shape[0])
-    update = node_model(h, messages, node_attr, weights, act)
+    parts = [h, messages] if node_attr is None else [h, messages, node_attr]
+    update = maps.node_mlp(torch.cat(parts, dim=1))
     if t is None:
         return update, messages, None
     return update, messages, segment_sum(t, receiver, h.shape[0])
@@ -95,34 +127,48 @@ def messages(
     z1 = p[receiver] + q[sender] + r * weights.w_r
     if edge_attr is not None and weights.w_a is not None:
         z1 = z1 + edge_attr @ weights.w_a.T
-    m, t = _edge_model(z1, d, r, weights, options, edge_mask, options.activation_fn())
+    act = options.activation_fn()
+    n = act(F.linear(act(z1), weights.w2, weights.b2))
+    w_g, w_x = (None if w is None else w.reshape(1, -1) for w in (weights.w_g, weights.w_x))
+    gate, head = _gate(w_g, weights.b_g), _head(weights.w3, weights.b3, w_x, options, act)
+    m, t = _edge_model(n, d, r, gate, head, options, edge_mask)
     shift = None if t is None else segment_sum(t, receiver, p.shape[0])
     return segment_sum(m.to(d.dtype), receiver, p.shape[0]), shift
 
 
+def _gate(w: Tensor | None, b: Tensor | None) -> Map | None:
+    """phi_inf; None without attention."""
+    return None if w is None else lambda n: torch.sigmoid(F.linear(n, w, b))
+
+
+def _head(
+    w1: Tensor | None, b1: Tensor | None, w2: Tensor | None, options: Options, act: Activation
+) -> Map | None:
+    """phi_x; None without a coordinate head."""
+    if w1 is None or w2 is None:
+        return None
+    if options.coord_tanh:
+        return lambda m: torch.tanh(_mlp(m, w1, b1, w2, None, act))
+    return lambda m: _mlp(m, w1, b1, w2, None, act)
+
+
 def _edge_model(
-    z1: Tensor,
+    n: Tensor,
     d: Tensor,
     r: Tensor,
-    weights: EdgeWeights,
+    gate: Map | None,
+    head: Map | None,
     options: Options,
     edge_mask: Tensor | None,
-    act: Activation,
 ) -> tuple[Tensor, Tensor | None]:
-    """From the first linear's output to an edge's message m and coordinate update t."""
+    """From phi_e's output to an edge's message m and coordinate update t."""
     mask = None if edge_mask is None else edge_mask.reshape(-1, 1)
-    n = act(F.linear(act(z1), weights.w2, weights.b2))
-    m = n
-    if weights.w_g is not None:
-        m = n * torch.sigmoid(F.linear(n, weights.w_g.reshape(1, -1), weights.b_g))
+    m = n if gate is None else n * gate(n)
     if mask is not None:
         m = m * mask
-    if weights.w3 is None or weights.w_x is None:
+    if head is None:
         return m, None
-    s = F.linear(act(F.linear(m, weights.w3, weights.b3)), weights.w_x.reshape(1, -1))
-    if options.coord_tanh:
-        s = torch.tanh(s)
-    t = s * _direction(d, r, options)
+    t = head(m) * _direction(d, r, options)
     if options.coord_clamp is not None:
         t = t.clamp(-options.coord_clamp, options.coord_clamp)
     # the head is not zero at m = 0, so the mask acts here too
@@ -150,15 +196,21 @@ def node_model(
 ) -> Tensor:
     """phi_h: the node MLP on ``[h ; M ; node_attr]``, without residual (eq. 6)."""
     parts = [h, messages] if node_attr is None else [h, messages, node_attr]
-    z = act(F.linear(torch.cat(parts, dim=1), weights.node_w1, weights.node_b1))
-    return F.linear(z, weights.node_w2, weights.node_b2)
+    z = torch.cat(parts, dim=1)
+    return _mlp(z, weights.node_w1, weights.node_b1, weights.node_w2, weights.node_b2, act)
 
 
 def velocity_gate(h: Tensor, weights: LayerWeights, act: Activation) -> Tensor:
     """phi_v(h) ``[N, 1]``: the factor on a node's velocity (eq. 7)."""
     assert weights.vel_w1 is not None and weights.vel_w2 is not None
-    z = act(F.linear(h, weights.vel_w1, weights.vel_b1))
-    return F.linear(z, weights.vel_w2, weights.vel_b2)
+    return _mlp(h, weights.vel_w1, weights.vel_b1, weights.vel_w2, weights.vel_b2, act)
+
+
+def _mlp(
+    z: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation
+) -> Tensor:
+    """Linear, activation, linear."""
+    return F.linear(act(F.linear(z, w1, b1)), w2, b2)
 
 
 def segment_sum(values: Tensor, index: Tensor, num_segments: int) -> Tensor:

@@ -99,6 +99,16 @@ def test_switches_may_be_integers() -> None:
     assert layer.residual is True
 
 
+@pytest.mark.parametrize("layer", [egnn_clean.E_GCL, gcl.E_GCL, gcl.E_GCL_vel, qm9.E_GCL_mask])
+@pytest.mark.parametrize("name", ["edge_model", "node_model", "coord_model", "coord2radial"])
+def test_methods_that_nothing_would_call_are_refused(layer: Any, name: str) -> None:
+    with pytest.raises(TypeError, match=rf"^Mine\.{name}: forward does not call it"):
+        type("Mine", (layer,), {name: lambda self, *args: None})
+    own = type("Mine", (layer,), {name: lambda self, *args: 3, "forward": lambda self: 3})
+    also = type("Also", (own,), {name: lambda self, *args: 4})
+    assert getattr(also(4, 4, 8), name)() == 4
+
+
 def test_layers_return_edge_attr_itself() -> None:
     edges, edge_attr = random_graph(5, 9), torch.rand(9, 2)
     h, x, v = torch.randn(5, 4), torch.randn(5, 3), torch.randn(5, 3)

@@ -343,7 +343,7 @@ def test_meta_tensors_are_refused_by_the_cpu_kernel() -> None:
     [
         ("activation", "gelu", ValueError, "activation: expected one of"),
         ("activation", None, ValueError, "activation: expected one of"),
-        ("attention", 1, TypeError, "attention: expected a bool, got 1"),
+        ("attention", 2, TypeError, "attention: expected a bool, got 2"),
         ("coord_tanh", "yes", TypeError, "coord_tanh: expected a bool, got 'yes'"),
         ("coord_agg", "max", ValueError, "coord_agg: expected 'mean', 'sum' or None .* got 'max'"),
         ("coord_agg", "none", ValueError, "coord_agg: expected 'mean', 'sum' or None"),

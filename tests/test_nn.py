@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from nn_inputs import BACKENDS, A, D, Data, E, F, N, amplify
@@ -190,7 +191,7 @@ def test_parameters_that_the_loss_does_not_reach_have_no_gradient(backend: str, 
         (lambda: EGCL(0, 0, 8), ValueError, "in_features"),
         (lambda: EGCL(4, 4, True), TypeError, "hidden_features"),
         (lambda: EGCL(4, 5, 8), ValueError, "residual"),
-        (lambda: EGCL(4, 4, 8, residual=1), TypeError, "residual"),  # type: ignore[arg-type]
+        (lambda: EGCL(4, 4, 8, residual=2), TypeError, "residual"),  # type: ignore[arg-type]
         (lambda: EGCL(4, 4, 8, edge_attr_dim=-1), ValueError, "edge_attr_dim"),
         (lambda: EGCL(4, 4, 8, node_attr_dim=1.0), TypeError, "node_attr_dim"),  # type: ignore[arg-type]
         (lambda: EGCL(4, 4, 8, activation="silu"), TypeError, "activation"),  # type: ignore[arg-type]
@@ -199,9 +200,9 @@ def test_parameters_that_the_loss_does_not_reach_have_no_gradient(backend: str, 
         (lambda: EGCL(4, 4, 8, coord_norm=0.0), ValueError, "coord_norm"),
         (lambda: EGCL(4, 4, 8, coord_clamp=-1.0), ValueError, "coord_clamp"),
         (lambda: EGCL(4, 4, 8, coord_scale="1"), TypeError, "coord_scale"),  # type: ignore[arg-type]
-        (lambda: EGCL(4, 4, 8, attention=1), TypeError, "attention"),  # type: ignore[arg-type]
+        (lambda: EGCL(4, 4, 8, attention="1"), TypeError, "attention"),  # type: ignore[arg-type]
         (lambda: EGCL(4, 4, 8, backend="gpu"), ValueError, "backend"),
-        (lambda: EGCLVel(4, 4, 8, carry_velocity=1), TypeError, "carry_velocity"),  # type: ignore[arg-type]
+        (lambda: EGCLVel(4, 4, 8, carry_velocity=1.0), TypeError, "carry_velocity"),  # type: ignore[arg-type]
         (lambda: EGNN(4, 8, 0), ValueError, "out_features"),
         (lambda: EGNN(4, 8, 2, n_layers=0), ValueError, "n_layers"),
         (lambda: EGNN(4, 8, 2, coord_agg="max"), ValueError, "coord_agg"),
@@ -214,6 +215,22 @@ def test_wrong_constructor_arguments_are_named(
 ) -> None:
     with pytest.raises(error, match=rf"^{named}\b"):
         build()
+
+
+@pytest.mark.parametrize("no", [False, 0, np.bool_(False), np.int64(0)])
+def test_switches_may_be_0_and_1(no: Any) -> None:
+    yes = type(no)(1)
+    layer = EGCLVel(4, 4, 8, attention=yes, coord_tanh=yes, residual=no, carry_velocity=yes)
+    assert layer.options == Options(attention=True, coord_tanh=True)
+    values = (layer.options.attention, layer.options.coord_tanh, layer.carry_velocity)
+    assert all(value is True for value in values)
+    assert layer.residual is False
+    assert hash(Options(attention=yes)) == hash(Options(attention=True))
+    plain = EGNNVel(4, 8, attention=no, coord_tanh=no, residual=yes, carry_velocity=no)
+    assert plain.carry_velocity is False
+    assert "att_mlp" not in {name for name, _ in plain.gcl_0.named_children()}  # type: ignore[union-attr]
+    h, x = layer(torch.randn(3, 4), torch.randn(3, 3), Graph.complete([3]), torch.randn(3, 3))[:2]
+    assert (h.shape, x.shape) == ((3, 4), (3, 3))
 
 
 @pytest.mark.parametrize(

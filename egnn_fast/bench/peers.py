@@ -148,7 +148,7 @@ def _node_ops(problem: Problem) -> Runner:
         w_pq, b_pq, _ = weights.split(h.shape[1])
         update = reference.node_model(h, m, None, weights, F.silu)
         shift = composed.scale_shift(total, weight, layer.options)
-        new_h, new_x, _ = composed.apply_updates(h, x, None, update, shift, weights, F.silu, True)
+        new_h, new_x, _ = composed.apply_updates(h, x, None, update, shift, None, True)
         return new_h, new_x, F.linear(h, w_pq, b_pq)
 
     return Runner(forward, {**problem.leaves(layer), "m": m, "total": total})

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from egnn_fast import arguments
+from egnn_fast._keywords import hinted
 from egnn_fast.compat.gcl import E_GCL
 from egnn_fast.graph import EdgeIndexLike, Graph
 from egnn_fast.nn._parts import check_sizes
@@ -14,6 +15,7 @@ from egnn_fast.nn.networks import layers_of
 __all__ = ["AE_EGNN"]
 
 
+@hinted
 class AE_EGNN(nn.Module):
     """The official ``AE_EGNN``: noise becomes coordinates, their distances an adjacency matrix.
 

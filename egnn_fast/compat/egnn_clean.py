@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from egnn_fast._keywords import hinted
 from egnn_fast.compat._official import (
     OfficialLayer,
     add_layers,
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 
+@hinted
 class E_GCL(OfficialLayer):
     """The official ``E_GCL``.
 
@@ -98,6 +100,7 @@ class E_GCL(OfficialLayer):
         )
 
 
+@hinted
 class EGNN(nn.Module):
     """The official ``EGNN``: embedding, ``n_layers`` layers, output embedding.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from egnn_fast._keywords import hinted
 from egnn_fast.compat._official import (
     CLAMP,
     OfficialLayer,
@@ -16,6 +17,7 @@ from egnn_fast.graph import EdgeIndexLike, Graph
 __all__ = ["E_GCL", "E_GCL_vel", "unsorted_segment_sum", "unsorted_segment_mean"]
 
 
+@hinted
 class E_GCL(OfficialLayer):
     """The official ``E_GCL`` of ``models.gcl``.
 
@@ -88,6 +90,7 @@ class E_GCL(OfficialLayer):
         )
 
 
+@hinted
 class E_GCL_vel(E_GCL):
     """The official ``E_GCL_vel``: the coordinates also move by ``phi_v(h) vel``.
 

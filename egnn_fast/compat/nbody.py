@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from egnn_fast._keywords import hinted
 from egnn_fast.compat._official import add_layers
 from egnn_fast.compat.gcl import E_GCL, E_GCL_vel
 from egnn_fast.graph import EdgeIndexLike, Graph
@@ -17,6 +18,7 @@ __all__ = ["EGNN", "EGNN_vel"]
 _EGNN_SLOPE = 0.2
 
 
+@hinted
 class EGNN(nn.Module):
     """The official n-body ``EGNN``, without velocities; returns coordinates only.
 
@@ -84,6 +86,7 @@ class EGNN(nn.Module):
         return x
 
 
+@hinted
 class EGNN_vel(nn.Module):
     """The official ``EGNN_vel`` of the paper's n-body experiment; returns coordinates only.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from egnn_fast import arguments
+from egnn_fast._keywords import hinted
 from egnn_fast.compat._official import add_layers
 from egnn_fast.compat.gcl import E_GCL
 from egnn_fast.graph import EdgeIndexLike, Graph
@@ -17,6 +18,7 @@ from egnn_fast.nn.networks import enter, layers_of
 __all__ = ["E_GCL_mask", "EGNN"]
 
 
+@hinted
 class E_GCL_mask(E_GCL):
     """The official ``E_GCL_mask``: masked messages, coordinates as they came.
 
@@ -85,6 +87,7 @@ class E_GCL_mask(E_GCL):
         return new_h, coord, edge_attr
 
 
+@hinted
 class EGNN(nn.Module):
     """The official QM9 ``EGNN``: one number for each molecule.
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any, TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 # the official gain: a layer starts out hardly moving the coordinates
 COORD_GAIN = 0.001
+# the activations that kernels know, as Options names them
+FUSED_ACTIVATIONS = {"silu": nn.SiLU, "relu": nn.ReLU, "leaky_relu": nn.LeakyReLU}
 
 
 class LayerArgs(TypedDict, total=False):
@@ -49,14 +51,12 @@ def fused_activation(activation: nn.Module) -> dict[str, Any] | None:
 
     A subclass may compute anything, so only the exact types count.
     """
-    kind = type(activation)
-    if kind is nn.SiLU:
-        return {"activation": "silu"}
-    if kind is nn.ReLU:
-        return {"activation": "relu"}
-    if kind is nn.LeakyReLU:
-        slope: Any = activation.negative_slope
-        return {"activation": "leaky_relu", "negative_slope": slope}
+    for name, kind in FUSED_ACTIVATIONS.items():
+        if type(activation) is kind:
+            fields: dict[str, Any] = {"activation": name}
+            if isinstance(activation, nn.LeakyReLU):
+                fields["negative_slope"] = activation.negative_slope
+            return fields
     return None
 
 
@@ -76,25 +76,3 @@ def coord_mlp(
     nn.init.xavier_uniform_(last.weight, gain=COORD_GAIN)
     parts = [nn.Linear(hidden, hidden, **factory), activation, last]
     return nn.Sequential(*parts, nn.Tanh()) if tanh else nn.Sequential(*parts)
-
-
-def linear_tensors(sequence: nn.Module, place: str) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a Linear in a Sequential, reparametrised ones included.
-
-    Straight from the modules' dictionaries: attribute access through ``nn.Module`` and
-    ``nn.Sequential`` would cost a small graph's layer as much as its kernel.
-    """
-    linear: Any = sequence._modules[place]
-    if linear._forward_pre_hooks:
-        _reparametrise(linear)
-    found = linear._parameters
-    if "weight" in found and "bias" in found:
-        return found["weight"], found["bias"]
-    return linear.weight, linear.bias
-
-
-def _reparametrise(linear: nn.Module) -> None:
-    """Run the hooks in which PyTorch's weight_norm, spectral_norm and pruning set the weight."""
-    for hook in linear._forward_pre_hooks.values():
-        if any(kind.__module__.startswith("torch.nn.utils.") for kind in type(hook).__mro__):
-            hook(linear, ())

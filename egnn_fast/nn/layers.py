@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from egnn_fast import functional
+from egnn_fast._keywords import hinted
 from egnn_fast.backends import Explanation, check_name
 from egnn_fast.graph import EdgeIndexLike, Graph
+from egnn_fast.nn import _modules
 from egnn_fast.nn._parts import (
     LayerArgs,
     check_activation,
     check_sizes,
     coord_mlp,
     fused_activation,
-    linear_tensors,
     mlp,
 )
-from egnn_fast.options import LayerWeights, Options
+from egnn_fast.options import LayerWeights, Options, as_bool
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@hinted
 class EGCLBase(nn.Module):
     """The parameters and options of a layer; what every layer class is built on.
 
     The parameters bear the official names: ``edge_mlp.{0,2}``, ``node_mlp.{0,2}``,
     ``coord_mlp.{0,2}``, ``att_mlp.0`` and ``coord_mlp_vel.{0,2}``. They are drawn in the official
-    order, so one seed gives the official initial weights bit for bit. The submodules only hold
-    them: a call reads the weights and runs the whole layer, so forward hooks on the submodules do
-    not run.
+    order, so one seed gives the official initial weights bit for bit. A call reads the weights from
+    the submodules and runs the whole layer. If these are not as they were built (replaced, wrapped,
+    added, removed, with hooks or another ``forward``), it runs through them as they are, in plain
+    PyTorch, on every backend, with one warning; then the modules decide over the activation, tanh,
+    biases and the like, and the options over the rest. PyTorch's own reparametrisations
+    (``parametrize``, ``weight_norm``, ``spectral_norm``, ``prune``) stay fused.
 
     Parameters
     ----------
@@ -42,7 +48,7 @@ class EGCLBase(nn.Module):
         Widths A and B of ``edge_attr`` and ``node_attr``; 0 means that there are none.
     activation : torch.nn.Module, optional
         Non-linearity of every MLP, ``nn.SiLU()`` by default. SiLU, ReLU and LeakyReLU run fused;
-        any other module runs on the reference path, with one warning.
+        with any other module the layer runs in plain PyTorch, with one warning.
     residual : bool
         Add h to the node MLP's output; needs F = O.
     attention, coord_norm, coord_tanh, coord_agg, coord_scale, coord_clamp
@@ -89,8 +95,7 @@ class EGCLBase(nn.Module):
         )
         check_sizes(0, edge_attr_dim=edge_attr_dim, node_attr_dim=node_attr_dim)
         check_activation("activation", activation)
-        if not isinstance(residual, bool):
-            raise TypeError(f"residual: expected a bool, got {residual!r}")
+        residual = as_bool("residual", residual)
         if residual and in_features != out_features:
             raise ValueError(
                 f"residual: needs in_features = out_features, got {in_features} and {out_features}"
@@ -113,7 +118,6 @@ class EGCLBase(nn.Module):
         self.edge_attr_dim = edge_attr_dim
         self.node_attr_dim = node_attr_dim
         self.residual = residual
-        self._is_fused = fused is not None
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         width = 2 * in_features + 1 + edge_attr_dim
@@ -121,8 +125,8 @@ class EGCLBase(nn.Module):
         width = in_features + hidden_features + node_attr_dim
         self.node_mlp = mlp(width, hidden_features, out_features, act, factory)
         if self.options.updates_coords:
-            self.coord_mlp = coord_mlp(hidden_features, act, coord_tanh, factory)
-        if attention:
+            self.coord_mlp = coord_mlp(hidden_features, act, self.options.coord_tanh, factory)
+        if self.options.attention:
             self.att_mlp = nn.Sequential(nn.Linear(hidden_features, 1, **factory), nn.Sigmoid())
 
     def _add_velocity_mlp(
@@ -133,32 +137,32 @@ class EGCLBase(nn.Module):
         self.coord_mlp_vel = mlp(self.in_features, self.hidden_features, 1, act, factory)
 
     def weights(self) -> LayerWeights:
-        """The parameters as :func:`egnn_fast.functional.egcl` takes them, not copied."""
-        parts: Any = self._modules
-        found: list[Tensor | None] = [
-            *linear_tensors(parts["edge_mlp"], "0"),
-            *linear_tensors(parts["edge_mlp"], "2"),
-            *linear_tensors(parts["node_mlp"], "0"),
-            *linear_tensors(parts["node_mlp"], "2"),
-        ]
-        att, head, vel = map(parts.get, ("att_mlp", "coord_mlp", "coord_mlp_vel"))
-        found += (None, None) if att is None else linear_tensors(att, "0")
-        if head is None:
-            found += (None, None, None)
-        else:
-            found += (*linear_tensors(head, "0"), linear_tensors(head, "2")[0])
-        if vel is not None:
-            found += (*linear_tensors(vel, "0"), *linear_tensors(vel, "2"))
-        return LayerWeights(*found)  # type: ignore[arg-type]
+        """The parameters as :func:`egnn_fast.functional.egcl` takes them, not copied.
+
+        Raises
+        ------
+        ValueError
+            A submodule was replaced or has a hook, so that they do not say what the layer computes.
+        """
+        found = _modules.read(self)
+        if found is not None:
+            return found
+        for change, is_activation in _modules.changes(self):
+            if not is_activation:
+                raise ValueError(f"weights: do not say what the layer computes: {change}")
+        return _modules.reparametrised(self)
 
     def explain(self, h: Tensor, x: Tensor) -> Explanation:
-        """Which backend and instruction set would run the layer on these tensors, and why."""
+        """Which backend and instruction set would run the layer on these tensors, and why.
+
+        The reason names the submodule that is not as it was built, if there is one.
+        """
         return functional.explain(
             h,
             x,
             hidden=self.hidden_features,
             options=self.options,
-            activation=self._activation(),
+            changed=_modules.first_change(self),
             backend=self.backend,
         )
 
@@ -182,11 +186,6 @@ class EGCLBase(nn.Module):
             shown.append(f"backend={self.backend!r}")
         return ", ".join(shown)
 
-    def _activation(self) -> nn.Module | None:
-        """The activation module where no kernel knows it."""
-        edge_mlp: Any = self._modules["edge_mlp"]
-        return None if self._is_fused else edge_mlp._modules["1"]
-
     def _run(
         self,
         h: Tensor,
@@ -200,22 +199,32 @@ class EGCLBase(nn.Module):
         node_mask: Tensor | None = None,
         carry_velocity: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        return functional.egcl(
-            h,
-            x,
-            graph,
-            self.weights(),
-            self.options,
-            edge_attr=edge_attr,
-            node_attr=node_attr,
-            edge_mask=edge_mask,
-            node_mask=node_mask,
-            v=v,
-            residual=self.residual,
-            carry_velocity=carry_velocity,
-            activation=self._activation(),
-            backend=self.backend,
-        )
+        given: dict[str, Any] = {
+            "edge_attr": edge_attr,
+            "node_attr": node_attr,
+            "edge_mask": edge_mask,
+            "node_mask": node_mask,
+            "v": v,
+            "residual": self.residual,
+            "carry_velocity": carry_velocity,
+            "backend": self.backend,
+        }
+        weights = _modules.read(self)
+        if weights is None:
+            change = _modules.first_change(self)
+            if change is not None:
+                return self._run_modules(h, x, graph, change, **given)
+            weights = _modules.reparametrised(self)
+        return functional.egcl(h, x, graph, weights, self.options, **given)
+
+    def _run_modules(
+        self, h: Tensor, x: Tensor, graph: Graph | EdgeIndexLike, change: str, **given: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The layer in plain PyTorch, through its modules as they are."""
+        _modules.check_dtype(self, h)
+        widths = (self.in_features, self.hidden_features, self.edge_attr_dim, self.node_attr_dim)
+        maps = _modules.maps_of(self)
+        return functional.egcl_by_maps(h, x, graph, maps, self.options, widths, change, **given)
 
 
 class EGCL(EGCLBase):
@@ -276,6 +285,7 @@ class EGCL(EGCLBase):
         return new_h, new_x
 
 
+@hinted
 class EGCLVel(EGCLBase):
     """The layer with velocities: x also moves by phi_v(h) v (eq. 7).
 
@@ -298,9 +308,7 @@ class EGCLVel(EGCLBase):
         **layer: Unpack[LayerArgs],
     ) -> None:
         super().__init__(in_features, out_features, hidden_features, **layer)
-        if not isinstance(carry_velocity, bool):
-            raise TypeError(f"carry_velocity: expected a bool, got {carry_velocity!r}")
-        self.carry_velocity = carry_velocity
+        self.carry_velocity = as_bool("carry_velocity", carry_velocity)
         self._add_velocity_mlp(layer.get("device"), layer.get("dtype"))
 
     def forward(
@@ -356,7 +364,8 @@ def explain(module: nn.Module, h: Tensor, x: Tensor) -> Explanation:
     Parameters
     ----------
     module : torch.nn.Module
-        A layer of this package, or any module that contains one: the first one is asked.
+        A layer of this package, or any module that contains one: the first layer is asked, or
+        the first that runs through its modules because they are not as they were built.
     h : Tensor [N, any]
         Node features.
     x : Tensor [N, D]
@@ -369,7 +378,11 @@ def explain(module: nn.Module, h: Tensor, x: Tensor) -> Explanation:
     BackendError
         A backend was named that cannot run the call.
     """
-    for part in module.modules():
-        if isinstance(part, EGCLBase):
-            return part.explain(h, x)
+    layers = [(k, part) for k, part in module.named_modules() if isinstance(part, EGCLBase)]
+    for name, layer in layers:
+        if _modules.first_change(layer) is not None:
+            told = layer.explain(h, x)
+            return replace(told, reason=f"{name}.{told.reason}" if name else told.reason)
+    if layers:
+        return layers[0][1].explain(h, x)
     raise TypeError(f"module: {type(module).__name__} contains no layer of egnn_fast")

@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from egnn_fast import arguments
+from egnn_fast._keywords import hinted
 from egnn_fast.eager import refuse_jit_trace
 from egnn_fast.graph import EdgeIndexLike, Graph
 from egnn_fast.nn._parts import LayerArgs, check_sizes
 from egnn_fast.nn.layers import EGCL, EGCLVel
+from egnn_fast.options import as_bool
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@hinted
 class EGNN(nn.Module):
     """Embedding, ``n_layers`` layers :class:`EGCL`, output embedding.
 
@@ -99,6 +102,7 @@ coord_agg, coord_scale, coord_clamp, backend, device, dtype
         return h if mask is None else h * mask.unsqueeze(1).to(h.dtype), x
 
 
+@hinted
 class EGNNVel(nn.Module):
     """Embedding and ``n_layers`` layers :class:`EGCLVel`, for systems with velocities.
 
@@ -138,7 +142,7 @@ coord_agg, coord_scale, coord_clamp, backend, device, dtype
         super().__init__()
         check_sizes(1, in_features=in_features, hidden_features=hidden_features, n_layers=n_layers)
         self.n_layers = n_layers
-        self.carry_velocity = carry_velocity
+        self.carry_velocity = as_bool("carry_velocity", carry_velocity)
         factory: dict[str, Any] = {"device": layer.get("device"), "dtype": layer.get("dtype")}
         self.embedding = nn.Linear(in_features, hidden_features, **factory)
         for i in range(n_layers):
@@ -202,10 +206,14 @@ def enter(
     """Check what enters a network, embed h, and make a raw edge list a Graph for all layers."""
     refuse_jit_trace()
     arguments.check_nodes(h, x)
-    weight: Tensor = embedding.weight  # type: ignore[assignment]
-    if h.shape[1] != weight.shape[1]:
-        raise ValueError(f"h: expected [N, {weight.shape[1]}], got {list(h.shape)}")
-    arguments.check_like("h", h, weight, "the network")
+    features = getattr(embedding, "in_features", None)
+    if type(embedding).forward is nn.Linear.forward:
+        weight: Any = embedding.weight
+        features = weight.shape[1]
+        arguments.check_like("h", h, weight, "the network")
+    # what stands in a Linear's place (quantised, an adapter) need not have these
+    if isinstance(features, int) and h.shape[1] != features:
+        raise ValueError(f"h: expected [N, {features}], got {list(h.shape)}")
     return embedding(h), arguments.resolve_graph(graph, h)
 
 
