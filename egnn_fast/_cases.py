@@ -105,10 +105,10 @@ class Case:
         draw = torch.Generator().manual_seed(1)
         n, e = self.nodes, self.edges
         if n == 0:
-            return torch.empty(2, 0, dtype=torch.int64)
-        edges = torch.randint(n, (2, e), generator=draw)
+            return torch.empty(2, 0, dtype=torch.int64, device="cpu")
+        edges = torch.randint(n, (2, e), generator=draw, device="cpu")
         if self.graph == "power":
-            weight = torch.arange(1, n + 1).double() ** -1.5
+            weight = torch.arange(1, n + 1, device="cpu").double() ** -1.5
             edges[0] = torch.multinomial(weight, e, replacement=True, generator=draw)
         elif self.graph == "hub":
             edges[0] = 0
@@ -286,15 +286,17 @@ class _Draw:
         self.generator = torch.Generator().manual_seed(seed)
 
     def normal(self, *shape: int) -> Tensor:
-        return self._rounded(torch.randn(shape, generator=self.generator, dtype=torch.float64))
+        return self._rounded(
+            torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu")
+        )
 
     def uniform(self, *shape: int, fan_in: int) -> Tensor:
         """As ``torch.nn.Linear`` draws its weights, a little wider."""
-        values = torch.rand(shape, generator=self.generator, dtype=torch.float64)
+        values = torch.rand(shape, generator=self.generator, dtype=torch.float64, device="cpu")
         return self._rounded((values * 2 - 1) * (2 / fan_in) ** 0.5)
 
     def mask(self, rows: int, kind: str) -> Tensor:
-        values = torch.rand(rows, generator=self.generator, dtype=torch.float64)
+        values = torch.rand(rows, generator=self.generator, dtype=torch.float64, device="cpu")
         return self._rounded(values if kind == "soft" else (values > 0.3).double())
 
     def _rounded(self, values: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def _graph_of_edges(edge_index: Any, h: Tensor) -> Graph:
         # numbers lie nowhere: they go where h is
         edge_index = as_edge_index(edge_index, device)
     if device.type not in ("cpu", "meta") and not transforming():
-        backends._warn_once(
+        backends.warn_once(
             f"edge_index: on {device.type} an edge list is sorted at each call, which waits for "
             "the device; build a Graph once (Graph.from_edge_index) and pass that"
         )

@@ -207,7 +207,7 @@ def select(argument: str | None, call: Call) -> str:
     if unknown is not None:
         # runs as promised, even where a backend is named; who asked for the reference loses nothing
         if name != "reference":
-            _warn_once(unknown)
+            warn_once(unknown)
         return "reference"
     if name != "auto":
         reason = refusal(name, call)
@@ -218,8 +218,10 @@ def select(argument: str | None, call: Call) -> str:
     for candidate in fused:
         if refusal(candidate, call) is None and unproven(candidate) is None:
             return candidate
+    if call.device == "meta":  # shapes alone: nothing is lost
+        return "reference"
     reason = refusal(fused[-1], call) or unproven(fused[-1])
-    _warn_once(f"no fused kernel for this call, using the reference: {reason}")
+    warn_once(f"no fused kernel for this call, using the reference: {reason}")
     return "reference"
 
 
@@ -275,7 +277,7 @@ def _candidates(device: str) -> tuple[str, ...]:
 
 
 @torch.compiler.assume_constant_result  # a traced call warns while it is traced
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     if message in _warned:
         return
     level, frame = 2, sys._getframe(1)

@@ -233,7 +233,7 @@ def evaluate(problem: Problem, backend: str, order: int = 0) -> dict[str, Output
     draw = torch.Generator().manual_seed(3)
 
     def random_like(tensor: Tensor) -> Tensor:
-        values = torch.rand(tensor.shape, generator=draw, dtype=torch.float64)
+        values = torch.rand(tensor.shape, generator=draw, dtype=torch.float64, device="cpu")
         return (values + 0.5).to(tensor.device, tensor.dtype)
 
     leaves = {k: t.detach().clone().requires_grad_() for k, t in problem.leaves.items()}
@@ -345,20 +345,20 @@ def _deviation(
 ) -> float:
     """How far the layer's output on transformed inputs is from its transformed output."""
     draw = torch.Generator().manual_seed(4)
-    matrix = torch.eye(case.dim, dtype=torch.float64)
-    shift = torch.zeros(case.dim, dtype=torch.float64)
-    relabel = torch.arange(case.num_nodes)
+    matrix = torch.eye(case.dim, dtype=torch.float64, device="cpu")
+    shift = torch.zeros(case.dim, dtype=torch.float64, device="cpu")
+    relabel = torch.arange(case.num_nodes, device="cpu")
     if symmetry == "rotation":
-        random = torch.randn(case.dim, case.dim, generator=draw, dtype=torch.float64)
+        random = torch.randn(case.dim, case.dim, generator=draw, dtype=torch.float64, device="cpu")
         matrix = torch.linalg.qr(random).Q
         matrix[0] *= torch.linalg.det(matrix)
     elif symmetry == "reflection":
-        normal = torch.randn(case.dim, generator=draw, dtype=torch.float64)
+        normal = torch.randn(case.dim, generator=draw, dtype=torch.float64, device="cpu")
         matrix -= 2 * torch.outer(normal, normal) / normal.dot(normal)
     elif symmetry == "translation":
-        shift = torch.randn(case.dim, generator=draw, dtype=torch.float64)
+        shift = torch.randn(case.dim, generator=draw, dtype=torch.float64, device="cpu")
     else:
-        relabel = torch.randperm(case.num_nodes, generator=draw)
+        relabel = torch.randperm(case.num_nodes, generator=draw, device="cpu")
 
     def transform(values: dict[str, Tensor]) -> dict[str, Tensor]:
         moved = {k: values[k].double() for k in ("h", "x", "v") if k in values}

@@ -25,7 +25,11 @@ from egnn_fast.eager import is_plain, transforming
 
 __all__ = ["INT32_MAX", "EdgeIndexLike", "Graph"]
 
-TENSORS = ("rowptr", "senders", "perm", "first", "sizes")
+_DTYPES = {
+    "rowptr": torch.int64, "senders": torch.int32, "perm": torch.int32, "first": torch.int32,
+    "sizes": torch.int64,
+}  # fmt: skip
+TENSORS = tuple(_DTYPES)
 
 
 class Graph:
@@ -79,6 +83,10 @@ class Graph:
         }  # fmt: skip
         for name, value in values.items():
             object.__setattr__(self, name, value)
+        for name, dtype in _DTYPES.items():
+            # whatever stands in a tensor's place where a tree of tensors is taken apart
+            if isinstance(values[name], Tensor) and values[name].dtype is not dtype:
+                raise TypeError(f"{name}: expected {dtype}, got {values[name].dtype}")
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"a Graph is immutable: {name!r} cannot be set")

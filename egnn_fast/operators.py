@@ -14,7 +14,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
+from torch._C._functorch import (
+    TransformType,
+    is_legacy_batchedtensor,
+    peek_interpreter_stack,
+)
 from torch.autograd import forward_ad
 
 MAX_ORDER_MESSAGE = (
@@ -175,7 +179,12 @@ def transformable(function: type[torch.autograd.Function], operator: Any, *args:
     The transforms take a Function apart level by level, but only if they meet it before the
     dispatcher does.
     """
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if (
+        not torch.compiler.is_compiling()
+        and torch._C._are_functorch_transforms_active()
+        # which knows operators alone
+        and peek_interpreter_stack().key() != TransformType.Functionalize
+    ):
         return function.apply(*args)
     return operator(*args)
 

@@ -160,8 +160,11 @@ class Probes:
 
 
 def _product(rows: int, inner: int, dtype: torch.dtype) -> tuple[Callable[[], object], float]:
-    a, b = torch.randn(rows, inner, dtype=dtype), torch.randn(inner, inner, dtype=dtype)
-    out = torch.empty(rows, inner, dtype=dtype)
+    a, b = (
+        torch.randn(rows, inner, dtype=dtype, device="cpu"),
+        torch.randn(inner, inner, dtype=dtype, device="cpu"),
+    )
+    out = torch.empty(rows, inner, dtype=dtype, device="cpu")
     times = max(1, SQUARE**3 // (rows * inner * inner))
 
     def run() -> None:
@@ -176,7 +179,10 @@ def _silu(dtype: torch.dtype, threads: int) -> tuple[Callable[[], object], float
         return None
     silu = _native.core.silu
     count, repeats = SILU_PER_THREAD * threads, 2000
-    source, target = torch.randn(count, dtype=dtype), torch.empty(count, dtype=dtype)
+    source, target = (
+        torch.randn(count, dtype=dtype, device="cpu"),
+        torch.empty(count, dtype=dtype, device="cpu"),
+    )
     double = dtype == torch.float64
 
     def run() -> None:
@@ -186,7 +192,7 @@ def _silu(dtype: torch.dtype, threads: int) -> tuple[Callable[[], object], float
 
 
 def _copy_rate(dtype: torch.dtype) -> float:
-    source = torch.ones(_COPY_BYTES // dtype.itemsize, dtype=dtype)
+    source = torch.ones(_COPY_BYTES // dtype.itemsize, dtype=dtype, device="cpu")
     target = torch.empty_like(source)
     return 2 * _COPY_BYTES / _seconds(lambda: target.copy_(source))
 

@@ -120,7 +120,7 @@ class Problem(ABC):
         """The same numbers, the edges in another order: sums round in another way."""
         other = copy.copy(self)
         draw = torch.Generator().manual_seed(seed)
-        other.order = torch.randperm(self.graph.num_edges, generator=draw)
+        other.order = torch.randperm(self.graph.num_edges, generator=draw, device="cpu")
         other.edges = self.edges[:, other.order]
         other.graph = Graph.from_edge_index(other.edges, self.graph.num_nodes)
         return other
@@ -133,8 +133,8 @@ class LayerProblem(Problem):
         n, hidden = self.case.num_nodes, self.case.hidden
         self.module = EGCL(hidden, hidden, hidden, dtype=dtype)
         self.inputs = {
-            "h": torch.randn(n, hidden, dtype=dtype, requires_grad=True),
-            "x": torch.randn(n, 3, dtype=dtype, requires_grad=True),
+            "h": torch.randn(n, hidden, dtype=dtype, requires_grad=True, device="cpu"),
+            "x": torch.randn(n, 3, dtype=dtype, requires_grad=True, device="cpu"),
         }
 
     def forward(self, module: nn.Module) -> tuple[Tensor, ...]:
@@ -184,7 +184,7 @@ class EdgePassProblem(Problem):
         self.module = EdgePass(hidden, dtype)
         shapes = {"p": hidden, "q": hidden, "x": 3}
         self.inputs = {
-            name: torch.randn(n, width, dtype=dtype, requires_grad=True)
+            name: torch.randn(n, width, dtype=dtype, requires_grad=True, device="cpu")
             for name, width in shapes.items()
         }
 
@@ -201,8 +201,8 @@ class NBodyProblem(Problem):
     def _draw(self, dtype: torch.dtype) -> None:
         case = self.case
         shape = (len(case.sizes), case.sizes[0])
-        charges = torch.randint(2, shape) * 2.0 - 1
-        x, v, later = (torch.randn(shape[0], 3, shape[1]).numpy() for _ in range(3))
+        charges = torch.randint(2, shape, device="cpu") * 2.0 - 1
+        x, v, later = (torch.randn(shape[0], 3, shape[1], device="cpu").numpy() for _ in range(3))
         batch = systems(Arrays(charges.numpy(), x, v, later), slice(None), dtype=dtype)
         self.inputs = {name: getattr(batch, name) for name in type(batch).__dataclass_fields__}
         self._systems = type(batch)
@@ -256,14 +256,14 @@ class QM9Problem(Problem):
 
     def _draw(self, dtype: torch.dtype) -> None:
         case = self.case
-        sizes = torch.tensor(case.sizes)
+        sizes = torch.tensor(case.sizes, device="cpu")
         self.module = QM9Model(self.ATOMS, case.hidden, case.layers).to(dtype)
         self.inputs = {
-            "h": torch.randn(case.num_nodes, self.ATOMS, dtype=dtype),
-            "x": torch.randn(case.num_nodes, 3, dtype=dtype),
-            "target": torch.randn(len(sizes), dtype=dtype),
+            "h": torch.randn(case.num_nodes, self.ATOMS, dtype=dtype, device="cpu"),
+            "x": torch.randn(case.num_nodes, 3, dtype=dtype, device="cpu"),
+            "target": torch.randn(len(sizes), dtype=dtype, device="cpu"),
         }
-        self._molecule = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+        self._molecule = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), sizes)
 
     def to(self, device: torch.device | str) -> Problem:
         """The same numbers on another device."""
@@ -317,8 +317,8 @@ def _graph(case: Case) -> Graph:
     if case.graph == "complete":
         return Graph.complete(case.sizes)
     if case.graph == "regular":
-        receiver = torch.arange(case.nodes).repeat_interleave(case.degree)
-        sender = torch.randint(case.nodes, (case.num_edges,))
+        receiver = torch.arange(case.nodes, device="cpu").repeat_interleave(case.degree)
+        sender = torch.randint(case.nodes, (case.num_edges,), device="cpu")
         return Graph.from_edge_index(torch.stack((receiver, sender)), case.nodes)
     kind = CheckCase(case.name, case.graph, case.nodes, case.num_edges)
     return Graph.from_edge_index(kind.edge_index(), case.nodes)
