@@ -102,7 +102,7 @@ class Case:
         """The case's edge list ``[2, E]``."""
         if self.graph == "complete":
             return Graph.complete(self.sizes).edge_index
-        draw = torch.Generator().manual_seed(1)
+        draw = torch.Generator("cpu").manual_seed(1)
         n, e = self.nodes, self.edges
         if n == 0:
             return torch.empty(2, 0, dtype=torch.int64, device="cpu")
@@ -237,10 +237,10 @@ class _Shuffle:
         self.order, self.graph, self.hidden = order, graph, hidden
         if order == 0:
             return
-        draw = torch.Generator().manual_seed(order)
+        draw = torch.Generator("cpu").manual_seed(order)
         counts = (graph.num_nodes, graph.num_edges, hidden)
         self.nodes, self.edges, self.units = (
-            torch.randperm(count, generator=draw).to(graph.device) for count in counts
+            torch.randperm(count, generator=draw, device="cpu").to(graph.device) for count in counts
         )
         renamed = self.nodes.argsort()[graph.edge_index[:, self.edges]]
         self.graph = Graph.from_edge_index(renamed, graph.num_nodes)

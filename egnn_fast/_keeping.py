@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egnn_fast.eager import is_plain, transforming
+from egnn_fast.eager import is_plain, tracing, transforming
 
 Values = dict[Any, tuple[Any, "_Made | None"]]
 
@@ -30,13 +30,14 @@ def kept(values: Values, key: Any, make: Callable[[], Any], device: torch.device
     Anew while a CUDA graph is captured, if it was not before: what a capture records has no values
     until the graph runs. What another stream made is waited for.
     """
-    if transforming():
+    if tracing():
         return make()
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if key not in values:
         with lasting():
             value = make()
-        if capturing or not all(is_plain(t) for t in _tensors(value)):
+        # a mode may have changed what was computed
+        if capturing or transforming() or not all(is_plain(t) for t in _tensors(value)):
             return value
         # of two threads that compute at once the first one's stays
         values.setdefault(key, (value, _Made(device) if device.type == "cuda" else None))

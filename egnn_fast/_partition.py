@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from egnn_fast import _keeping
-from egnn_fast.eager import transforming
+from egnn_fast.eager import tracing
 
 
 class Partition(NamedTuple):
@@ -43,7 +43,7 @@ def kept(tensor: Tensor, key: Any, make: Callable[[], Any]) -> Any:
 
     The value must depend on nothing else. See :func:`egnn_fast._keeping.kept`.
     """
-    if transforming():
+    if tracing():
         return make()
     return _keeping.kept(_of(tensor), key, make, tensor.device)
 

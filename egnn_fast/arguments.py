@@ -10,7 +10,7 @@ from torch import Tensor
 
 from egnn_fast import backends
 from egnn_fast._edge_lists import EdgeIndexLike, as_edge_index
-from egnn_fast.eager import PLAIN_TYPES, transforming
+from egnn_fast.eager import PLAIN_TYPES, tracing
 from egnn_fast.edge_cache import graph_of
 from egnn_fast.graph import Graph
 from egnn_fast.options import EdgeWeights, LayerWeights, Options
@@ -79,7 +79,7 @@ def _graph_of_edges(edge_index: Any, h: Tensor) -> Graph:
     if not tensors:
         # numbers lie nowhere: they go where h is
         edge_index = as_edge_index(edge_index, device)
-    if device.type not in ("cpu", "meta") and not transforming():
+    if device.type not in ("cpu", "meta") and not tracing():
         backends.warn_once(
             f"edge_index: on {device.type} an edge list is sorted at each call, which waits for "
             "the device; build a Graph once (Graph.from_edge_index) and pass that"
@@ -90,7 +90,7 @@ def _graph_of_edges(edge_index: Any, h: Tensor) -> Graph:
 def check_edge_rows(name: str, value: Tensor, graph: Graph) -> None:
     """``value`` has a row for each edge."""
     # the operator compares with an implicit graph's size itself; here it would be a constant
-    if graph.is_complete and transforming():
+    if graph.is_complete and tracing():
         return
     if value.shape[0] != graph.num_edges:
         raise ValueError(

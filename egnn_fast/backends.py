@@ -278,10 +278,10 @@ def _candidates(device: str) -> tuple[str, ...]:
 
 @torch.compiler.assume_constant_result  # a traced call warns while it is traced
 def warn_once(message: str) -> None:
+    """Warn with a message that was not given before, at the line outside that made the call."""
     if message in _warned:
         return
     level, frame = 2, sys._getframe(1)
-    # to the line that made the call, outside of the package and of PyTorch's modules
     while frame.f_back is not None and frame.f_globals["__name__"].startswith(_INSIDE):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)

@@ -22,19 +22,46 @@ PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 PLAIN_OR_NONE = PLAIN_TYPES | {type(None)}
 
 
-def transforming() -> bool:
-    """Whether the program is being traced, transformed or watched by a mode, not just run.
+_TRACERS = tuple(torch._C._TorchDispatchModeKey.__members__.values())
 
-    A default device (``torch.set_default_device``, ``with torch.device(...)``) is a mode too, but
-    changes nothing here: every allocation in this package names its device.
+
+def tracing() -> bool:
+    """Whether a call's tensors stand for others: in a trace, a transform, among fake tensors.
+
+    Of them nothing is read by address, and nothing of them is kept.
     """
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
-        or (torch._C._len_torch_function_stack() > 0 and not only_default_device())
+        or (
+            torch._C._len_torch_dispatch_stack() > 0
+            and any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS)
+        )
+        # make_fx before dispatch, torch.export
+        or (
+            torch._C._len_torch_function_stack() > 0
+            and any(kind.__module__.startswith("torch.") for kind in _function_modes())
+        )
     )
+
+
+def transforming() -> bool:
+    """Whether a program is traced, transformed or watched by any mode, not just run."""
+    return tracing() or torch._C._len_torch_dispatch_stack() > 0 or bool(_function_modes())
+
+
+def _function_modes() -> list[type]:
+    """The modes that see each call of PyTorch's functions, but for a default device.
+
+    That (``torch.set_default_device``, ``with torch.device(...)``) is one too, but changes nothing
+    here: every allocation in this package names its device.
+    """
+    modes = [
+        type(torch._C._get_function_stack_at(k))
+        for k in range(torch._C._len_torch_function_stack())
+    ]
+    return [mode for mode in modes if mode is not DeviceContext]
 
 
 def refuse_jit_trace() -> None:
@@ -47,10 +74,7 @@ def refuse_jit_trace() -> None:
 
 def only_default_device() -> bool:
     """Whether a default device is set, and no other mode watches calls of PyTorch's functions."""
-    count = torch._C._len_torch_function_stack()
-    return count > 0 and all(
-        type(torch._C._get_function_stack_at(k)) is DeviceContext for k in range(count)
-    )
+    return torch._C._len_torch_function_stack() > 0 and not _function_modes()
 
 
 def without_default_device(function: Callable[P, R]) -> Callable[P, R]:

@@ -11,7 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from egnn_fast import _native, _sorting
 from egnn_fast._edge_lists import EdgeIndexLike, with_memory
-from egnn_fast.eager import is_plain, transforming
+from egnn_fast.eager import is_plain, tracing, transforming
 from egnn_fast.graph import Graph
 
 
@@ -35,7 +35,7 @@ def graph_of(edge_index: EdgeIndexLike, num_nodes: int) -> Graph:
     Lists of numbers, arrays and tensors on other devices are sorted at each call.
     """
     core = _native.core
-    if core is None or transforming():
+    if core is None or tracing():
         return Graph.from_edge_index(edge_index, num_nodes)
     tensors: Sequence[Any] = ()
     if isinstance(edge_index, Tensor):
@@ -55,6 +55,8 @@ def graph_of(edge_index: EdgeIndexLike, num_nodes: int) -> Graph:
     ):
         return entry.graph
     graph = Graph.from_edge_index(edge_index, num_nodes)
+    if transforming():  # a mode may have changed what was computed
+        return graph
     reference = None if second is None else weakref.ref(second)
     _entries[tensors[0]] = _Entry(content, reference, num_nodes, graph)
     return graph

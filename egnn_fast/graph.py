@@ -21,7 +21,7 @@ from egnn_fast._edge_lists import (
     check_edge_count,
     check_totals,
 )
-from egnn_fast.eager import is_plain, transforming
+from egnn_fast.eager import is_plain, tracing
 
 __all__ = ["INT32_MAX", "EdgeIndexLike", "Graph"]
 
@@ -122,7 +122,7 @@ class Graph:
         """
         edges = as_edge_index(edge_index)
         num_nodes = as_count("num_nodes", num_nodes)
-        if transforming() or edges.is_meta or not is_plain(edges):
+        if tracing() or edges.is_meta or not is_plain(edges):
             # recorded as an operator, which checks the edges when it runs
             return cls(*_sorting.sort_in_trace(edges, num_nodes))
         with _keeping.lasting():
@@ -160,7 +160,7 @@ class Graph:
         Edges are row-major: by component, then receiver, then sender.
         """
         counts = as_counts("sizes", sizes)
-        if transforming():
+        if tracing():
             return cls._complete(counts, device)
         with _keeping.lasting():
             return cls._complete(counts, device)
@@ -204,7 +204,7 @@ class Graph:
         if any(graph.device != found[0].device for graph in found):
             places = sorted({str(graph.device) for graph in found})
             raise ValueError(f"graphs: expected one device, got {', '.join(places)}")
-        if transforming():
+        if tracing():
             return cls(*_batching.joined(found))
         with _keeping.lasting():
             return cls(*_batching.joined(found))
@@ -375,7 +375,7 @@ class Graph:
 
     def _cached(self, key: Any, make: Callable[[], Any]) -> Any:
         # a traced region must not read or write what depends on the calls before it
-        if transforming():
+        if tracing():
             return make()
         return _keeping.kept(self._kept, key, make, self.device)
 

@@ -216,8 +216,9 @@ class Begun:
             self.derivatives = differentiate(
                 call, outputs, leaves, dense_towards, self.layer.kind.dtype
             )
+        # the reference knows of derivatives that are constant, and has none of them
         for part, tensors in inside(call, found).items():
-            judge(tensors, self.derivatives[part], part, rule)
+            judge(tensors, self.derivatives.get(part, {}), part, rule)
 
     def cotangent(self, call: Call, i: int, name: str) -> Tensor:
         form = call.cotangents[i % len(call.cotangents)]

@@ -204,7 +204,10 @@ class Kind(Record):
         return torch.float32 if self.float32 else torch.float64
 
     def build(self) -> torch.nn.Module:
-        acts = {"silu": torch.nn.SiLU, "relu": torch.nn.ReLU, "leaky_relu": torch.nn.LeakyReLU}
+        acts: dict[str, Any] = {
+            "silu": torch.nn.SiLU, "relu": torch.nn.ReLU,
+            "leaky_relu": lambda: torch.nn.LeakyReLU(self.salt),
+        }  # fmt: skip
         more: dict[str, Any] = {
             "edge_attr_dim": self.attrs, "node_attr_dim": self.node_attrs, "dtype": self.dtype,
             "activation": acts[self.activation](), "attention": self.attention,
@@ -222,7 +225,7 @@ class Kind(Record):
             made = nn.EGCL(*sizes, residual=self.outputs is None, **more)
         for part in made.modules():
             if isinstance(part, nn.EGCL | nn.EGCLVel):
-                # without effect on SiLU, but part of what a call may be recognised by
+                # without effect on SiLU and ReLU, but part of what a call may be recognised by
                 part.options = replace(part.options, negative_slope=self.salt)
         return made
 

@@ -253,7 +253,8 @@ class Sequence(RuleBasedStateMachine):
         layer=layers, edges=edges, call=calls, way=ways(), which=st.sampled_from(("grad", "vmap"))
     )
     def transform(self, layer: Layer, edges: Edges, call: Call, way: Way, which: str) -> None:
-        around = without(way.around, "autocast", "checkpoint")
+        # torch.func takes no hooks on saved tensors
+        around = without(way.around, "autocast", "checkpoint", "hooks clone", "hooks strided")
         call = call.made(way, around=around, requires="none", mode="grad")
         if "transform" not in LEFT_OUT and fits(layer, edges, call):
             transform(layer, edges, call, which)

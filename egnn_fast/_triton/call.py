@@ -67,7 +67,7 @@ class Call:
         dense: list[Any] = [t if t is None else t.contiguous() for t in args[:_N_INPUTS]]
         pq, x, edge_attr, edge_mask = dense
         weights = Weights(*args[_N_INPUTS:N_DIFF])
-        graph = (t if t is None else t.contiguous() for t in args[N_DIFF : N_DIFF + 4])
+        graph: list[Any] = [t if t is None else t.contiguous() for t in args[N_DIFF : N_DIFF + 4]]
         self.rowptr, self.senders, self.perm, self.first = graph
         activation, slope, norm, tanh, clamp, _, self.precision = args[N_DIFF + 4 :]
         self.device, self.nodes = x.device, x.shape[0]
