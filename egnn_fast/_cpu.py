@@ -26,6 +26,7 @@ _LAYER = (
 )  # fmt: skip
 N_LAYER = len(_LAYER)
 _ANY = -1  # number of rows or columns
+_POOLED = 1 << 15  # elements from which memory is worth using again
 _N_OPTIONS = 5  # scalars of Options that both operators take
 _NODE_W2, _LAYER_HEAD = _LAYER.index("node_w2"), _LAYER.index("w_x")
 _PHI_H = tuple(k for k, name in enumerate(_LAYER) if name.startswith("node_"))
@@ -54,7 +55,7 @@ class MessagesKernel:
         self.hidden, self.dim = pq.shape[1] // 2, x.shape[1]
         self.attrs = 0 if w_a is None else w_a.shape[1]
         self.has_head = inputs[_MESSAGES_HEAD] is not None
-        self.scalars = _record_scalars(pq, scalars)
+        self.dtype, self.scalars = pq.dtype, _record_scalars(pq, scalars)
 
     @staticmethod
     def dense(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -82,15 +83,20 @@ class MessagesKernel:
 
         Those of the operator or, with what comes ``before`` them, of its derivative.
         """
-        n, hidden, dim = tensors[0].shape[0], self.hidden, self.dim
-        inputs = (
-            (n, 2 * hidden), (n, dim), (_ANY, self.attrs), (_ANY,),
+        n, dtype = tensors[0].shape[0], self.dtype
+        outputs = ((n, self.hidden), (_ANY, self.dim))
+        _check("messages", ("g_m", "g_x"), before, outputs, dtype)
+        _check("messages", _MESSAGES, tensors[:N_MESSAGES], self.shapes(n, _ANY), dtype)
+        _check_graph("messages", tensors[N_MESSAGES:], n)
+
+    def shapes(self, n: int, edges: int) -> tuple[tuple[int, ...], ...]:
+        """Those of the inputs, for so many nodes and edges."""
+        hidden = self.hidden
+        return (
+            (n, 2 * hidden), (n, self.dim), (edges, self.attrs), (edges,),
             (hidden,), (hidden, self.attrs), (hidden, hidden), (hidden,),
             (hidden,), (1,), (hidden, hidden), (hidden,), (hidden,),
         )  # fmt: skip
-        _check("messages", ("g_m", "g_x"), before, ((n, hidden), (_ANY, dim)), tensors[0].dtype)
-        _check("messages", _MESSAGES, tensors[:N_MESSAGES], inputs, tensors[0].dtype)
-        _check_graph("messages", tensors[N_MESSAGES:], n)
 
     @staticmethod
     def kept_size(record: Any, num_edges: int) -> int:
@@ -117,7 +123,7 @@ class MessagesKernel:
         """The gradients of the inputs that are needed."""
         g_m, g_x = _filled(cotangents)
         g_x = g_x if self.has_head else None
-        found = _empty_gradients(tensors[:N_MESSAGES], needed)
+        found = _empty_gradients(_contiguous(tensors[:N_MESSAGES]), needed)
         if g_m is None and g_x is None:
             return [None if t is None else t.zero_() for t in found]
         _core().backward(self.record(tensors), addresses((g_m, g_x)), addresses(found))
@@ -139,7 +145,7 @@ class LayerKernel:
             features, self.hidden, self.out, self.dim, width - 2 * features - 1,
             0 if node_attr is None else node_attr.shape[1],
         )  # fmt: skip
-        self.scalars = _record_scalars(h, options)
+        self.dtype, self.scalars = h.dtype, _record_scalars(h, options)
 
     def record(self, tensors: Sequence[Any]) -> Any:
         """The argument record of dense inputs and graph tensors, which must outlive it."""
@@ -153,23 +159,25 @@ class LayerKernel:
 
     def check(self, tensors: Sequence[Any], before: Sequence[Any] = ()) -> None:
         """See :meth:`MessagesKernel.check`."""
-        dtype, n = tensors[0].dtype, tensors[0].shape[0]
-        features, hidden, out, dim, attrs, node_attrs = self.widths
-        moved = (n if self.moves else _ANY, dim)
+        n, dtype, dim = tensors[0].shape[0], self.dtype, self.dim
         outputs = (
-            (n, out), moved, (n if self.carry else _ANY, dim),
-            (n, hidden), (n if self.has_head else 0, dim), (0,),
+            (n, self.out), (n if self.moves else _ANY, dim), (n if self.carry else _ANY, dim),
+            (n, self.hidden), (n if self.has_head else 0, dim), (0,),
         )  # fmt: skip
-        inputs = (
-            (n, features), (n, dim), (n, dim), (_ANY, attrs), (_ANY,), (n, node_attrs), (n,),
+        _check("layer", ("g_h", "g_x", "g_v", "m", "shift", "kept"), before, outputs, dtype)
+        _check("layer", _LAYER, tensors[:N_LAYER], self.shapes(n, _ANY), dtype)
+        _check_graph("layer", tensors[N_LAYER:], n)
+
+    def shapes(self, n: int, edges: int) -> tuple[tuple[int, ...], ...]:
+        """See :meth:`MessagesKernel.shapes`."""
+        features, hidden, out, dim, attrs, node_attrs = self.widths
+        return (
+            (n, features), (n, dim), (n, dim), (edges, attrs), (edges,), (n, node_attrs), (n,),
             (hidden, 2 * features + 1 + attrs), (hidden,), (hidden, hidden), (hidden,),
             (hidden, features + hidden + node_attrs), (hidden,), (out, hidden), (out,),
             (1, hidden), (1,), (hidden, hidden), (hidden,), (1, hidden),
             (hidden, features), (hidden,), (1, hidden), (1,),
         )  # fmt: skip
-        _check("layer", ("g_h", "g_x", "g_v", "m", "shift", "kept"), before, outputs, dtype)
-        _check("layer", _LAYER, tensors[:N_LAYER], inputs, dtype)
-        _check_graph("layer", tensors[N_LAYER:], n)
 
     @staticmethod
     def kept_size(record: Any, num_edges: int) -> int:
@@ -188,7 +196,7 @@ class LayerKernel:
         recomputation under another budget shall save tensors of the same shapes.
         """
         n = h.shape[0]
-        memory = _reused(kept, h.dtype) if kept else h.new_empty(0)
+        memory = _reused(kept, h.dtype) if kept > _POOLED else h.new_empty(kept)
         outputs = (
             h.new_empty(n, self.out),
             x.new_empty(n, self.dim) if self.moves else None,
@@ -198,7 +206,7 @@ class LayerKernel:
             memory,
         )
         _core().layer_forward(record, addresses(outputs))
-        return (*outputs[:5], memory[:0] if kept else memory)
+        return (*outputs[:5], memory.resize_(0))
 
     def backward(
         self,
@@ -271,6 +279,23 @@ def layer_backward(
     kernel, tensors = _checked(LayerKernel, N_LAYER, args, (*cotangents, *constants))
     found = kernel.backward(cotangents, constants, tensors, needed)
     return [t for t in found if t is not None]
+
+
+def fits(kernel: Any, tensors: Sequence[Any], num_edges: int) -> bool:
+    """Whether inputs and graph tensors still are what a kernel was made for.
+
+    Their memory may have been replaced since (``tensor.data = ...``), of which autograd knows
+    nothing.
+    """
+    n, inputs = tensors[0].shape[0], tensors[:-4]
+    present = [t for t in inputs if t is not None]
+    shapes = zip(inputs, kernel.shapes(n, num_edges), strict=True)
+    return (
+        [t.shape for t in present] == [shape for t, shape in shapes if t is not None]
+        and tensors[-4].shape[0] == n + 1
+        and {t.dtype for t in present} == {kernel.dtype}
+        and all([t.is_cpu for t in present])  # noqa: C419 (faster)
+    )
 
 
 def _checked(kind: Any, count: int, args: Sequence[Any], before: Sequence[Any] = ()) -> Any:
@@ -354,10 +379,8 @@ def _filled(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def _empty_gradients(tensors: Sequence[Any], needed: Sequence[bool]) -> list[Tensor | None]:
-    return [
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else None
-        for t, need in zip(tensors, needed, strict=True)
-    ]
+    """Dense memory for the gradients of dense tensors."""
+    return [torch.empty_like(t) if need else None for t, need in zip(tensors, needed, strict=True)]
 
 
 def _core() -> Any:

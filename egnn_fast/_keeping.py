@@ -30,10 +30,14 @@ def kept(values: Values, key: Any, make: Callable[[], Any], device: torch.device
     Anew while a CUDA graph is captured, if it was not before: what a capture records has no values
     until the graph runs. What another stream made is waited for.
     """
+    # a traced region must not read or write what depends on the calls before it
     if tracing():
         return make()
+    found = values.get(key)
+    if found is not None and found[1] is None:
+        return found[0]
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if key not in values:
+    if found is None:
         with lasting():
             value = make()
         # a mode may have changed what was computed

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from egnn_fast import backends
 from egnn_fast._edge_lists import EdgeIndexLike, as_edge_index
-from egnn_fast.eager import PLAIN_TYPES, tracing
+from egnn_fast.eager import PLAIN_OR_NONE, tracing
 from egnn_fast.edge_cache import graph_of
 from egnn_fast.graph import Graph
 from egnn_fast.options import EdgeWeights, LayerWeights, Options
@@ -161,10 +161,13 @@ def check_layer_weights(
     weights: LayerWeights, options: Options, features: int, node_attrs: int, like: Tensor
 ) -> int:
     """The same for a whole layer's weights; returns the edge-attribute width."""
-    check_float("weights.edge_w1", weights.edge_w1, 2)
-    check_float("weights.node_w1", weights.node_w1, 2)
-    check_float("weights.node_w2", weights.node_w2, 2)
-    hidden, width = weights.edge_w1.shape
+    try:
+        (hidden, width), (_, inputs) = weights.edge_w1.shape, weights.node_w1.shape
+        out, _ = weights.node_w2.shape
+    except (AttributeError, ValueError):
+        for name in ("edge_w1", "node_w1", "node_w2"):
+            check_float(f"weights.{name}", getattr(weights, name), 2)
+        raise
     _check_hidden("weights.edge_w1", hidden)
     attrs = width - 2 * features - 1
     if attrs < 0:
@@ -172,13 +175,11 @@ def check_layer_weights(
             f"h: has {features} features, but the layer was built for fewer "
             f"(its edge MLP takes {width} inputs, 2 * features + 1 + edge attributes)"
         )
-    inputs = weights.node_w1.shape[1]
     if inputs != features + hidden + node_attrs:
         raise ValueError(
             f"h and node_attr: expected {inputs - hidden} features together as the node MLP takes, "
             f"got {features} and {node_attrs}"
         )
-    out = weights.node_w2.shape[0]
     gate, head, moving = options.attention, options.updates_coords, weights.vel_w1 is not None
     _check_weights(
         weights,
@@ -242,10 +243,9 @@ def _fit(
     weights: EdgeWeights | LayerWeights, shapes: tuple[tuple[int, ...] | None, ...], like: Tensor
 ) -> bool:
     """Whether plain weights have these shapes, and the dtype and device of ``like``."""
-    present = [t for t in weights if t is not None]
     return (
-        PLAIN_TYPES.issuperset(map(type, present))
+        PLAIN_OR_NONE.issuperset(map(type, weights))
         and tuple([None if t is None else t.shape for t in weights]) == shapes
-        and {t.dtype for t in present} == {like.dtype}
-        and {t.device for t in present} == {like.device}
+        and {t.dtype for t in weights if t is not None} == {like.dtype}
+        and {t.device for t in weights if t is not None} == {like.device}
     )

@@ -203,6 +203,9 @@ def select(argument: str | None, call: Call) -> str:
         A backend was named, by argument, context or environment, that cannot run the call.
     """
     name = requested(argument)
+    # in every layer of every step: what is usual must pass quickly
+    if name == "auto" and call.device == "cpu" and refusal("cpu", call) is None:
+        return "cpu"
     unknown = call.unknown_to_kernels()
     if unknown is not None:
         # runs as promised, even where a backend is named; who asked for the reference loses nothing

@@ -14,8 +14,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from egnn_fast._cpu import fits
 from egnn_fast.budget import activation_budget
-from egnn_fast.eager import PLAIN_OR_NONE, transforming, without_default_device
+from egnn_fast.eager import (
+    PLAIN_OR_NONE,
+    only_default_device,
+    transforming,
+    without_default_device,
+)
 from egnn_fast.operators import Operator, Tensors, are_batched, named, wants_grad
 
 
@@ -71,16 +77,16 @@ class Call(NamedTuple):
     ) -> Sequence[Tensor | None]:
         """The gradients of the inputs; ``saved`` holds the constants, inputs and graph tensors."""
         operator, kernel = self.operator, self.kernel
-        # what is to be differentiated once more, or is not plain now, is the operator's
-        special = torch.is_grad_enabled() or are_batched(cotangents)
-        if special or not is_direct((*saved, *cotangents)):
+        # what is to be differentiated once more is the operator's, and what is not plain now
+        direct = not torch.is_grad_enabled() and not are_batched(cotangents)
+        if not direct or not is_direct(cotangents) or (hooked and not is_direct(saved)):
             return operator.backward(wanted, cotangents, saved, self.scalars)
         constants, tensors = saved[: operator.kept], saved[operator.kept :]
         inputs = tensors[: operator.n_diff]
         needed = operator.reached(wanted, cotangents, inputs)
-        if not any(needed) or all(g is None for g in cotangents):
+        if not any(needed) or all([g is None for g in cotangents]):  # noqa: C419 (faster)
             return (None,) * operator.n_diff
-        if hooked:  # which may have put anything in their place
+        if hooked or not fits(kernel, tensors, self.num_edges):
             kernel.check(tensors, (*cotangents, *constants))
         found: list[Tensor | None] = kernel.backward(
             cotangents, constants, kernel.dense(tensors), needed
@@ -136,10 +142,13 @@ def _recorded(operator: Operator) -> Callable[..., Sequence[Tensor | None]]:
 
         @staticmethod
         def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-            wanted = ctx.needs_input_grad[1:]
-            return (None, *backward(ctx.call, wanted, cotangents, ctx.saved_tensors, ctx.hooked))
+            call, wanted = ctx.call, ctx.needs_input_grad[1:]
+            given = (wanted, cotangents, ctx.saved_tensors, ctx.hooked)
+            if only_default_device():
+                return (None, *spared(call, *given))
+            return (None, *call.backward(*given))
 
-    backward = without_default_device(Call.backward)
+    spared = without_default_device(Call.backward)
     named(Direct, operator.function.__name__)
     # Function.apply in Python looks at each argument for transforms, of which there are none here
     return super(torch.autograd.Function, Direct).apply

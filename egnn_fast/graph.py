@@ -305,20 +305,6 @@ class Graph:
         """The same, kept after the first call; not to be written to."""
         return self._cached("edge_index", self._edge_index)
 
-    def parts(self) -> tuple[int, int, tuple[Tensor | None, ...]]:
-        """``(N, E, (rowptr, senders, perm, first))``, dense; kept after the first call."""
-        return self._cached(
-            "parts",
-            lambda: (
-                self.num_nodes,
-                self.num_edges,
-                tuple(
-                    None if t is None else t.contiguous()
-                    for t in (self.rowptr, self.senders, self.perm, self.first)
-                ),
-            ),
-        )
-
     @property
     def receivers(self) -> Tensor:
         """Receiver of each edge in receiver order: ``[E]``, int64."""
@@ -374,9 +360,6 @@ class Graph:
         return torch.repeat_interleave(numbers, self.sizes, output_size=self.num_nodes)
 
     def _cached(self, key: Any, make: Callable[[], Any]) -> Any:
-        # a traced region must not read or write what depends on the calls before it
-        if tracing():
-            return make()
         return _keeping.kept(self._kept, key, make, self.device)
 
     def __repr__(self) -> str:

@@ -51,8 +51,9 @@ _HEAD = _where(MESSAGES_DIFF, ("w3", "b3", "w_x"))
 
 def _messages_reached(needed: Sequence[bool], cotangents: Tensors, inputs: Tensors) -> list[bool]:
     # the coordinate head's weights have a gradient only if X is used
-    uses_x = cotangents[1] is not None
-    return [need and (uses_x or not head) for need, head in zip(needed, _HEAD, strict=True)]
+    if cotangents[1] is not None:
+        return list(needed)
+    return [need and not head for need, head in zip(needed, _HEAD, strict=True)]
 
 
 def _messages_fake(pq: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -72,6 +73,8 @@ def _layer_reached(needed: Sequence[bool], cotangents: Tensors, inputs: Tensors)
     # officially, too, parameters that the loss does not reach have no gradient
     features = cotangents[0] is not None
     moves = cotangents[1] is not None or cotangents[2] is not None
+    if features and moves:
+        return list(needed)
     # without a coordinate head only the velocity moves a node: no edge does
     edges = features or inputs[_COORD_W2] is not None
     place = edges or cotangents[1] is not None
@@ -255,11 +258,11 @@ def _direct_parts(
     backend: str, graph: Graph, inputs: Sequence[Any]
 ) -> tuple[tuple[Tensor | None, ...], int] | None:
     """The graph's tensors and number of edges for a direct call; None where it is none."""
-    # a tensor without elements has no address
-    if backend != "cpu" or transforming() or graph.num_nodes == 0:
+    if backend != "cpu":
         return None
-    _, num_edges, parts = graph.parts()
-    return (parts, num_edges) if is_direct((*inputs, *parts)) else None
+    parts = _graph_tensors(graph)
+    # a tensor without elements has no address
+    return (parts, graph.num_edges) if is_direct((*inputs, *parts)) and graph.num_nodes else None
 
 
 def _kept_size(args: tuple[Any, ...], graph: Graph) -> int:
