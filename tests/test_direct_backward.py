@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -164,3 +165,43 @@ def test_what_hooks_put_in_place_of_saved_tensors_is_looked_at(name: str) -> Non
         else:
             with pytest.raises(ValueError, match=r"egnn_fast::layer: .*: expected"):
                 grads(lambda t: change(t) if t.is_floating_point() else t)
+
+
+SWAPPED: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "other numbers": (lambda t: t + 1, True),
+    "strided": (lambda t: torch.stack([t + 1, t], dim=-1)[..., 0], True),
+    "fewer columns": (lambda t: t[:, :2].clone(), False),
+    "the same memory, fewer columns": (lambda t: t[:, :2], False),
+    "another dtype": (Tensor.double, False),
+    "another device": (lambda t: t.to("meta"), False),
+    "flat": (Tensor.flatten, False),
+}
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+@pytest.mark.parametrize("place", ["edge_mlp.2.weight", "node_mlp.0.weight", "coord_mlp.2.weight"])
+def test_other_memory_under_a_weight_is_looked_at_in_the_backward(name: str, place: str) -> None:
+    """Autograd does not notice ``weight.data = ...``, and takes what it finds there."""
+    change, works = SWAPPED[name]
+    for frozen in (False, True):
+        found = []
+        for way in (by_operators, lambda run: run()):
+            layer, args = layer_inputs()
+            weight = layer.get_parameter(place)
+            weight.requires_grad_(not frozen)
+            trained = [p for p in layer.parameters() if p.requires_grad]
+
+            def grads(
+                layer: Any = layer, args: Any = args, weight: Any = weight, trained: Any = trained
+            ) -> list[Tensor]:
+                h, x = layer(**args)
+                weight.data = change(weight.data)
+                return list(torch.autograd.grad(h.sum() + (x * x).sum(), trained))
+
+            if works:
+                found.append(way(grads))
+            else:
+                with pytest.raises((ValueError, RuntimeError)):
+                    way(grads)
+        if works:
+            assert all(map(torch.equal, *found))

@@ -29,7 +29,13 @@ GRAPHS: dict[str, Callable[[], Graph]] = {
 
 def fill(graph: Graph) -> list[Any]:
     """All that a graph computes and may keep."""
-    found: list[Any] = [graph.edge_index, graph.shared_edge_index(), *graph.transpose(), graph.batch_index, graph.num_edges]
+    found: list[Any] = [
+        graph.edge_index,
+        graph.shared_edge_index(),
+        *graph.transpose(),
+        graph.batch_index,
+        graph.num_edges,
+    ]
     found += [graph.inverse_degree(t) for t in (torch.float32, torch.float64, torch.bfloat16)]
     return found
 
