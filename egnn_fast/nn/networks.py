@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from egnn_fast import arguments
 from egnn_fast._keywords import hinted
-from egnn_fast.eager import refuse_jit_trace
+from egnn_fast.eager import refuse_jit_trace, without_default_device
 from egnn_fast.graph import EdgeIndexLike, Graph
 from egnn_fast.nn._parts import LayerArgs, check_sizes
 from egnn_fast.nn.layers import EGCL, EGCLVel
@@ -205,16 +205,25 @@ def enter(
 ) -> tuple[Tensor, Graph]:
     """Check what enters a network, embed h, and make a raw edge list a Graph for all layers."""
     refuse_jit_trace()
+    # what stands in a Linear's place (quantised, an adapter) need not have these
+    plain = type(embedding).forward is nn.Linear.forward
+    _check_entry(h, x, embedding.weight if plain else getattr(embedding, "in_features", None))
+    return embedding(h), _resolve_graph(graph, h)
+
+
+_resolve_graph = without_default_device(arguments.resolve_graph)
+
+
+@without_default_device
+def _check_entry(h: Tensor, x: Tensor, weight: Any) -> None:
+    """``weight`` is the embedding's, or the number of features that it takes, if that is known."""
     arguments.check_nodes(h, x)
-    features = getattr(embedding, "in_features", None)
-    if type(embedding).forward is nn.Linear.forward:
-        weight: Any = embedding.weight
+    features = weight
+    if isinstance(weight, Tensor):
         features = weight.shape[1]
         arguments.check_like("h", h, weight, "the network")
-    # what stands in a Linear's place (quantised, an adapter) need not have these
     if isinstance(features, int) and h.shape[1] != features:
         raise ValueError(f"h: expected [N, {features}], got {list(h.shape)}")
-    return embedding(h), arguments.resolve_graph(graph, h)
 
 
 def layers_of(network: nn.Module, n_layers: int) -> Iterator[Any]:
