@@ -79,6 +79,33 @@ def test_calls_unlike_the_capture_are_refused() -> None:
         run(h, x, edge_attr=torch.ones(18, 1))
 
 
+@pytest.mark.usefixtures("uncaptured")
+def test_what_the_capture_would_not_see_is_refused() -> None:
+    network = nn.EGNN(2, 8, 5, n_layers=1)
+    h, x = tensors()["h"], tensors()["x"]
+    run = nn.graphed(network, h, x, GRAPH)
+    with pytest.raises(ValueError, match="x: captured without requires_grad"):
+        run(h, x.clone().requires_grad_())
+    with torch.no_grad():
+        run(h, x.clone().requires_grad_())
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(RuntimeError, match=r"autocast: captured with none, .* torch.bfloat16"),
+    ):
+        run(h, x)
+    weight = network.get_parameter("gcl_0.edge_mlp.2.weight")
+    with torch.no_grad():
+        weight.mul_(2)
+    run(h, x)
+    weight.data = weight.data.clone()
+    with pytest.raises(RuntimeError, match=r"gcl_0\.edge_mlp\.2\.weight: has other memory"):
+        run(h, x)
+    run = nn.graphed(network, h, x, GRAPH)
+    network.load_state_dict({k: t.clone() for k, t in network.state_dict().items()}, assign=True)
+    with pytest.raises(RuntimeError, match=r"embedding_in\.weight: has other memory"):
+        run(h, x)
+
+
 def test_wrong_arguments_name_themselves() -> None:
     network = nn.EGNN(2, 8, 5, n_layers=1)
     h, x = tensors()["h"], tensors()["x"]

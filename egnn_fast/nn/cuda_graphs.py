@@ -31,9 +31,18 @@ class _OnOneGraph(nn.Module):
 class GraphedNetwork:
     """What :func:`graphed` returns: call it with tensors like those it was captured with."""
 
-    def __init__(self, run: Any, samples: dict[str, Tensor]) -> None:
+    def __init__(self, run: Any, network: nn.Module, samples: dict[str, Tensor]) -> None:
         self._run = run
         self._samples = {k: (t.shape, t.dtype, t.device) for k, t in samples.items()}
+        self._differentiable = {k for k, t in samples.items() if t.requires_grad}
+        self._autocast = _autocast()
+        # the weights that the capture reads and writes, and where their successors would stand
+        self._weights = [
+            (f"{path}.{name}" if path else name, part._parameters, name, t, t.data_ptr())
+            for path, part in network.named_modules()
+            for name, t in part._parameters.items()
+            if t is not None
+        ]
 
     def __call__(self, h: Tensor, x: Tensor, **tensors: Tensor) -> tuple[Tensor, Tensor]:
         """``(h, x)`` of the network; the tensors by the names they were captured with."""
@@ -50,8 +59,30 @@ class GraphedNetwork:
                     f"{name}: captured as {list(shape)} {dtype} on {device}, "
                     f"got {list(t.shape)} {t.dtype} on {t.device}"
                 )
+            if t.requires_grad and name not in self._differentiable and torch.is_grad_enabled():
+                raise ValueError(
+                    f"{name}: captured without requires_grad, so it would get no gradient; "
+                    "capture with a sample that requires it"
+                )
+        for full, owner, name, weight, address in self._weights:
+            if owner.get(name) is not weight or weight.data_ptr() != address:
+                raise RuntimeError(
+                    f"{full}: has other memory than at the capture, which goes on with the old; "
+                    "update weights in place, or capture again"
+                )
+        if _autocast() != self._autocast:
+            raise RuntimeError(
+                f"autocast: captured with {self._autocast or 'none'}, called with "
+                f"{_autocast() or 'none'}"
+            )
         found: tuple[Tensor, Tensor] = self._run(*(given[name] for name in self._samples))
         return found
+
+
+def _autocast() -> torch.dtype | None:
+    """The dtype of autocast; None where it is off."""
+    enabled = torch.is_autocast_enabled(DEVICE)
+    return torch.get_autocast_dtype(DEVICE) if enabled else None
 
 
 def graphed(
@@ -110,4 +141,4 @@ def graphed(
         cache_enabled=False,
     ):
         run = torch.cuda.make_graphed_callables(fixed, tuple(samples.values()))
-    return GraphedNetwork(run, samples)
+    return GraphedNetwork(run, network, samples)
