@@ -314,16 +314,16 @@ def _check(
 ) -> None:
     # no strict zip: a derivative's own arguments come with the derivative alone
     for name, t, shape in zip(names, tensors, shapes, strict=False):
-        if t is None or (t.shape == shape and t.dtype is dtype):
+        if t is None or (t.shape == shape and t.dtype is dtype and t.is_cpu):
             continue
         same = len(shape) == t.dim() and all(
             n in (_ANY, size) for n, size in zip(shape, t.shape, strict=True)
         )
-        if not same or t.dtype is not dtype:
+        if not same or t.dtype is not dtype or not t.is_cpu:
             expected = ", ".join("*" if n == _ANY else str(n) for n in shape)
             raise ValueError(
-                f"egnn_fast::{operator}: {name}: expected [{expected}] of {dtype}, "
-                f"got {list(t.shape)} of {t.dtype}"
+                f"egnn_fast::{operator}: {name}: expected [{expected}] of {dtype} on cpu, "
+                f"got {list(t.shape)} of {t.dtype} on {t.device}"
             )
 
 

@@ -49,25 +49,26 @@ class Call(NamedTuple):
         Gives the derivatives that are to be differentiated themselves.
     kernel : MessagesKernel or LayerKernel
         See :mod:`egnn_fast._cpu`.
-    parts : tuple
-        The graph's four tensors.
     num_edges : int
+        The graph's.
     scalars : tuple
         The operator's.
     """
 
     operator: Operator
     kernel: Any
-    parts: tuple[Tensor | None, ...]
     num_edges: int
     scalars: tuple[Any, ...]
 
-    def forward(self, inputs: Sequence[Any], keep: bool) -> tuple[Tensor | None, ...]:
-        """The operator's outputs, None for those that the layer has not; the constants last."""
-        tensors = self.kernel.dense((*inputs, *self.parts))
+    def forward(self, tensors: Sequence[Any], keep: bool) -> tuple[Tensor | None, ...]:
+        """The operator's outputs, None for those that the layer has not; the constants last.
+
+        ``tensors`` are its inputs and the graph's four tensors.
+        """
+        tensors = self.kernel.dense(tensors)
         record = self.kernel.record(tensors)
         size = self.kernel.kept_size(record, self.num_edges) if keep else 0
-        if size and size * inputs[0].element_size() > activation_budget():
+        if size and size * tensors[0].element_size() > activation_budget():
             size = 0
         outputs: tuple[Tensor | None, ...] = self.kernel.forward(record, *tensors[:2], size)
         return outputs
@@ -120,33 +121,36 @@ class DirectWay:
         ``parts`` are the graph's tensors; with the inputs :func:`is_direct`.
         """
         kernel = self._kernel(inputs, scalars)
-        call = Call(self._operator, kernel, parts, num_edges, scalars)
+        call = Call(self._operator, kernel, num_edges, scalars)
         if wants_grad(*inputs):
-            return self._apply(call, *inputs)
-        return call.forward(inputs, keep=False)[: self._operator.outputs]
+            return self._apply(call, parts, *inputs)
+        return call.forward((*inputs, *parts), keep=False)[: self._operator.outputs]
 
 
 def _recorded(operator: Operator) -> Callable[..., Sequence[Tensor | None]]:
-    """``function(call, *inputs)``: the outputs of a call whose derivatives may be asked for."""
+    """``function(call, graph's tensors, *inputs)``: the outputs of a call whose derivatives may be asked for."""
 
     class Direct(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, call: Call, *inputs: Any) -> tuple[Tensor | None, ...]:
-            found = call.forward(inputs, keep=True)
+        def forward(
+            ctx: Any, call: Call, parts: tuple[Any, ...], *inputs: Any
+        ) -> tuple[Tensor | None, ...]:
+            tensors = (*inputs, *parts)
+            found = call.forward(tensors, keep=True)
             ctx.call = call
             ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
             ctx.set_materialize_grads(False)
             # as the operator's Function saves them, so that a recomputation may go either way
-            ctx.save_for_backward(*found[operator.outputs :], *inputs, *call.parts)
+            ctx.save_for_backward(*found[operator.outputs :], *tensors)
             return found[: operator.outputs]
 
         @staticmethod
         def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-            call, wanted = ctx.call, ctx.needs_input_grad[1:]
+            call, wanted = ctx.call, ctx.needs_input_grad[2:]
             given = (wanted, cotangents, ctx.saved_tensors, ctx.hooked)
             if only_default_device():
-                return (None, *spared(call, *given))
-            return (None, *call.backward(*given))
+                return (None, None, *spared(call, *given))
+            return (None, None, *call.backward(*given))
 
     spared = without_default_device(Call.backward)
     named(Direct, operator.function.__name__)
