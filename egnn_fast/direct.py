@@ -128,7 +128,7 @@ class DirectWay:
 
 
 def _recorded(operator: Operator) -> Callable[..., Sequence[Tensor | None]]:
-    """``function(call, graph's tensors, *inputs)``: the outputs of a call whose derivatives may be asked for."""
+    """``function(call, parts, *inputs)``: the outputs of a call that may be differentiated."""
 
     class Direct(torch.autograd.Function):
         @staticmethod
