@@ -121,7 +121,7 @@ class MessagesKernel:
         needed: Sequence[bool],
     ) -> list[Tensor | None]:
         """The gradients of the inputs that are needed."""
-        g_m, g_x = _filled(cotangents)
+        g_m, g_x = _contiguous(cotangents)
         g_x = g_x if self.has_head else None
         found = _empty_gradients(_contiguous(tensors[:N_MESSAGES]), needed)
         if g_m is None and g_x is None:

@@ -285,7 +285,9 @@ def warn_once(message: str) -> None:
     if message in _warned:
         return
     level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith(_INSIDE):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "torch.").startswith(
+        _INSIDE
+    ):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
     _warned.add(message)  # after a warning that is no error

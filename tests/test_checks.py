@@ -95,8 +95,7 @@ def test_wrong_numbers_are_found(place: str, how: str, monkeypatch: pytest.Monke
         new_h, new_x, new_v = layer(h, x, graph, weights, *args, **kwargs)
         if place == "h":
             new_h = spoiled(new_h, how)
-        if place == "x":
-            assert new_x is not None
+        if place == "x" and new_x is not None:
             new_x = spoiled(new_x, how)
         return new_h, new_x, new_v
 
