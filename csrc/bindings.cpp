@@ -241,7 +241,7 @@ PYBIND11_MODULE(_core, module) {
         return egnn::checksum(reinterpret_cast<const void*>(data), bytes, threads);
       },
       py::arg("data"), py::arg("bytes"), py::arg("threads"), release,
-      "64 bits of the content of memory, the same on any number of threads.");
+      "A 64-bit checksum of memory, the same on any number of threads.");
   module.def(
       "silu",
       [](uintptr_t from, uintptr_t to, int64_t count, bool is_double, int threads, int repeats) {

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def joined(
     graphs: Sequence[Graph],
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, int]:
-    """What the graph of several consists of, as its constructor takes it."""
+    """The arguments of ``Graph`` for several graphs as one."""
     device = graphs[0].device
     nodes, edges = [g.num_nodes for g in graphs], [g.num_edges for g in graphs]
     check_totals("graphs", sum(nodes), sum(edges))
@@ -50,7 +50,7 @@ def joined(
 
 
 def shifted(parts: Sequence[Tensor], counts: list[int], by: list[int]) -> Tensor:
-    """The parts, one of each count, with the sum of ``by`` up to it added to each."""
+    """The parts in one tensor, the k-th, of ``counts[k]`` elements, plus ``sum(by[:k + 1])``."""
     whole = torch.cat(list(parts))
     steps = torch.tensor(by, dtype=whole.dtype, device=whole.device)
     each = torch.tensor(counts, dtype=torch.int64, device=whole.device)

@@ -26,7 +26,7 @@ _LAYER = (
 )  # fmt: skip
 N_LAYER = len(_LAYER)
 _ANY = -1  # number of rows or columns
-_POOLED = 1 << 15  # elements from which memory is worth using again
+_POOLED = 1 << 15  # elements from which a buffer of the pool pays
 _N_OPTIONS = 5  # scalars of Options that both operators take
 _NODE_W2, _LAYER_HEAD = _LAYER.index("node_w2"), _LAYER.index("w_x")
 _PHI_H = tuple(k for k, name in enumerate(_LAYER) if name.startswith("node_"))
@@ -79,9 +79,9 @@ class MessagesKernel:
         return _core().Args(addresses(tensors), sizes, self.scalars)
 
     def check(self, tensors: Sequence[Any], before: Sequence[Any] = ()) -> None:
-        """Raise unless tensors have the shapes and dtypes that the kernel takes them to have.
+        """Raise ValueError unless tensors have the shapes and dtypes that the kernel expects.
 
-        Those of the operator or, with what comes ``before`` them, of its derivative.
+        ``tensors`` are the operator's; ``before`` are those that its derivative takes before them.
         """
         n, dtype = tensors[0].shape[0], self.dtype
         outputs = ((n, self.hidden), (_ANY, self.dim))
@@ -90,7 +90,7 @@ class MessagesKernel:
         _check_graph("messages", tensors[N_MESSAGES:], n)
 
     def shapes(self, n: int, edges: int) -> tuple[tuple[int, ...], ...]:
-        """Those of the inputs, for so many nodes and edges."""
+        """The inputs' shapes for ``n`` nodes and ``edges`` edges."""
         hidden = self.hidden
         return (
             (n, 2 * hidden), (n, self.dim), (edges, self.attrs), (edges,),
@@ -190,10 +190,10 @@ class LayerKernel:
         return _contiguous(tensors)
 
     def forward(self, record: Any, h: Tensor, x: Tensor, kept: int) -> tuple[Tensor | None, ...]:
-        """New h, x and v, M and X, what is kept.
+        """New h, x and v, M and X, the kept activations; None for what the layer lacks.
 
-        None for what the layer has not; what is kept has no elements, but memory behind it: a
-        recomputation under another budget shall save tensors of the same shapes.
+        The activations are the storage of a tensor without elements, so that a recomputation under
+        another budget saves tensors of the same shapes.
         """
         n = h.shape[0]
         memory = _reused(kept, h.dtype) if kept > _POOLED else h.new_empty(kept)
@@ -282,10 +282,9 @@ def layer_backward(
 
 
 def fits(kernel: Any, tensors: Sequence[Any], num_edges: int) -> bool:
-    """Whether inputs and graph tensors still are what a kernel was made for.
+    """Whether inputs and graph tensors still have the shapes and dtypes of the forward.
 
-    Their memory may have been replaced since (``tensor.data = ...``), of which autograd knows
-    nothing.
+    Autograd does not notice if their memory was replaced (``tensor.data = ...``).
     """
     n, inputs = tensors[0].shape[0], tensors[:-4]
     present = [t for t in inputs if t is not None]
@@ -299,7 +298,7 @@ def fits(kernel: Any, tensors: Sequence[Any], num_edges: int) -> bool:
 
 
 def _checked(kind: Any, count: int, args: Sequence[Any], before: Sequence[Any] = ()) -> Any:
-    """A kernel of this kind and its dense tensors, of an operator's arguments."""
+    """A kernel of this kind for an operator's arguments, and their tensors, checked and dense."""
     kernel, tensors = kind(args[:count], args[count + 4 :]), args[: count + 4]
     kernel.check(tensors, before)
     return kernel, kernel.dense(tensors)
@@ -312,7 +311,7 @@ def _check(
     shapes: Sequence[tuple[int, ...]],
     dtype: torch.dtype,
 ) -> None:
-    # no strict zip: a derivative's own arguments come with the derivative alone
+    # not strict: the operator itself has no tensors before its inputs
     for name, t, shape in zip(names, tensors, shapes, strict=False):
         if t is None or (t.shape == shape and t.dtype is dtype and t.is_cpu):
             continue
@@ -341,7 +340,9 @@ def _check_graph(operator: str, graph: Sequence[Any], nodes: int) -> None:
             f"got {int(rowptr[-1])}"
         )
     if senders is None and first is None:
-        raise ValueError(f"egnn_fast::{operator}: senders: needed unless there is first")
+        raise ValueError(
+            f"egnn_fast::{operator}: senders: expected a tensor unless first is given, got None"
+        )
 
 
 def _reused(count: int, dtype: torch.dtype) -> Tensor:
@@ -351,7 +352,7 @@ def _reused(count: int, dtype: torch.dtype) -> Tensor:
 
 
 def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    """Where the tensors lie; 0 for None, and for those without elements."""
+    """The tensors' addresses; 0 for None and for those without elements."""
     return [0 if t is None else t.data_ptr() or _no_address(t) for t in tensors]
 
 
@@ -374,7 +375,7 @@ def _contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def _filled(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Cotangents, dense; None for one without elements, which reaches nothing."""
+    """Dense cotangents; None for those without elements, which reach nothing."""
     return [None if t is None or not t.numel() else t.contiguous() for t in tensors]
 
 

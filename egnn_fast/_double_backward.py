@@ -86,15 +86,15 @@ def messages(
 
 @contextmanager
 def _autograd(device: str, backend: str, precision: str) -> Iterator[None]:
-    """Differentiation inside of an operator, where autograd is switched off.
+    """Differentiation inside an operator, where autograd is switched off.
 
-    Without autocast, and in the precision of the call's float32 products, whatever is set by now.
+    Autocast is off, and float32 products have the precision of the call, whatever is set now.
     """
     key = torch._C.DispatchKey.AutogradFunctionality
     with (
         torch._C._SetExcludeDispatchKeyGuard(key, False),
         torch.autocast(device, enabled=False),
-        # the CPU's products know one precision
+        # the CPU has one precision
         nullcontext() if backend == "cpu" else float32_products(in_float32(precision)),
         torch.enable_grad(),
     ):

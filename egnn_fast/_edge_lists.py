@@ -1,4 +1,4 @@
-"""The forms in which edge lists and counts are taken, and what is wrong with others."""
+"""Edge lists and counts in every accepted form, and the errors for others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INT32_MAX = 2**31 - 1
 def as_edge_index(edge_index: EdgeIndexLike, device: torch.device | str = "cpu") -> Tensor:
     """An edge list of any accepted form as one int64 tensor ``[2, E]``.
 
-    ``device`` is for numbers and NumPy arrays, which lie on none.
+    ``device`` is where numbers and NumPy arrays go.
     """
     if isinstance(edge_index, np.ndarray):
         edges = _as_tensor(edge_index, device)
@@ -71,7 +71,7 @@ def _as_tensor(values: Any, device: torch.device | str) -> Tensor:
 
 
 def with_memory(tensor: Tensor) -> Tensor:
-    """A subclass's tensor as a plain one; what PyTorch traces with, and plain ones, as they are.
+    """A plain tensor for one of a subclass; plain tensors and those of traces as they are.
 
     Raises TypeError for subclasses that have no memory of their own and no ``as_tensor()``.
     """
@@ -93,7 +93,7 @@ def with_memory(tensor: Tensor) -> Tensor:
 
 
 def _is_tracers(tensor: Tensor) -> bool:
-    # imported here, where a subclass has come already: it takes a while
+    # imported for subclasses alone: the import takes a while
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
 
@@ -113,7 +113,7 @@ def check_edge_count(edges: Tensor) -> None:
 
 
 def as_count(name: str, value: Any) -> int:
-    """A whole number from 0 to 2**31 - 1; NumPy's integers and 0-dim tensors are taken too."""
+    """A whole number from 0 to 2**31 - 1; NumPy integers and 0-dim tensors are accepted."""
     if isinstance(value, torch.SymInt):
         return value  # type: ignore[return-value]
     if isinstance(value, int) and not isinstance(value, bool):

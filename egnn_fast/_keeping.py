@@ -1,9 +1,9 @@
-"""Values computed once from tensors that do not change, kept for later calls.
+"""Cached values, computed once from tensors that do not change.
 
-Kept is only what an ordinary call computed, of plain tensors: what a trace or transform computes
-belongs to it, and has no values afterwards. It serves every later call, so what it is computed from
-must be in its key or stay as it is: grad mode, inference mode, autocast and the default dtype and
-device are those of no caller (:func:`lasting`; the functions that compute name dtype and device).
+Only what an ordinary call computes from plain tensors is cached: the tensors of a trace or
+transform have no data afterwards. A cached value serves every later call, so it must not depend on
+grad mode, inference mode, autocast or the default dtype and device of the call that computes it:
+see :func:`lasting`; the functions that compute name dtype and device.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ Values = dict[Any, tuple[Any, "_Made | None"]]
 
 
 def lasting() -> torch.inference_mode:
-    """What is kept must serve training too, whatever the mode of the call that first asked."""
+    """Leave inference mode: a cached value must serve training too."""
     return torch.inference_mode(False)
 
 
 def kept(values: Values, key: Any, make: Callable[[], Any], device: torch.device) -> Any:
-    """``make()``, computed once for this key in an ordinary call.
+    """``make()``, cached under ``key`` if the call is ordinary.
 
-    Anew while a CUDA graph is captured, if it was not before: what a capture records has no values
-    until the graph runs. What another stream made is waited for.
+    A value computed while a CUDA graph is captured is not cached: it has no data until the graph
+    runs. If another stream computed the value, the current one waits for it.
     """
-    # a traced region must not read or write what depends on the calls before it
+    # a trace must not depend on the calls before it
     if tracing():
         return make()
     found = values.get(key)
@@ -43,7 +43,7 @@ def kept(values: Values, key: Any, make: Callable[[], Any], device: torch.device
         # a mode may have changed what was computed
         if capturing or transforming() or not all(is_plain(t) for t in _tensors(value)):
             return value
-        # of two threads that compute at once the first one's stays
+        # if two threads compute it at once, the first value stays
         values.setdefault(key, (value, _Made(device) if device.type == "cuda" else None))
     value, made = values[key]
     if made is not None and not capturing:  # before a capture the whole device is waited for

@@ -1,4 +1,4 @@
-"""The clean dialect's keywords beside the official ones: who confuses them is told."""
+"""Argument names in ``egnn_fast.nn`` and in the official code; errors give the right one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 Class = TypeVar("Class", bound=type)
 
-# each line: one argument's names, the clean one first
+# each line: the names of one argument, that of egnn_fast.nn first
 _NAMES = (
     ("in_features", "input_nf", "in_node_nf"),
     ("out_features", "output_nf", "out_node_nf"),
@@ -23,20 +23,20 @@ _NAMES = (
     ("coord_scale", "coords_weight"),
     ("coord_clamp", "clamp"),
 )
-# what an official switch means in the clean dialect, where the name alone does not say
+# official arguments that egnn_fast.nn takes with another value
 _VALUES = {
     "normalize": "coord_norm='unit'",
     "norm_diff": "coord_norm=1.0",
     "clamp": "coord_clamp=100.0",
 }
-# officially without effect, so no advice
+# has no effect in the official code: not suggested
 _USELESS = "clamp"
 
 
 def hinted(cls: Class) -> Class:
-    """Let the constructor name its own keyword where one of the other dialect is given.
+    """Let the constructor's error for an argument's other name give its own name of it.
 
-    Without such a keyword, Python's own message is left as it is.
+    If it has none, Python's own error is raised.
     """
     build: Any = vars(cls)["__init__"]
     known = inspect.signature(build).parameters

@@ -103,9 +103,9 @@ def kept_by_sender(
     rowptr: Tensor, senders: Tensor | None, first: Tensor | None, begin: int, end: int,
     size: int, most: int,
 ) -> SenderOrder:  # fmt: skip
-    """:func:`by_sender`, computed once for what it depends on."""
+    """:func:`by_sender`, cached with the tensor that it depends on."""
     graph, key = (rowptr, senders, first), (begin, end, size, most)
-    # listed senders alone decide; in complete components rowptr does: it gives their sizes
+    # depends on the listed senders alone; in complete graphs on rowptr, which gives their sizes
     found: SenderOrder = kept(
         rowptr if senders is None else senders, ("by sender", *key), lambda: by_sender(*graph, *key)
     )

@@ -56,10 +56,10 @@ def index_range(edges: Tensor) -> tuple[int, int]:
 
 
 def checksum(core: _native.Core, tensor: Tensor) -> int:
-    """64 bits of the content of a plain tensor on the CPU, at the speed of its memory."""
+    """A 64-bit checksum of the content of a plain tensor on the CPU."""
     dense = tensor
     if not tensor.is_contiguous():
-        # the rows of edges that were listed in pairs are columns of memory without gaps
+        # the transpose of a list of pairs [E, 2] is dense in memory
         dense = (tensor.t() if tensor.dim() == 2 else tensor).contiguous()
     found: int = core.checksum(dense.data_ptr(), dense.nbytes, torch.get_num_threads())
     return found

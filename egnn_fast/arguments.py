@@ -77,7 +77,7 @@ def _graph_of_edges(edge_index: Any, h: Tensor) -> Graph:
         if t.device != device:
             raise ValueError(f"edge_index: expected device {device} as h has, got {t.device}")
     if not tensors:
-        # numbers lie nowhere: they go where h is
+        # numbers are on no device: they go where h is
         edge_index = as_edge_index(edge_index, device)
     if device.type not in ("cpu", "meta") and not tracing():
         backends.warn_once(

@@ -37,10 +37,10 @@ class Call(NamedTuple):
     hidden: int
     coord_dim: int
     activation: str | None  # None: a module that no kernel knows
-    changed: str | None = None  # what of a layer's modules is not as it was built
+    changed: str | None = None  # which submodule is not as it was built, and how
 
     def unknown_to_kernels(self) -> str | None:
-        """What of the layer only plain PyTorch computes, on every backend; None if nothing."""
+        """Why plain PyTorch runs the layer on every backend; None if kernels know it."""
         if self.changed is not None:
             return (
                 f"{self.changed}; the layer runs through its modules in plain PyTorch, without "
@@ -78,9 +78,9 @@ def use_backend(name: str) -> Iterator[None]:
     """Run every layer inside the block on the named backend.
 
     It goes before ``EGNN_FAST_BACKEND``; a ``backend=`` argument other than None goes before it.
-    A block is its thread's affair; compiled code alone takes the block that any thread entered
-    last. What runs after the block, such as a checkpoint's recomputation in a backward, does not
-    know of it.
+    A block holds in its own thread or task. Compiled code takes the block that was entered last in
+    any thread. A checkpoint that is recomputed after the block takes the backend that is set then,
+    and PyTorch may raise: give ``backend=`` to the layer instead.
     """
     block = _blocks.enter(check_name(name, "name"))
     _override.set((*_override.get(), block))
@@ -203,12 +203,12 @@ def select(argument: str | None, call: Call) -> str:
         A backend was named, by argument, context or environment, that cannot run the call.
     """
     name = requested(argument)
-    # in every layer of every step: what is usual must pass quickly
+    # in every layer of every step: the usual case must be quick
     if name == "auto" and call.device == "cpu" and refusal("cpu", call) is None:
         return "cpu"
     unknown = call.unknown_to_kernels()
     if unknown is not None:
-        # runs as promised, even where a backend is named; who asked for the reference loses nothing
+        # whatever backend is named; no warning if it is the reference, which runs
         if name != "reference":
             warn_once(unknown)
         return "reference"
@@ -221,7 +221,7 @@ def select(argument: str | None, call: Call) -> str:
     for candidate in fused:
         if refusal(candidate, call) is None and unproven(candidate) is None:
             return candidate
-    if call.device == "meta":  # shapes alone: nothing is lost
+    if call.device == "meta":  # shapes alone: no need to warn
         return "reference"
     reason = refusal(fused[-1], call) or unproven(fused[-1])
     warn_once(f"no fused kernel for this call, using the reference: {reason}")
@@ -281,7 +281,7 @@ def _candidates(device: str) -> tuple[str, ...]:
 
 @torch.compiler.assume_constant_result  # a traced call warns while it is traced
 def warn_once(message: str) -> None:
-    """Warn with a message that was not given before, at the line outside that made the call."""
+    """Warn once with each message, at the caller's line outside this package and PyTorch."""
     if message in _warned:
         return
     level, frame = 2, sys._getframe(1)
@@ -290,4 +290,4 @@ def warn_once(message: str) -> None:
     ):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
-    _warned.add(message)  # after a warning that is no error
+    _warned.add(message)  # not if the warning is raised as an error

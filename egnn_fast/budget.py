@@ -8,7 +8,7 @@ from types import TracebackType
 ENV_BUDGET = "EGNN_FAST_ACTIVATION_BYTES"
 DEFAULT_BUDGET = 64 << 20
 
-# in effect: the last one; none: the environment, else the default
+# the last one holds; without any, the environment, else the default
 _settings: list[set_activation_budget] = []
 _from_outside: int | None = None
 
@@ -33,7 +33,7 @@ class set_activation_budget:
 
     def __init__(self, num_bytes: int) -> None:
         self._num_bytes, self._entered = _check("num_bytes", num_bytes), False
-        # of what was set for good the last one alone may come back, at the end of a block
+        # of those outside a block keep the last one: it holds again if this one is a block and ends
         for setting in [s for s in _settings if not s._entered][:-1]:
             _settings.remove(setting)
         _settings.append(self)

@@ -1,8 +1,8 @@
-"""An eager call on plain CPU tensors, from its arguments straight to the kernel.
+"""Direct calls: eager calls on plain CPU tensors that go straight to the kernel.
 
-Around a small graph's layer PyTorch's dispatcher takes as long as the kernel. A call that nothing
-traces, transforms or watches does without it. Nothing is remembered between calls: each one looks
-at its own tensors, and one that is not direct goes through the operator.
+For a small graph PyTorch's dispatcher takes as long as the kernel. Ordinary calls do without it;
+all others (in traces, transforms and modes) go through the operator. Nothing is cached: each call
+checks its own tensors.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Call(NamedTuple):
     scalars: tuple[Any, ...]
 
     def forward(self, tensors: Sequence[Any], keep: bool) -> tuple[Tensor | None, ...]:
-        """The operator's outputs, None for those that the layer has not; the constants last.
+        """The operator's outputs, None for those that the layer lacks; the constants last.
 
         ``tensors`` are its inputs and the graph's four tensors.
         """
@@ -78,7 +78,7 @@ class Call(NamedTuple):
     ) -> Sequence[Tensor | None]:
         """The gradients of the inputs; ``saved`` holds the constants, inputs and graph tensors."""
         operator, kernel = self.operator, self.kernel
-        # what is to be differentiated once more is the operator's, and what is not plain now
+        # if it is to be differentiated, or a tensor is not plain now, the operator does it
         direct = not torch.is_grad_enabled() and not are_batched(cotangents)
         if not direct or not is_direct(cotangents) or (hooked and not is_direct(saved)):
             return operator.backward(wanted, cotangents, saved, self.scalars)
@@ -116,9 +116,9 @@ class DirectWay:
         num_edges: int,
         scalars: tuple[Any, ...],
     ) -> Sequence[Tensor | None]:
-        """The operator's outputs that take part in derivatives; None for what the layer has not.
+        """The operator's outputs that take part in derivatives; None for what the layer lacks.
 
-        ``parts`` are the graph's tensors; with the inputs :func:`is_direct`.
+        ``parts`` are the graph's tensors. :func:`is_direct` holds for them and the inputs.
         """
         kernel = self._kernel(inputs, scalars)
         call = Call(self._operator, kernel, num_edges, scalars)

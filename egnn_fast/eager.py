@@ -1,7 +1,7 @@
-"""Whether a call is an ordinary one, and whether a tensor has memory that a kernel may read.
+"""Whether a call is ordinary, and whether a tensor is plain: has memory that a kernel may read.
 
-A call is ordinary if PyTorch just computes: nothing traces, transforms or rewrites the program.
-Addresses are taken, and results kept for later calls, in ordinary calls on plain tensors only.
+A call is ordinary if PyTorch just computes: no trace, transform or mode is active. Addresses are
+taken, and results cached, in ordinary calls on plain tensors only.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _TRACERS = tuple(torch._C._TorchDispatchModeKey.__members__.values())
 
 
 def tracing() -> bool:
-    """Whether a call's tensors stand for others: in a trace, a transform, among fake tensors.
+    """Whether the call is in a trace or transform, or on fake tensors.
 
-    Of them nothing is read by address, and nothing of them is kept.
+    Such tensors may have no data: none is read by address, and no result is cached.
     """
     return (
         torch.compiler.is_compiling()
@@ -47,15 +47,15 @@ def tracing() -> bool:
 
 
 def transforming() -> bool:
-    """Whether a program is traced, transformed or watched by any mode, not just run."""
+    """Whether the call is not ordinary: in a trace, a transform or any mode."""
     return tracing() or torch._C._len_torch_dispatch_stack() > 0 or bool(_function_modes())
 
 
 def _function_modes() -> list[type]:
-    """The modes that see each call of PyTorch's functions, but for a default device.
+    """The active torch-function modes, except a default device.
 
-    That (``torch.set_default_device``, ``with torch.device(...)``) is one too, but changes nothing
-    here: every allocation in this package names its device.
+    A default device (``torch.set_default_device``, ``with torch.device(...)``) is such a mode, but
+    changes nothing here: every allocation in this package names its device.
     """
     modes = [
         type(torch._C._get_function_stack_at(k))
@@ -73,15 +73,15 @@ def refuse_jit_trace() -> None:
 
 
 def only_default_device() -> bool:
-    """Whether a default device is set, and no other mode watches calls of PyTorch's functions."""
+    """Whether a default device is the only active torch-function mode."""
     return torch._C._len_torch_function_stack() > 0 and not _function_modes()
 
 
 def without_default_device(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a default device make no call of ``function`` slower, which names the device it uses.
+    """Switch a default device off inside ``function``, whose allocations name their devices.
 
     A default device is a mode in Python: each function and attribute of a tensor takes 1.5 µs
-    longer. It stays on for tensor subclasses, whose functions may ask for it, and for callables.
+    longer. It stays on if an argument is a tensor subclass or a callable, which may need it.
     """
 
     @functools.wraps(function)
@@ -100,10 +100,10 @@ def without_default_device(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def is_plain(tensor: Any) -> bool:
-    """Whether a tensor on the CPU is one with memory of its own, in the state its type says.
+    """Whether a tensor is plain: a kernel may read its memory by address.
 
-    Not so: subclasses, fake and functional tensors, the transforms' wrappers, lazily negated ones,
-    other layouts than strided, memory that was freed. Those on other devices are judged by type.
+    Not plain are subclasses, fake and functional tensors, wrappers of transforms, lazily negated
+    tensors, layouts other than strided, and freed memory. Off the CPU the type alone decides.
     """
     if type(tensor) not in PLAIN_TYPES:
         return False

@@ -41,7 +41,7 @@ def egcl_messages(
         The receiver's and the sender's part of the edge MLP's first linear.
     x : Tensor [N, D]
         Coordinates.
-    graph : Graph or edge_index
+    graph : Graph, edge_index or list of Graph
         N nodes, E edges.
     weights : EdgeWeights
         The rest of the edge MLP, the gate and the coordinate head.
@@ -117,7 +117,7 @@ def egcl(
         Node features.
     x : Tensor [N, D]
         Coordinates, in the units of the data.
-    graph : Graph or edge_index
+    graph : Graph, edge_index or list of Graph
         Receivers and senders.
     weights : LayerWeights
         All weights; F, H, O and the attribute widths follow from their shapes.
@@ -210,10 +210,10 @@ def egcl_by_maps(
     carry_velocity: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """:func:`egcl` in plain PyTorch, whatever the backend, of any MLPs.
+    """:func:`egcl` with any MLPs, in plain PyTorch on every backend.
 
-    ``widths`` are F, H, A and B: of ``h``, of its MLPs, of ``edge_attr`` and ``node_attr``;
-    ``changed`` says why no kernel runs the layer: a warning repeats it.
+    ``widths`` are F, H, A and B: of ``h``, of messages, of ``edge_attr`` and of ``node_attr``.
+    ``changed`` says why no kernel runs the layer, for the warning.
     """
     features, hidden, edge_attrs, node_attrs = widths
     arguments.check_nodes(h, x)
@@ -281,7 +281,7 @@ def explain(
     options, activation, backend
         As for :func:`egcl`.
     changed : str, optional
-        What of a layer's modules no kernel knows.
+        Which submodule of the layer is not as it was built, and how.
 
     Raises
     ------
@@ -311,7 +311,7 @@ def _check_velocity(v: Tensor | None, wanted: bool, x: Tensor) -> None:
 def _masked(
     node_mask: Tensor | None, edge_mask: Tensor | None, v: Tensor | None, graph: Graph, x: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The nodes' mask, the edges' with that of both ends, and the velocities times the nodes'."""
+    """The node mask, the edge mask times that of both nodes, the velocities times the node mask."""
     nodes = arguments.as_mask("node_mask", node_mask, x.shape[0], x)
     mask = _edge_mask(edge_mask, graph, x)
     if nodes is None:

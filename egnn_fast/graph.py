@@ -38,11 +38,11 @@ class Graph:
     Build it with :meth:`from_edge_index`, :meth:`complete` or :meth:`batch`. ``edge_attr`` and
     masks that go with it are in the *user's* edge order, that of :attr:`edge_index`.
 
-    It can be copied, pickled and saved, moved like a tensor (:meth:`to`, :meth:`pin_memory`), and
-    ``torch.utils.data.default_collate`` batches it. PyTorch Geometric has no such hook: its
-    loaders make a list of the Graphs in ``Data`` objects, which layers take in place of a Graph
-    and batch at each call (``Graph.batch(data.graph)`` does it once); a Graph that lies bare in
-    a dataset needs PyTorch's own loader. :class:`egnn_fast.nn.GraphBuffer` moves one with a module.
+    It can be copied, pickled and saved, and moved like a tensor (:meth:`to`, :meth:`pin_memory`);
+    :class:`egnn_fast.nn.GraphBuffer` moves it with a module. PyTorch's ``DataLoader`` batches
+    Graphs. PyTorch Geometric's loaders make a list of the Graphs in ``Data`` objects: layers take
+    it in place of a Graph and batch it at each call, ``Graph.batch(data.graph)`` does so once. They
+    do not take a dataset of Graphs themselves; use PyTorch's loader there.
 
     Attributes
     ----------
@@ -84,7 +84,7 @@ class Graph:
         for name, value in values.items():
             object.__setattr__(self, name, value)
         for name, dtype in _DTYPES.items():
-            # whatever stands in a tensor's place where a tree of tensors is taken apart
+            # pytree functions may put other objects in the tensors' places
             if isinstance(values[name], Tensor) and values[name].dtype is not dtype:
                 raise TypeError(f"{name}: expected {dtype}, got {values[name].dtype}")
 
@@ -107,9 +107,9 @@ class Graph:
         ----------
         edge_index : Tensor or NumPy array [2, E], int64 or int32, or a pair of those or of lists
             Row 0 the receivers i, row 1 the senders j. Any order, repeated edges allowed. The
-            graph lies where the tensors do, or else on the CPU.
+            graph is on the device of the tensors; of arrays and lists, on the CPU.
         num_nodes : int
-            N; every index lies in [0, N). An integer of NumPy and a 0-dim tensor serve too.
+            N; every index lies in [0, N). A NumPy integer or a 0-dim tensor is accepted.
         validate : bool
             Whether to check the range of the indices; turn it off only for indices known good.
 
@@ -181,19 +181,19 @@ class Graph:
 
     @classmethod
     def batch(cls, graphs: Iterable[Graph]) -> Graph:
-        """One graph of several, whose nodes and edges follow each other in their order.
+        """Several graphs as one: their nodes and edges, one graph after the other.
 
-        Edge attributes and masks of the graphs, concatenated in the same order, go with it. Of
-        complete graphs alone it is complete. :attr:`sizes` has the nodes of each graph, those of
-        a batch one by one; :attr:`batch_index` the number of each node's graph, for pooling::
+        Concatenate edge attributes and masks in the same order. A batch of complete graphs is
+        complete. :attr:`sizes` gives the nodes of each graph (a batch among them counts as its
+        graphs), :attr:`batch_index` the graph of each node, for pooling::
 
             h.new_zeros(graph.num_graphs, h.shape[1]).index_add(0, graph.batch_index, h)
 
         Raises
         ------
         TypeError, ValueError
-            Something is no Graph, there is none, they lie on different devices, or 32 bits do
-            not suffice to number nodes or edges.
+            An element is no Graph, there is none, they are on several devices, or there are
+            more than 2**31 - 1 nodes or edges.
         """
         found = list(graphs)
         for graph in found:
@@ -215,7 +215,7 @@ class Graph:
         Parameters
         ----------
         device : torch.device, str or int
-            Where to; indices keep their dtypes.
+            The new device; indices keep their dtypes.
         non_blocking : bool
             Whether to copy from pinned memory to a GPU without waiting; see ``Tensor.to``.
         """
@@ -240,7 +240,7 @@ class Graph:
         return self.rowptr.is_pinned()
 
     def record_stream(self, stream: torch.Stream) -> None:
-        """Keep its memory until what the stream has to do so far is done; on GPUs."""
+        """Keep its memory until the stream's work so far is done; see ``Tensor.record_stream``."""
         for t in self._tensors():
             if t is not None:
                 t.record_stream(stream)
@@ -278,7 +278,7 @@ class Graph:
 
     @property
     def num_graphs(self) -> int:
-        """B: how many graphs it consists of."""
+        """B: the graphs of a batch, 1 for a single graph, the components of :meth:`complete`."""
         return 1 if self.sizes is None else self.sizes.shape[0]
 
     @property
@@ -302,7 +302,7 @@ class Graph:
         return self.shared_edge_index().clone()
 
     def shared_edge_index(self) -> Tensor:
-        """The same, kept after the first call; not to be written to."""
+        """The same, cached; not to be written to."""
         return self._cached("edge_index", self._edge_index)
 
     @property
@@ -325,10 +325,10 @@ class Graph:
         return self._cached("transpose", self._transpose)
 
     def inverse_degree(self, dtype: torch.dtype) -> Tensor:
-        """1 / max(degree, 1): ``[N]``; kept after the first call."""
+        """1 / max(degree, 1): ``[N]``, cached."""
         return self._cached(
             ("inverse_degree", dtype),
-            # a quotient: reciprocal() has autocast's own dtype on GPUs
+            # not reciprocal(): on GPUs autocast chooses its dtype
             lambda: torch.ones_like(self.degree, dtype=dtype) / self.degree.clamp(min=1).to(dtype),
         )
 

@@ -182,7 +182,7 @@ def transformable(function: type[torch.autograd.Function], operator: Any, *args:
     if (
         not torch.compiler.is_compiling()
         and torch._C._are_functorch_transforms_active()
-        # which knows operators alone
+        # functionalize knows operators alone
         and peek_interpreter_stack().key() != TransformType.Functionalize
     ):
         return function.apply(*args)
@@ -192,7 +192,7 @@ def transformable(function: type[torch.autograd.Function], operator: Any, *args:
 def are_batched(tensors: Tensors) -> bool:
     """Whether derivatives are asked for in a batch, by ``is_grads_batched`` or ``vectorize``.
 
-    That is PyTorch's older vmap, which knows no rule of a Function.
+    They use PyTorch's older vmap, which does not know a Function's vmap rule.
     """
     return any(t is not None and is_legacy_batchedtensor(t) for t in tensors)
 
@@ -200,7 +200,7 @@ def are_batched(tensors: Tensors) -> bool:
 def over_batch(
     run: Callable[[Tensors], Sequence[Tensor | None]], cotangents: Tensors
 ) -> list[Tensor | None]:
-    """``run`` for each cotangent of such a batch, one after the other; its results as a batch."""
+    """``run`` for each element of such a batch, one after the other; the results as a batch."""
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
     given = [None if t is None else torch._remove_batch_dim(t, level, 1, 0) for t in cotangents]

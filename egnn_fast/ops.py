@@ -103,7 +103,7 @@ def _layer_fake(h: Tensor, x: Tensor, v: Tensor | None, *rest: Any) -> tuple[Ten
         x.new_empty((n if carry else 0, dim)),
         h.new_empty((n, hidden)),
         x.new_empty((n if has_head else 0, dim)),
-        h.new_empty((0,)),  # whatever the memory behind it
+        h.new_empty((0,)),  # its storage may be larger
     )
 
 
@@ -236,7 +236,7 @@ def layer(
     """A whole layer: ``(h [N, O], x [N, D], v [N, D])``.
 
     ``coord_weight [N]`` is what the mean divides by, inverted. x is None or empty (``[0, D]``)
-    where nothing moves, v unless ``carry``.
+    where nothing moves, and so is v unless ``carry``.
     """
     tensors = (h, x, v, edge_attr, edge_mask, node_attr, coord_weight, *weights)
     scalars = (*_scalars(options), options.coord_scale, residual, carry, backend)
@@ -257,7 +257,7 @@ def layer(
 def _direct_parts(
     backend: str, graph: Graph, inputs: Sequence[Any]
 ) -> tuple[tuple[Tensor | None, ...], int] | None:
-    """The graph's tensors and number of edges for a direct call; None where it is none."""
+    """The graph's tensors and number of edges for a direct call; None if the call is not direct."""
     if backend != "cpu":
         return None
     parts = _graph_tensors(graph)

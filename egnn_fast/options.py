@@ -67,7 +67,7 @@ class Options:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {self.activation!r}")
         for name in ("attention", "coord_tanh"):
-            # the dataclass is frozen, and no plain bool is set anew
+            # object's, because the dataclass is frozen
             if not isinstance(getattr(self, name), bool):
                 object.__setattr__(self, name, as_bool(name, getattr(self, name)))
         for name in ("negative_slope", "coord_scale"):
@@ -103,12 +103,12 @@ class Options:
 
 
 def as_bool(name: str, value: object) -> bool:
-    """A bool, also given as 0 or 1 or by NumPy: command lines and configurations do.
+    """A bool for a bool, 0, 1 or a NumPy bool, as command lines and configurations give it.
 
     Raises
     ------
     TypeError
-        It is anything else; the message names it.
+        ``value`` is anything else.
     """
     if isinstance(value, (bool, np.bool_)):
         return bool(value)

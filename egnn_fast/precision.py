@@ -15,7 +15,7 @@ from egnn_fast.settings import Blocks
 
 ENV_APPROXIMATE = "EGNN_FAST_APPROXIMATE"
 _approximate_outside = os.environ.get(ENV_APPROXIMATE, "").lower() in ("1", "true", "on", "yes")
-# as the blocks that are open have it: a traced region is guarded on this
+# what the open blocks set; a compiled region is guarded on it
 _approximate = _approximate_outside
 
 _setting = threading.RLock()
@@ -75,7 +75,7 @@ def _float32_precision() -> str:
 
 
 def in_float32(precision: str) -> str:
-    """The precision in which a call's second derivatives are computed: float32's."""
+    """The precision of float32 products in the second derivatives of a call."""
     return precision if precision.removesuffix(APPROXIMATE) in _FLOAT32 else "highest"
 
 

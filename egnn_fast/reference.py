@@ -36,7 +36,7 @@ class Maps(NamedTuple):
 
 
 def maps_of(weights: LayerWeights, options: Options, activation: Activation | None = None) -> Maps:
-    """The MLPs that weights stand for; ``activation`` replaces the one that ``options`` names."""
+    """The MLPs with these weights; ``activation`` replaces the one that ``options`` names."""
     act = activation or options.activation_fn()
     w = weights
     return Maps(
@@ -70,9 +70,9 @@ def egcl(
     graph : Graph
         N nodes, E edges.
     maps : Maps
-        The layer's MLPs: :func:`maps_of` its weights, or its modules.
+        The layer's MLPs, made by :func:`maps_of` or from its submodules.
     options : Options
-        What of it is not in the MLPs: how coordinates are normalised and clamped.
+        How coordinates are normalised and clamped; the rest is in the MLPs.
     edge_attr : Tensor [E, A], optional
         Edge attributes in the user's edge order.
     node_attr : Tensor [N, B], optional

@@ -1,4 +1,4 @@
-"""Settings of the whole process that blocks of code change for as long as they last."""
+"""Settings of the whole process that ``with`` blocks change."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Entry(Generic[T]):
-    """A block's value, from its entry to its end."""
+    """The value of an open block."""
 
     def __init__(self, value: T) -> None:
         self.value = value
@@ -22,7 +22,7 @@ class Blocks(Generic[T]):
     Parameters
     ----------
     publish : callable, optional
-        Told of each change: the value of the block entered last, None without any.
+        Called at each change with the value of the block entered last, None without any.
     """
 
     def __init__(self, publish: Callable[[T | None], None] = lambda value: None) -> None:
@@ -35,7 +35,7 @@ class Blocks(Generic[T]):
     @property
     def latest(self) -> T | None:
         """The value of the block entered last; None without any."""
-        entries = self._open[-1:]  # one step: another thread may leave meanwhile
+        entries = self._open[-1:]  # one read: another thread may leave meanwhile
         return entries[0].value if entries else None
 
     def enter(self, value: T) -> Entry[T]:
@@ -47,7 +47,7 @@ class Blocks(Generic[T]):
         return entry
 
     def leave(self, entry: Entry[T]) -> None:
-        """End it, if it has not ended yet."""
+        """Close a block, unless it is closed already."""
         with self._lock:
             self._open = [other for other in self._open if other is not entry]
             self._publish(self.latest)

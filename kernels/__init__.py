@@ -16,7 +16,7 @@ APPROXIMATE = "~"
 PROVEN: frozenset[tuple[int, int]] = frozenset()
 
 
-# once, as Triton reads it while it is imported
+# read once, at import, as Triton does
 _INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
 
 

@@ -150,9 +150,9 @@ void also_collect_nodes(Schedule& schedule, const KernelTable<T>& kernels, int64
   sums.also_add(schedule, kernels, 0, tasks - first, first == 0, true);
 }
 
-// The kept buffer: whose layout it is; P and Q, the outputs of phi_h's, phi_v's, phi_e's and phi_x's
-// linears that an activation follows. Rows have the widths of the kernels; spare rows follow each
-// part.
+// The kept buffer: which kernels wrote it; P and Q; the outputs of phi_h's, phi_v's, phi_e's and
+// phi_x's linears that an activation follows. Rows have the widths of the kernels; spare rows
+// follow each part.
 template <class T>
 struct Kept {
   int64_t pq, z_h, z_v, z2, z3, size;
@@ -171,7 +171,7 @@ struct Kept {
   }
 };
 
-// The layout is an instruction set's own: its table of kernels stands for it.
+// Each instruction set has its own layout; the address of its table of kernels identifies it.
 template <class T>
 void sign_kept(const LayerArgs& a, const KernelTable<T>& kernels) {
   if (a.kept != 0) *reinterpret_cast<uintptr_t*>(a.kept) = reinterpret_cast<uintptr_t>(&kernels);
@@ -180,8 +180,8 @@ void sign_kept(const LayerArgs& a, const KernelTable<T>& kernels) {
 // Whether there is a kept buffer, and these kernels wrote it.
 template <class T>
 bool can_use_kept(const LayerArgs& a, const KernelTable<T>& kernels) {
-  return a.kept != 0 && *reinterpret_cast<const uintptr_t*>(a.kept) ==
-                            reinterpret_cast<uintptr_t>(&kernels);
+  return a.kept != 0 &&
+         *reinterpret_cast<const uintptr_t*>(a.kept) == reinterpret_cast<uintptr_t>(&kernels);
 }
 
 template <class T>

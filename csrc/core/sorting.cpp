@@ -9,7 +9,7 @@
 namespace egnn {
 namespace {
 
-// bits at random: the digits of pi
+// random bits: the digits of pi
 constexpr uint64_t kKeys[] = {0x243f6a8885a308d3, 0x13198a2e03707345, 0xa4093822299f31d1,
                               0x082efa98ec4e6c89, 0x452821e638d01377, 0xbe5466cf34e90c6d,
                               0xc0ac29b7c97c50dd, 0x3f84d5b5b5470917};
@@ -17,7 +17,7 @@ constexpr int kLanes = 8;  // independent products, so that none waits for the o
 constexpr int64_t kStripe = 16 * kLanes;
 constexpr int64_t kChunk = int64_t{1} << 18;  // what a thread takes at a time
 
-// both halves of the product of two words: each bit of either reaches the whole result
+// the two halves of a product, combined: each bit of a factor reaches the whole result
 inline uint64_t mix(uint64_t a, uint64_t b) {
   __extension__ using uint128 = unsigned __int128;
   const uint128 product = static_cast<uint128>(a) * b;
@@ -31,7 +31,7 @@ inline uint64_t word(const char* data) {
 }
 
 uint64_t chunk_checksum(const char* data, int64_t bytes) {
-  // not from the same keys: a product does not tell which of its factors is which
+  // not the keys themselves: a product is the same if its factors are exchanged
   uint64_t lanes[kLanes];
   for (int k = 0; k < kLanes; ++k) lanes[k] = mix(kKeys[k], kKeys[(k + 3) % kLanes]);
   const auto take = [&lanes](const char* stripe) {

@@ -14,8 +14,8 @@ bool sort_by_receiver(const int64_t* edges, int64_t num_edges, int64_t num_nodes
 // The smallest and the largest of count > 0 indices.
 std::pair<int64_t, int64_t> index_range(const int64_t* indices, int64_t count);
 
-// 64 bits of the content of memory of any alignment, the same on any number of threads. Two
-// contents that were not chosen for it have the same one with probability 2^-64.
+// A 64-bit checksum of memory of any alignment, the same on any number of threads. Two contents
+// that were not made to collide have the same one with probability 2^-64.
 uint64_t checksum(const void* data, int64_t bytes, int threads);
 
 }  // namespace egnn

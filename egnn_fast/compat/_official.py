@@ -14,7 +14,7 @@ from egnn_fast.nn.layers import EGCLBase
 
 # the bound that the official gcl and n-body layers put on an edge's coordinate update
 CLAMP = 100.0
-# what the official layers' forward calls; here it is one call
+# what the official layers' forward calls, and nothing calls here
 METHODS = ("edge_model", "node_model", "coord_model", "coord2radial")
 
 
@@ -22,12 +22,12 @@ class OfficialLayer(EGCLBase):
     """A layer called the official way: ``(h, edge_index, coord, ...) -> (h, coord, edge_attr)``."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Refuse a subclass whose parts of the official forward nothing would call."""
+        """Raise TypeError if a subclass overrides one of METHODS but not forward."""
         super().__init_subclass__(**kwargs)
         unused = [name for name in METHODS if name in vars(cls)]
         if unused and cls.forward.__module__.startswith("egnn_fast."):
             raise TypeError(
-                f"{cls.__name__}.{unused[0]}: forward does not call it, the layer being one call; "
+                f"{cls.__name__}.{unused[0]}: forward does not call it: a layer is one call; "
                 "override forward too, or replace the submodules edge_mlp, coord_mlp, ..."
             )
 

@@ -1,6 +1,6 @@
-"""A layer's submodules: the weights of those left as they were built, else all of them as maps.
+"""A layer's submodules: their weights if they are as they were built, else maps that call them.
 
-Nothing about them is kept between calls: what a layer was built with follows from its options.
+Nothing is cached: the layer's options say how the submodules were built.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Linear, Sequential, Sigmoid, Tanh = nn.Linear, nn.Sequential, nn.Sigmoid, nn.Tan
 
 
 class _LookCloser(LookupError):
-    """A module is not plainly what was built."""
+    """A module may not be as it was built."""
 
 
 def read(layer: Any) -> LayerWeights | None:
-    """The weights of a layer that is plainly as it was built; None of one to look closer at.
+    """The weights of a layer that is as it was built; None if :func:`changes` must decide.
 
-    In every layer of every call: it takes the modules' dictionaries, because attribute access
-    through ``nn.Module`` would cost a small graph's layer as much as its kernel.
+    Runs in every call, so it reads the modules' dictionaries: attribute access through
+    ``nn.Module`` would take as long as the kernel of a small graph.
     """
     part, options = layer.__dict__["_modules"].get, layer.options
     gate, head, vel = part("att_mlp"), part("coord_mlp"), part("coord_mlp_vel")
@@ -42,7 +42,7 @@ def read(layer: Any) -> LayerWeights | None:
             return None
         edge1, act, edge2, edge_act = edge.values()
         node1, node_act, node2 = node.values()
-        # one object stands in all places, unless somebody replaced it
+        # one activation object is in all places, unless it was replaced
         if edge_act is not act or node_act is not act:
             return None
         its = _own(act, FUSED_ACTIVATIONS[options.activation])
@@ -106,14 +106,14 @@ def _own(module: Any, kind: type[nn.Module]) -> dict[str, Any]:
 
 
 def changes(layer: Any) -> Iterator[tuple[str, bool]]:
-    """What of a layer's modules is not as it was built, and whether that is an activation.
+    """Which submodules are not as they were built, and how, each with whether it is an activation.
 
-    Nothing where PyTorch itself reparametrised a Linear: its weights still say all.
+    A Linear that PyTorch reparametrised is left out: its weights still say what it computes.
 
     Raises
     ------
     ValueError
-        A module is missing that the options ask for, or there against them.
+        A submodule that the options ask for is missing, or there is one that they have no use for.
     """
     options = layer.options
     act = FUSED_ACTIVATIONS[options.activation]
@@ -154,14 +154,14 @@ def changes(layer: Any) -> Iterator[tuple[str, bool]]:
 
 
 def first_change(layer: Any) -> str | None:
-    """The first of :func:`changes`; None of a layer that is as it was built."""
+    """The first of :func:`changes`; None if the layer is as it was built."""
     for change, _ in changes(layer):
         return change
     return None
 
 
 def _touched(module: Any) -> str | None:
-    """What runs beside a module's forward, or in its place."""
+    """What runs beside a module's own forward or in its place; None if nothing does."""
     if not isinstance(module, nn.Module):
         return None
     try:
@@ -185,7 +185,7 @@ def _touched(module: Any) -> str | None:
 
 
 def _differs(module: Any, kind: type[nn.Module], options: Options, biased: bool) -> str | None:
-    """How a module computes something else than one that was built."""
+    """How a module differs from the one that was built; None if it does not."""
     found = type(module)
     if kind is Linear and issubclass(found, Linear):
         # torch.nn.utils.parametrize makes a class of its own, with the same forward
@@ -203,8 +203,9 @@ def _differs(module: Any, kind: type[nn.Module], options: Options, biased: bool)
 
 def _is_a(module: Any, kind: type[nn.Module]) -> str:
     found = type(module)
-    # peft's and quantised Linears are called so too
-    name = f"{found.__module__}.Linear" if found.__name__ == "Linear" else found.__name__
+    # other classes of the same name: peft's and quantised Linears
+    same = found.__name__ in ("Linear", kind.__name__)
+    name = f"{found.__module__}.{found.__name__}" if same else found.__name__
     known = FUSED_ACTIVATIONS.values()
     if kind in known and type(module) not in known:
         return f"is a {name}: only SiLU, ReLU and LeakyReLU run fused"
@@ -212,7 +213,7 @@ def _is_a(module: Any, kind: type[nn.Module]) -> str:
 
 
 def reparametrised(layer: Any) -> LayerWeights:
-    """The weights of a layer whose Linears, or their kin, stand where they were built."""
+    """The weights of a layer whose Linears, reparametrised or not, are where they were built."""
     parts = layer._modules
     head, gate, vel = map(parts.get, ("coord_mlp", "att_mlp", "coord_mlp_vel"))
     found = [*_pair(parts["edge_mlp"], 0), *_pair(parts["edge_mlp"], 2)]
@@ -250,7 +251,7 @@ def maps_of(layer: Any) -> Maps:
 
 
 def _checked(name: str, module: Map, width: int | None) -> Map:
-    """A module whose output must have a row for each input's, of some width: none broadcasts."""
+    """The module, with a ValueError for an output that is not ``[rows, width]``."""
 
     def run(z: Tensor) -> Tensor:
         out = module(z)
@@ -269,7 +270,7 @@ def _checked(name: str, module: Map, width: int | None) -> Map:
 
 
 def check_dtype(layer: nn.Module, h: Tensor) -> None:
-    """Raise unless a parameter of the layer has the dtype of ``h``; others may convert it."""
+    """Raise TypeError unless some parameter of the layer has the dtype of ``h``."""
     arguments.check_float("h", h, 2)
     dtypes = {p.dtype for p in layer.parameters() if p.is_floating_point()}
     if dtypes and h.dtype not in dtypes and not torch.is_autocast_enabled(h.device.type):

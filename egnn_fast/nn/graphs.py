@@ -20,13 +20,17 @@ class GraphBuffer(nn.Module):
         h, x = self.egnn(h, x, self.edges.graph)
 
     Then ``module.to("cuda")`` moves the graph; ``module.double()`` leaves its indices as they are.
-    It is copied and pickled with the module, but is no part of the state_dict, as it is no result
-    of training.
+    It is copied and pickled with the module, but is not in the state_dict, as it is not trained.
 
     Parameters
     ----------
     graph : Graph
         The graph.
+
+    Raises
+    ------
+    TypeError
+        ``graph`` is no Graph.
     """
 
     graph: Graph

@@ -35,9 +35,9 @@ class EGCLBase(nn.Module):
     ``coord_mlp.{0,2}``, ``att_mlp.0`` and ``coord_mlp_vel.{0,2}``. They are drawn in the official
     order, so one seed gives the official initial weights bit for bit. A call reads the weights from
     the submodules and runs the whole layer. If these are not as they were built (replaced, wrapped,
-    added, removed, with hooks or another ``forward``), it runs through them as they are, in plain
-    PyTorch, on every backend, with one warning; then the modules decide over the activation, tanh,
-    biases and the like, and the options over the rest. PyTorch's own reparametrisations
+    added, removed, with hooks or another ``forward``), it calls them as they are, in plain PyTorch,
+    on every backend, with one warning. Then the submodules decide the activation, tanh and biases,
+    and the options the rest. PyTorch's own reparametrisations
     (``parametrize``, ``weight_norm``, ``spectral_norm``, ``prune``) stay fused.
 
     Parameters
@@ -142,7 +142,7 @@ class EGCLBase(nn.Module):
         Raises
         ------
         ValueError
-            A submodule was replaced or has a hook, so that they do not say what the layer computes.
+            A submodule other than an activation is not as it was built.
         """
         found = _modules.read(self)
         if found is not None:
@@ -155,7 +155,7 @@ class EGCLBase(nn.Module):
     def explain(self, h: Tensor, x: Tensor) -> Explanation:
         """Which backend and instruction set would run the layer on these tensors, and why.
 
-        The reason names the submodule that is not as it was built, if there is one.
+        The reason names a submodule that is not as it was built.
         """
         return functional.explain(
             h,
@@ -252,7 +252,7 @@ class EGCL(EGCLBase):
             Node features.
         x : Tensor [N, D]
             Coordinates.
-        graph : Graph or edge_index
+        graph : Graph, edge_index or list of Graph
             A :class:`egnn_fast.Graph`, a tensor ``[2, E]`` or a pair of receivers and senders.
         edge_attr : Tensor [E, A], optional
             Edge attributes in the order of the edges as given.
@@ -364,8 +364,8 @@ def explain(module: nn.Module, h: Tensor, x: Tensor) -> Explanation:
     Parameters
     ----------
     module : torch.nn.Module
-        A layer of this package, or any module that contains one: the first layer is asked, or
-        the first that runs through its modules because they are not as they were built.
+        A layer of this package, or any module that contains one: of several, the first with a
+        submodule that is not as it was built, else the first.
     h : Tensor [N, any]
         Node features.
     x : Tensor [N, D]

@@ -205,7 +205,7 @@ def enter(
 ) -> tuple[Tensor, Graph]:
     """Check what enters a network, embed h, and make a raw edge list a Graph for all layers."""
     refuse_jit_trace()
-    # what stands in a Linear's place (quantised, an adapter) need not have these
+    # what replaced the Linear (quantised, an adapter) need not have a weight
     plain = type(embedding).forward is nn.Linear.forward
     _check_entry(h, x, embedding.weight if plain else getattr(embedding, "in_features", None))
     return embedding(h), _resolve_graph(graph, h)
