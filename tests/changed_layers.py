@@ -1,4 +1,4 @@
-"""Layers whose modules were changed after construction, and what those modules say by hand."""
+"""Layers whose submodules were changed after construction, and the equations through these."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ CHANGES: list[tuple[Callable[[Any], None], str]] = [
 
 
 def build(**options: Any) -> Any:
-    """A layer with every part that the options leave it."""
+    """A layer with every part that these options allow."""
     options = {"edge_attr_dim": A, "node_attr_dim": B, "carry_velocity": True, **options}
     layer = EGCLVel(F, F, H, **options).double()
     amplify(layer)

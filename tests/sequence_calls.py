@@ -19,12 +19,12 @@ from torch.utils.checkpoint import checkpoint
 
 from egnn_fast import Graph, checks, set_activation_budget, use_backend
 
-# (largest error, share of the largest companion that every tensor's size counts for at least).
-# A wrong address gives errors of 1. Where a sum cancels, its digits are lost: 1e-13 of what its
-# companions are is rounding in float64. In float32 correct second derivatives come to 1e-4
-# of their companions at worst, bfloat16 has two digits.
+# (largest error, s): errors are relative to the tensor's largest element, but at least to s times
+# the largest of all tensors that are judged together, because a sum that cancels loses digits.
+# A wrong address gives errors of 1. Correct second derivatives in float32 have errors of up to
+# 1e-4; bfloat16 has two digits.
 BOUNDS = {"float64": (1e-11, 1e-2), "float32": (1e-3, 0.1), "bfloat16": (0.3, 1.0)}
-LEAST = 0.1  # the size that counts for every tensor's at least; the numbers are of size 1
+LEAST = 0.1  # errors are relative to this size at least; the numbers are of size 1
 COTANGENTS = (
     "dense",
     "zero",
@@ -42,7 +42,7 @@ COTANGENTS = (
 class Way(Record):
     """How a call is made."""
 
-    forms: tuple[str, ...] = ()  # of memory, for one tensor after the other; (): the call's own
+    forms: tuple[str, ...] = ()  # of memory, for the tensors in turn; (): those of the call
     seed: int = 0
     what: str = "forward"  # see differentiate
     wanted: str = "all"
@@ -66,14 +66,14 @@ class Call(Way):
     no_outputs: bool = False
 
     def made(self, way: Way, **more: Any) -> Call:
-        """The call in this way."""
+        """This call, made in that way."""
         changed = {f.name: getattr(way, f.name) for f in fields(Way)}
         changed["forms"] = way.forms or self.forms
         return replace(self, **{**changed, **more})
 
     @property
     def records(self) -> bool:
-        """Whether autograd does."""
+        """Whether autograd records the call."""
         return self.mode == "grad"
 
 
@@ -117,7 +117,7 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 
 def inside(call: Call, work: Callable[[], Any]) -> Any:
-    """The work's result, with all that the call wants around it."""
+    """The result of ``work`` inside the blocks and modes of the call."""
 
     def enclosed() -> Any:
         with ExitStack() as stack:
@@ -165,7 +165,7 @@ class Begun:
             self.right = layer.run(call, self.exact, self.exact_graph, True)
 
     def run(self) -> None:
-        """Run the forward, once more perhaps."""
+        """Run the forward; also to repeat it."""
         COUNT.calls += 1
         self.outputs = inside(self.call, self.forward)
 
@@ -184,7 +184,7 @@ class Begun:
         return dict(zip(names, found, strict=True))
 
     def finish(self, call: Call, again: bool = False) -> None:
-        """Differentiate as the call says, and judge; ``again``: as once before."""
+        """Differentiate and judge; ``again``: compare with the derivatives of the first time."""
         rule = "float32" if self.layer.kind.float32 else "float64"
         if "autocast" in self.call.around:
             rule = "bfloat16"
@@ -216,7 +216,7 @@ class Begun:
             self.derivatives = differentiate(
                 call, outputs, leaves, dense_towards, self.layer.kind.dtype
             )
-        # the reference knows of derivatives that are constant, and has none of them
+        # the reference leaves out derivatives of constants: they are judged as zero
         for part, tensors in inside(call, found).items():
             judge(tensors, self.derivatives.get(part, {}), part, rule)
 
@@ -273,7 +273,7 @@ def differentiate(
 
 
 def judge(found: Tensors, right: Tensors, part: str, rule: str) -> None:
-    """Within the bound; a gradient that is not there is zero."""
+    """Assert that errors are within the bound; a missing gradient counts as zero."""
     bound, share = BOUNDS[rule]
     sizes = {k: float(t.detach().abs().max()) if t.numel() else 0.0 for k, t in right.items()}
     least = max(LEAST, share * max(sizes.values(), default=0.0))

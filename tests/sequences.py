@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, Tensor]
 INPUTS = ("h", "P", "Q", "x", "v", "edge_attr", "edge_mask", "node_attr", "node_mask")
-# What is not to be tried, by name: for those who look for something else.
+# Names of what not to draw: fill it in to find another failure than a known one.
 LEFT_OUT: set[str] = set()
 
 
@@ -46,14 +46,13 @@ COUNT = Count()
 # ---- numbers, and where they lie ----------------------------------------------------------------
 _TABLE = torch.randn(1 << 13, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 _NAN = math.nan
-# The last ones are of fewer tensors: what is written to lies apart, what is differentiated is no
-# inference tensor.
+# Weights, which are edited in place, take the writable forms alone.
 WRITABLE = ("dense", "columns", "transposed", "rows", "offset", "spread", "odd strides")
 FORMS = (*WRITABLE, "same rows", "same columns", "negative", "Parameter", "inference")
 
 
 def numbers(shape: tuple[int, ...], seed: int) -> Tensor:
-    """Normal ones in float64, the same for the same seed."""
+    """Normally distributed, in float64, the same for the same seed."""
     count, start = math.prod(shape), seed * 997 % 4096
     assert start + count <= len(_TABLE)
     return _TABLE[start : start + count].clone().reshape(shape)
@@ -95,7 +94,7 @@ def place(values: Tensor, form: str) -> Tensor:
 
 
 def dense(t: Tensor) -> Tensor:
-    """The same numbers in float64, on their own."""
+    """A contiguous copy in float64; of integers, a copy."""
     if not t.is_floating_point():
         return t.clone()
     values = t.detach().to(torch.float64, copy=True, memory_format=torch.contiguous_format)
@@ -125,7 +124,7 @@ class Edges:
             }[form]()
 
     def dense(self) -> Tensor:
-        """The edges as they are now: ``[2, E]``, on their own."""
+        """A copy of the edges as they are now: ``[2, E]``."""
         if isinstance(self.given, Graph):
             return self.given.edge_index
         if isinstance(self.given, Tensor):
@@ -151,7 +150,7 @@ class Edges:
 
 
 def draw_edges(num_nodes: int, num_edges: int, seed: int) -> Tensor:
-    """No loops where there are two nodes; none at all without any."""
+    """Edges without self-loops if there are two nodes or more; none without nodes."""
     count = num_edges if num_nodes else 0
     drawn = (numbers((2, count), seed).abs() * 1e6).long()
     receiver = drawn[0] % max(num_nodes, 1)
@@ -225,14 +224,14 @@ class Kind(Record):
             made = nn.EGCL(*sizes, residual=self.outputs is None, **more)
         for part in made.modules():
             if isinstance(part, nn.EGCL | nn.EGCLVel):
-                # without effect on SiLU and ReLU, but part of what a call may be recognised by
+                # no effect on SiLU and ReLU, but the options differ from those of other examples
                 part.options = replace(part.options, negative_slope=self.salt)
         return made
 
 
 @lru_cache(maxsize=64)
 def twin(kind: Kind) -> Any:
-    """A module of the kind that the reference runs, with whatever weights it is given."""
+    """A module of this kind, which the reference runs with the weights it is given."""
     return kind.build()
 
 
@@ -247,7 +246,7 @@ class Layer:
         self.options: Any = getattr(self.module, "options", None)
 
     def change(self, name: str, how: str, form: str, seed: int) -> None:
-        """Other numbers for a parameter, or other memory."""
+        """Give a parameter other numbers or other memory."""
         owner = self.module.get_submodule(name.rpartition(".")[0])
         parameter = owner.get_parameter(name.rpartition(".")[2])
         fan_in = parameter.shape[-1] if parameter.dim() == 2 else self.kind.hidden

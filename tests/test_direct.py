@@ -1,4 +1,4 @@
-"""Direct calls: taken where they may be, with the operator's bits, and by nothing else."""
+"""Direct calls: which calls are direct, and that they give the operator's bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The backward of a direct call: when it is direct, and what autograd promises of it."""
+"""The backward of a direct call: when it is direct, and that it follows autograd's rules."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ HOOKED: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
 
 
 @pytest.mark.parametrize("name", HOOKED)
-def test_what_hooks_put_in_place_of_saved_tensors_is_looked_at(name: str) -> None:
+def test_tensors_that_hooks_unpack_are_checked(name: str) -> None:
     layer, args = layer_inputs()
     weights = list(layer.parameters())
     change, works = HOOKED[name]
@@ -180,8 +180,8 @@ SWAPPED: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
 
 @pytest.mark.parametrize("name", SWAPPED)
 @pytest.mark.parametrize("place", ["edge_mlp.2.weight", "node_mlp.0.weight", "coord_mlp.2.weight"])
-def test_other_memory_under_a_weight_is_looked_at_in_the_backward(name: str, place: str) -> None:
-    """Autograd does not notice ``weight.data = ...``, and takes what it finds there."""
+def test_replaced_memory_of_a_weight_is_checked_in_the_backward(name: str, place: str) -> None:
+    """Autograd does not notice ``weight.data = ...``, and passes on the new memory."""
     change, works = SWAPPED[name]
     for frozen in (False, True):
         found = []

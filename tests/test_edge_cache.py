@@ -1,4 +1,4 @@
-"""Graphs of raw edge lists are kept, and what is written to a list is noticed, however."""
+"""Graphs of raw edge lists are cached, and every edit of a list is noticed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def by_dlpack(edges: Tensor) -> None:
 
 
 def by_address(edges: Tensor) -> None:
-    """As a library for communication writes."""
+    """As communication libraries write."""
     new = edges.flip(1).contiguous()
     ctypes.memmove(edges.data_ptr(), new.data_ptr(), new.nbytes)
 
@@ -98,7 +98,7 @@ LAYOUTS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS)
-def test_every_layout_is_kept_and_watched(make: Callable[[], Any]) -> None:
+def test_every_layout_is_cached_and_checked(make: Callable[[], Any]) -> None:
     edges = make()
     graph = graph_of(edges, N)
     assert graph_of(edges, N) is graph
@@ -113,14 +113,14 @@ def test_every_layout_is_kept_and_watched(make: Callable[[], Any]) -> None:
     assert torch.equal(graph_of(edges, N).edge_index, torch.stack(plain))
 
 
-def test_the_second_of_two_tensors_is_told_apart_after_its_death() -> None:
+def test_a_pair_is_not_found_after_its_second_tensor_is_freed() -> None:
     receivers, senders = draw().unbind()
     graph = graph_of([receivers, senders.clone()], N)
     gc.collect()
     assert graph_of([receivers, senders.clone()], N) is not graph
 
 
-def test_without_the_extension_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extension_nothing_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "core", None)
     edges = draw()
     graph = graph_of(edges, N)
@@ -193,7 +193,7 @@ def test_a_forked_child_checks_large_lists_too() -> None:
         child.join()
 
 
-def test_lists_on_another_device_are_never_kept() -> None:
+def test_lists_on_another_device_are_never_cached() -> None:
     edges = draw().to("meta")
     held = len(edge_cache._entries)
     assert graph_of(edges, N) is not graph_of(edges, N)

@@ -1,4 +1,4 @@
-"""Raw edge lists: the forms that are taken, whose memory is read, and on which device."""
+"""Raw edge lists: accepted forms, memory that may be read, and devices."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def layer(request: pytest.FixtureRequest) -> nn.EGCL:
 
 
 class Wrapper(Tensor):
-    """No memory of its own, as PyTorch Geometric's EdgeIndex."""
+    """A subclass without memory of its own, as PyTorch Geometric's EdgeIndex."""
 
     held: Tensor
 

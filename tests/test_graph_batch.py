@@ -1,4 +1,4 @@
-"""Graphs in batches, on their way to a device, and as part of a module."""
+"""Graphs in batches, on other devices, and in modules."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_a_missing_gpu_is_pytorchs_error() -> None:
 
 
 def of_dataclasses(batch: Any) -> Any:
-    """Lightning's way through a batch: mappings, sequences, and dataclasses written to."""
+    """A batch as Lightning converts it: through mappings and sequences, writing to dataclasses."""
     if isinstance(batch, Tensor):
         return batch.double() if batch.is_floating_point() else batch
     if isinstance(batch, dict):

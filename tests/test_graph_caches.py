@@ -1,4 +1,4 @@
-"""What graphs keep for later calls: only what an ordinary call computed, and of what it was."""
+"""What graphs cache: only what ordinary calls computed, from the tensors that it belongs to."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GRAPHS: dict[str, Callable[[], Graph]] = {
 
 
 def fill(graph: Graph) -> list[Any]:
-    """All that a graph computes and may keep."""
+    """All values that a graph may cache."""
     found: list[Any] = [
         graph.edge_index,
         graph.shared_edge_index(),
@@ -99,7 +99,7 @@ def by_fake(graph: Graph) -> None:
 
 
 def by_fake_tensors(graph: Graph) -> None:
-    """Without a mode that could be seen."""
+    """No mode is active, only the tensors are fake."""
     mode = FakeTensorMode()
     fake = Graph(*(None if t is None else mode.from_tensor(t) for t in graph._tensors()))  # type: ignore[arg-type]
     fake.inverse_degree(torch.float32)
@@ -167,7 +167,7 @@ CALLERS["default dtype"] = default_dtype
 
 @pytest.mark.parametrize("caller", CALLERS.values(), ids=CALLERS)
 @pytest.mark.parametrize("make", GRAPHS.values(), ids=GRAPHS)
-def test_what_is_kept_is_no_callers(make: Callable[[], Graph], caller: Callable[[], Any]) -> None:
+def test_cached_values_are_of_no_mode(make: Callable[[], Graph], caller: Callable[[], Any]) -> None:
     graph = make()
     right = fill(Graph(*graph._tensors()))  # a complete one reads its number of edges itself
     with caller():
@@ -188,7 +188,7 @@ def test_what_is_kept_is_no_callers(make: Callable[[], Graph], caller: Callable[
 
 
 class Stream:
-    """As much of a stream as matters here."""
+    """What these tests need of a stream."""
 
     device = torch.device("cuda")
 
@@ -211,7 +211,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return state
 
 
-def test_nothing_is_kept_of_a_capture(gpu: dict[str, Any]) -> None:
+def test_a_capture_caches_nothing(gpu: dict[str, Any]) -> None:
     values: _keeping.Values = {}
     gpu["capturing"] = True
     _keeping.kept(values, "a", lambda: torch.ones(2), torch.device("cuda"))

@@ -1,4 +1,4 @@
-"""A keyword of the other dialect is answered with the one that the class has."""
+"""The error for an argument's other name gives the class's own name of it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CLEAN = (EGCL, EGCLVel, EGNN, EGNNVel)
         ("clamp", "coord_clamp=100.0"),
     ],
 )
-def test_official_keywords_in_the_clean_dialect(cls: Any, given: str, own: str) -> None:
+def test_official_keywords_in_nn(cls: Any, given: str, own: str) -> None:
     sizes = (4, 4, 8) if cls in (EGCL, EGCLVel) else (4, 8, 4)
     with pytest.raises(TypeError, match=rf"^{given}: \w+ calls it {own}$"):
         cls(*sizes, **{given: 1})
@@ -70,7 +70,7 @@ def test_other_keywords_are_left_to_python(cls: Any) -> None:
         cls(*sizes, colour=1)
 
 
-def test_what_has_no_effect_is_no_advice() -> None:
+def test_an_argument_without_effect_is_not_suggested() -> None:
     layer: Any = gcl.E_GCL
     with pytest.raises(TypeError, match="unexpected keyword argument 'coord_clamp'"):
         layer(4, 4, 8, coord_clamp=1.0)

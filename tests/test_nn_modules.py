@@ -1,4 +1,4 @@
-"""Layers run through their submodules as they are, once those are not as they were built."""
+"""Layers whose submodules are not as they were built call them as they are."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def close(found: Any, expected: Any) -> None:
 
 
 def gradients(outputs: Any, leaves: list[Tensor], order: int) -> list[Tensor]:
-    """Gradients of a scalar, order times, each of the sum of the squares of those before."""
+    """Gradients of the given order: each time, of the sum of squares of the last ones."""
     values = list(outputs)
     for k in range(order):
         loss = torch.stack([(t**2).sum() for t in values if t.requires_grad]).sum()
@@ -92,7 +92,7 @@ def test_one_warning_names_the_module_and_the_cost(change: Change, named: str, d
     assert told.backend == "reference"
     assert told.reason == str(caught[0].message)
     assert told.refused["cpu"] in told.reason
-    # named backends do the same; who asked for plain PyTorch loses nothing
+    # named backends do the same; a named reference needs no warning
     for name in ("cpu", "triton", "cuda"):
         egnn_fast.backends._warned.clear()
         with egnn_fast.use_backend(name):
@@ -169,7 +169,7 @@ def test_modules_win_over_options_set_later(backend: str | None, data: Data) -> 
         ({"coord_agg": None}, lambda m: setattr(m, "coord_mlp", nn.Linear(8, 1)), "coord_mlp: "),
         ({}, lambda m: delattr(m, "edge_mlp"), "edge_mlp: .* removed"),
         ({}, lambda m: delattr(m, "coord_mlp_vel"), "v: "),
-        # what would broadcast, or be cut off
+        # outputs that would broadcast or be cut off
         ({}, lambda m: setattr(m, "coord_mlp", nn.Linear(8, 3).double()), r"coord_mlp: .*, 1\]"),
         ({}, lambda m: setattr(m, "node_mlp", nn.Linear(14, 1).double()), r"node_mlp: .*, 4\]"),
         ({}, lambda m: setattr(m, "edge_mlp", nn.Flatten(0)), "edge_mlp: .* any"),
@@ -288,7 +288,7 @@ def test_coordinates_keep_their_precision_under_autocast(data: Data) -> None:
 
 
 def test_a_lora_of_zero_changes_nothing(data: Data) -> None:
-    """The way by modules and the fused one agree where they compute the same."""
+    """Submodules and kernel agree where they compute the same."""
     layer: Any = EGCL(F, F, 8).double()
     fused = layer(data.h, data.x, data.edges)
     weights, options = layer.weights(), layer.options

@@ -1,4 +1,4 @@
-"""What leaves a layer's modules as they were built runs fused; and changed layers in transforms."""
+"""Layers whose submodules are as they were built run fused; changed layers in transforms."""
 
 from __future__ import annotations
 

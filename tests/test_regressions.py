@@ -55,7 +55,7 @@ def test_no_features(features: int, out: int, backend: str) -> None:
         return [h, x, *torch.autograd.grad(loss, list(t.values()))]
 
     exact = run("reference")
-    for _ in range(3):  # later calls were taken for known ones
+    for _ in range(3):  # only later calls were wrong
         for found, right in zip(run(backend), exact, strict=True):
             torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-12)
 

@@ -1,7 +1,7 @@
-"""Random sequences of calls: what one call leaves behind must not change what the next one gives.
+"""Random sequences of calls: no call may change the results of a later one.
 
-By hypothesis, as `tests/test_properties.py`. For as many minutes as wanted, with other ones in each
-round of 100:
+Hypothesis draws them, as in `tests/test_properties.py`. To run for longer, with other sequences in
+each round of 100:
 
     python tests/test_sequences.py --minutes 60
 """
@@ -58,7 +58,7 @@ CHANGES = [
     *itertools.product(("freeze",), ("none", "all", "every other")),
     *itertools.product(("threads",), "112"),
 ]
-# mostly nothing
+# most calls have nothing around them
 SURROUNDINGS: list[tuple[str, ...]] = [
     *[()] * 100,
     *[(name,) for name in AROUND],
@@ -68,7 +68,7 @@ SURROUNDINGS: list[tuple[str, ...]] = [
 
 @st.composite
 def kinds(draw: st.DrawFn) -> Kind:
-    """A layer's widths and options, but for the salt."""
+    """A layer's widths and options, except the salt."""
     float32 = draw(st.booleans())
     layers = draw(st.sampled_from((1, 1, 1, 2)))
     velocity, carry = draw(st.sampled_from(((False, False), (True, False), (True, True))))
@@ -161,8 +161,7 @@ class Sequence(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         torch.set_num_threads(1)
-        # Options of its own, so that nothing that other sequences left behind is recognised:
-        # a failure follows from its steps alone.
+        # options of its own, so that a failure follows from the steps of one sequence
         self.salt = 0.3 + 1e-7 * next(_salts)
 
     @initialize(target=layers, kind=kinds())
@@ -172,7 +171,7 @@ class Sequence(RuleBasedStateMachine):
 
     @rule(target=layers, like=layers, kind=kinds(), place=st.integers(0, 39))
     def another_layer(self, like: Layer, kind: Kind, place: int) -> Layer:
-        """With the same widths and options, or with one other or all others."""
+        """With the same widths and options, or with one or all of them changed."""
         names = [f.name for f in fields(Kind) if f.name != "salt"]
         name = [*names, "all", *["none"] * 99][place]
         made = like.kind
@@ -186,7 +185,7 @@ class Sequence(RuleBasedStateMachine):
 
     @initialize(target=edges, form=st.sampled_from(EDGE_FORMS), nodes=NODES, count=EDGES)
     def first_edges(self, form: str, nodes: int, count: int) -> MultipleResults[Edges]:
-        """And a single node, whose rows are dense in any memory."""
+        """Edges of any form, and a single node, whose rows are dense in any memory."""
         return multiple(Edges(form, nodes, count, 0), Edges("Graph", 1, 0, 0))
 
     @initialize(target=calls, call=calls_of())
@@ -214,7 +213,7 @@ class Sequence(RuleBasedStateMachine):
         else:
             torch.set_num_threads(int(change.how))
 
-    # Calls are few, and made in many ways: what one leaves behind is there for its like.
+    # Few calls, each made in many ways, so that similar calls follow each other.
     @rule(
         layers=st.lists(layers, min_size=1, max_size=2),
         edges=st.lists(edges, min_size=1, max_size=3),
@@ -242,7 +241,7 @@ class Sequence(RuleBasedStateMachine):
             return
         around = without(way.around, "autocast", "checkpoint")
         call = begun.call.made(way, around=around)
-        if "checkpoint" in begun.call.around:  # which runs its forward now, in what is around it
+        if "checkpoint" in begun.call.around:  # its forward runs again now
             call = replace(call, backend=begun.call.backend)
             if "checkpoint elsewhere" in LEFT_OUT:
                 call = replace(call, budget=begun.call.budget)
@@ -278,7 +277,7 @@ def fits(layer: Layer, edges: Edges, call: Call) -> bool:
         return False
     if "checkpoint elsewhere" in LEFT_OUT and "checkpoint" in call.around and len(call.around) > 1:
         return False
-    # by whose digits no second derivative can be judged
+    # autocast leaves too few digits to judge a second derivative
     return "autocast" not in call.around or (kind.float32 and call.what not in ("second", "force"))
 
 
@@ -294,7 +293,7 @@ def run(examples: int, number: int | None = None, **how: Any) -> None:
     run_state_machine_as_test(machine, settings=chosen)
 
 
-def test_no_call_changes_what_others_give() -> None:
+def test_no_call_changes_the_results_of_another() -> None:
     run(EXAMPLES * 2)
     assert COUNT.calls > EXAMPLES
     print(COUNT)

@@ -149,7 +149,7 @@ def test_memory_that_was_freed_is_named() -> None:
 
 
 def test_a_default_device_sees_nothing_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would look, in Python, at each access to a tensor: up to 1.5 ms a layer."""
+    """It would run Python code at each access to a tensor: up to 1.5 ms a layer."""
     seen: list[Any] = []
     look = DeviceContext.__torch_function__
 
@@ -176,7 +176,7 @@ def test_a_default_device_sees_nothing_of_a_call(monkeypatch: pytest.MonkeyPatch
     assert x.grad is not None
 
 
-def test_a_default_device_is_that_of_a_users_activation() -> None:
+def test_a_users_activation_sees_the_default_device() -> None:
     class Shifted(torch.nn.Module):
         def forward(self, z: Tensor) -> Tensor:
             return z + torch.zeros(1)

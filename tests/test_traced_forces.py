@@ -1,4 +1,4 @@
-"""Energy and forces as others compile them: make_fx through both, then torch.compile, trained."""
+"""Energy and forces traced by make_fx, compiled by torch.compile, and trained."""
 
 from __future__ import annotations
 
