@@ -98,11 +98,11 @@ def test_what_the_capture_would_not_see_is_refused() -> None:
         weight.mul_(2)
     run(h, x)
     weight.data = weight.data.clone()
-    with pytest.raises(RuntimeError, match=r"gcl_0\.edge_mlp\.2\.weight: has other memory"):
+    with pytest.raises(RuntimeError, match=r"gcl_0\.edge_mlp\.2\.weight: its memory was replaced"):
         run(h, x)
     run = nn.graphed(network, h, x, GRAPH)
     network.load_state_dict({k: t.clone() for k, t in network.state_dict().items()}, assign=True)
-    with pytest.raises(RuntimeError, match=r"embedding_in\.weight: has other memory"):
+    with pytest.raises(RuntimeError, match=r"embedding_in\.weight: its memory was replaced"):
         run(h, x)
 
 

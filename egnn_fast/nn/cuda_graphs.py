@@ -36,7 +36,7 @@ class GraphedNetwork:
         self._samples = {k: (t.shape, t.dtype, t.device) for k, t in samples.items()}
         self._differentiable = {k for k, t in samples.items() if t.requires_grad}
         self._autocast = _autocast()
-        # the weights that the capture reads and writes, and where their successors would stand
+        # the weights that the capture reads and writes, and the dictionaries that hold them
         self._weights = [
             (f"{path}.{name}" if path else name, part._parameters, name, t, t.data_ptr())
             for path, part in network.named_modules()
@@ -67,8 +67,8 @@ class GraphedNetwork:
         for full, owner, name, weight, address in self._weights:
             if owner.get(name) is not weight or weight.data_ptr() != address:
                 raise RuntimeError(
-                    f"{full}: has other memory than at the capture, which goes on with the old; "
-                    "update weights in place, or capture again"
+                    f"{full}: its memory was replaced after the capture, which still uses the old "
+                    "one; update weights in place, or capture again"
                 )
         if _autocast() != self._autocast:
             raise RuntimeError(
