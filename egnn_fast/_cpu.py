@@ -89,6 +89,11 @@ class MessagesKernel:
         _check("messages", _MESSAGES, tensors[:N_MESSAGES], self.shapes(n, _ANY), dtype)
         _check_graph("messages", tensors[N_MESSAGES:], n)
 
+    @staticmethod
+    def constant_shapes(n: int) -> list[tuple[int, ...]]:
+        """The shapes of what is saved beside the inputs, for n nodes."""
+        return []
+
     def shapes(self, n: int, edges: int) -> tuple[tuple[int, ...], ...]:
         """The inputs' shapes for ``n`` nodes and ``edges`` edges."""
         hidden = self.hidden
@@ -162,11 +167,15 @@ class LayerKernel:
         n, dtype, dim = tensors[0].shape[0], self.dtype, self.dim
         outputs = (
             (n, self.out), (n if self.moves else _ANY, dim), (n if self.carry else _ANY, dim),
-            (n, self.hidden), (n if self.has_head else 0, dim), (0,),
+            *self.constant_shapes(n),
         )  # fmt: skip
         _check("layer", ("g_h", "g_x", "g_v", "m", "shift", "kept"), before, outputs, dtype)
         _check("layer", _LAYER, tensors[:N_LAYER], self.shapes(n, _ANY), dtype)
         _check_graph("layer", tensors[N_LAYER:], n)
+
+    def constant_shapes(self, n: int) -> list[tuple[int, ...]]:
+        """Those of M, X and what is kept."""
+        return [(n, self.hidden), (n if self.has_head else 0, self.dim), (0,)]
 
     def shapes(self, n: int, edges: int) -> tuple[tuple[int, ...], ...]:
         """See :meth:`MessagesKernel.shapes`."""
@@ -281,16 +290,18 @@ def layer_backward(
     return [t for t in found if t is not None]
 
 
-def fits(kernel: Any, tensors: Sequence[Any], num_edges: int) -> bool:
-    """Whether inputs and graph tensors still have the shapes and dtypes of the forward.
+def fits(kernel: Any, constants: Sequence[Tensor], tensors: Sequence[Any], num_edges: int) -> bool:
+    """Whether saved constants, inputs and graph tensors still are what a kernel was made for.
 
-    Autograd does not notice if their memory was replaced (``tensor.data = ...``).
+    Their memory may have been replaced since (``tensor.data = ...``), of which autograd knows
+    nothing.
     """
     n, inputs = tensors[0].shape[0], tensors[:-4]
     present = [t for t in inputs if t is not None]
     shapes = zip(inputs, kernel.shapes(n, num_edges), strict=True)
     return (
         [t.shape for t in present] == [shape for t, shape in shapes if t is not None]
+        and [t.shape for t in constants] == kernel.constant_shapes(n)
         and tensors[-4].shape[0] == n + 1
         and {t.dtype for t in present} == {kernel.dtype}
         and all([t.is_cpu for t in present])  # noqa: C419 (faster)
@@ -356,9 +367,13 @@ def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if t is None else t.data_ptr() or _no_address(t) for t in tensors]
 
 
+class NoAddress(ValueError):
+    """A tensor has elements, but no memory: it was freed, or PyTorch has not made it yet."""
+
+
 def _no_address(tensor: Tensor) -> int:
     if tensor.numel():
-        raise ValueError(
+        raise NoAddress(
             f"a tensor of shape {list(tensor.shape)} has no memory that a kernel could read; "
             "was its storage freed?"
         )

@@ -40,7 +40,7 @@ def messages(
     the result holds a gradient for each of ``g_m, g_x`` and the 13 inputs that ``needed2`` marks.
     """
     inputs = list(args[:_N_DIFF])
-    graph = Graph(*args[_N_DIFF : _N_DIFF + 4])
+    graph = Graph.trusted(*args[_N_DIFF : _N_DIFF + 4], None, None)
     *scalars, backend, precision, needed, needed2 = args[_N_DIFF + 4 :]
     options = _options(*scalars)
     spread = iter(cotangents)
@@ -109,7 +109,7 @@ def layer(edge_pass: EdgePass) -> Callable[..., list[Tensor]]:
 
     def double_backward(cotangents: Sequence[Tensor | None], *args: Any) -> list[Tensor]:
         g_out, inputs = args[:3], args[6 : 6 + _N_LAYER]  # three kept outputs between them
-        graph = Graph(*args[6 + _N_LAYER : 10 + _N_LAYER])
+        graph = Graph.trusted(*args[6 + _N_LAYER : 10 + _N_LAYER], None, None)
         rest = args[10 + _N_LAYER :]
         *scalars, scale, residual, _carry, backend, precision, _kept, needed, needed2 = rest
         spread = iter(cotangents)

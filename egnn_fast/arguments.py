@@ -134,6 +134,8 @@ def as_mask(name: str, mask: Tensor | None, rows: int | None, like: Tensor) -> T
 
 def check_edge_weights(weights: EdgeWeights, options: Options, hidden: int, like: Tensor) -> None:
     """Shapes, dtypes, devices and presence of the split edge weights."""
+    if not isinstance(weights, EdgeWeights):
+        raise TypeError(f"weights: expected EdgeWeights, got {type(weights).__name__}")
     gate, head = options.attention, options.updates_coords
     _check_hidden("P", hidden)
     w_a = weights.w_a
@@ -161,6 +163,8 @@ def check_layer_weights(
     weights: LayerWeights, options: Options, features: int, node_attrs: int, like: Tensor
 ) -> int:
     """The same for a whole layer's weights; returns the edge-attribute width."""
+    if not isinstance(weights, LayerWeights):
+        raise TypeError(f"weights: expected LayerWeights, got {type(weights).__name__}")
     try:
         (hidden, width), (_, inputs) = weights.edge_w1.shape, weights.node_w1.shape
         out, _ = weights.node_w2.shape

@@ -32,14 +32,14 @@ class set_activation_budget:
     """
 
     def __init__(self, num_bytes: int) -> None:
-        self._num_bytes, self._entered = _check("num_bytes", num_bytes), False
+        self._num_bytes, self._entered = _check("num_bytes", num_bytes), 0
         # of those outside a block keep the last one: it holds again if this one is a block and ends
         for setting in [s for s in _settings if not s._entered][:-1]:
             _settings.remove(setting)
         _settings.append(self)
 
     def __enter__(self) -> None:
-        self._entered = True
+        self._entered += 1
         if self not in _settings:
             _settings.append(self)
 
@@ -49,16 +49,18 @@ class set_activation_budget:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._entered = False
+        self._entered -= 1
         # blocks of several threads may end in any order
-        _settings.remove(self)
+        if not self._entered:
+            _settings.remove(self)
 
 
 def activation_budget() -> int:
     """The budget of a layer's call in bytes."""
     global _from_outside
-    if _settings:
-        return _settings[-1]._num_bytes
+    latest = _settings[-1:]  # one step: another thread may leave meanwhile
+    if latest:
+        return latest[0]._num_bytes
     if _from_outside is None:
         _from_outside = _from_environment()
     return _from_outside

@@ -14,14 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from egnn_fast._cpu import fits
+from egnn_fast._cpu import NoAddress, fits
 from egnn_fast.budget import activation_budget
-from egnn_fast.eager import (
-    PLAIN_OR_NONE,
-    only_default_device,
-    transforming,
-    without_default_device,
-)
+from egnn_fast.eager import PLAIN_OR_NONE, transforming
 from egnn_fast.operators import Operator, Tensors, are_batched, named, wants_grad
 
 
@@ -78,20 +73,23 @@ class Call(NamedTuple):
     ) -> Sequence[Tensor | None]:
         """The gradients of the inputs; ``saved`` holds the constants, inputs and graph tensors."""
         operator, kernel = self.operator, self.kernel
-        # if it is to be differentiated, or a tensor is not plain now, the operator does it
+        # what is to be differentiated once more is the operator's, and what is not plain now
         direct = not torch.is_grad_enabled() and not are_batched(cotangents)
-        if not direct or not is_direct(cotangents) or (hooked and not is_direct(saved)):
+        if not direct or not is_direct((*saved, *cotangents)):
             return operator.backward(wanted, cotangents, saved, self.scalars)
         constants, tensors = saved[: operator.kept], saved[operator.kept :]
         inputs = tensors[: operator.n_diff]
         needed = operator.reached(wanted, cotangents, inputs)
         if not any(needed) or all([g is None for g in cotangents]):  # noqa: C419 (faster)
             return (None,) * operator.n_diff
-        if hooked or not fits(kernel, tensors, self.num_edges):
+        if hooked or not fits(kernel, constants, tensors, self.num_edges):
             kernel.check(tensors, (*cotangents, *constants))
-        found: list[Tensor | None] = kernel.backward(
-            cotangents, constants, kernel.dense(tensors), needed
-        )
+        try:
+            found: list[Tensor | None] = kernel.backward(
+                cotangents, constants, kernel.dense(tensors), needed
+            )
+        except NoAddress:  # a lazy zero, which the dispatcher fills, or an error to be named
+            return operator.backward(wanted, cotangents, saved, self.scalars)
         return found
 
 
@@ -122,9 +120,12 @@ class DirectWay:
         """
         kernel = self._kernel(inputs, scalars)
         call = Call(self._operator, kernel, num_edges, scalars)
-        if wants_grad(*inputs):
-            return self._apply(call, parts, *inputs)
-        return call.forward((*inputs, *parts), keep=False)[: self._operator.outputs]
+        try:
+            if wants_grad(*inputs):
+                return self._apply(call, parts, *inputs)
+            return call.forward((*inputs, *parts), keep=False)[: self._operator.outputs]
+        except NoAddress:  # a lazy zero, which the dispatcher fills, or an error to be named
+            return self._operator(*inputs, *parts, *scalars)[: self._operator.outputs]
 
 
 def _recorded(operator: Operator) -> Callable[..., Sequence[Tensor | None]]:
@@ -147,12 +148,8 @@ def _recorded(operator: Operator) -> Callable[..., Sequence[Tensor | None]]:
         @staticmethod
         def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
             call, wanted = ctx.call, ctx.needs_input_grad[2:]
-            given = (wanted, cotangents, ctx.saved_tensors, ctx.hooked)
-            if only_default_device():
-                return (None, None, *spared(call, *given))
-            return (None, None, *call.backward(*given))
+            return (None, None, *call.backward(wanted, cotangents, ctx.saved_tensors, ctx.hooked))
 
-    spared = without_default_device(Call.backward)
     named(Direct, operator.function.__name__)
     # Function.apply in Python looks at each argument for transforms, of which there are none here
     return super(torch.autograd.Function, Direct).apply

@@ -13,7 +13,6 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch.utils._device import DeviceContext
-from torch.utils._pytree import tree_leaves
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -81,18 +80,18 @@ def without_default_device(function: Callable[P, R]) -> Callable[P, R]:
     """Switch a default device off inside ``function``, whose allocations name their devices.
 
     A default device is a mode in Python: each function and attribute of a tensor takes 1.5 µs
-    longer. It stays on if an argument is a tensor subclass or a callable, which may need it.
+    longer. It stays on if an argument is a tensor subclass or a callable, which may need it. In a
+    backward it is off already: PyTorch calls ``torch.autograd`` without it.
     """
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling() or not only_default_device():
             return function(*args, **kwargs)
-        given = tree_leaves((args, kwargs))
-        if any(
-            callable(t) or (isinstance(t, Tensor) and type(t) not in PLAIN_TYPES) for t in given
-        ):
-            return function(*args, **kwargs)
+        for value in (*args, *kwargs.values()):
+            for t in value if isinstance(value, (tuple, list)) else (value,):
+                if callable(t) or (isinstance(t, Tensor) and type(t) not in PLAIN_TYPES):
+                    return function(*args, **kwargs)
         with torch._C.DisableTorchFunction():
             return function(*args, **kwargs)
 

@@ -21,15 +21,12 @@ from egnn_fast._edge_lists import (
     check_edge_count,
     check_totals,
 )
+from egnn_fast._graph_checks import DTYPES, check_tensors
 from egnn_fast.eager import is_plain, tracing
 
 __all__ = ["INT32_MAX", "EdgeIndexLike", "Graph"]
 
-_DTYPES = {
-    "rowptr": torch.int64, "senders": torch.int32, "perm": torch.int32, "first": torch.int32,
-    "sizes": torch.int64,
-}  # fmt: skip
-TENSORS = tuple(_DTYPES)
+TENSORS = tuple(DTYPES)
 
 
 class Graph:
@@ -77,16 +74,25 @@ class Graph:
         num_edges: int | None = None,
     ) -> None:
         # num_edges: of a complete graph, where it is known; it is read from rowptr otherwise
-        values: dict[str, Any] = {
-            "rowptr": rowptr, "senders": senders, "perm": perm, "first": first, "sizes": sizes,
-            "_num_edges": num_edges, "_kept": {},
-        }  # fmt: skip
-        for name, value in values.items():
+        tensors = (rowptr, senders, perm, first, sizes)
+        check_tensors(dict(zip(TENSORS, tensors, strict=True)))
+        self._set(*tensors, num_edges)
+
+    def _set(self, *values: Any) -> None:
+        for name, value in zip((*TENSORS, "_num_edges", "_kept"), (*values, {}), strict=True):
             object.__setattr__(self, name, value)
-        for name, dtype in _DTYPES.items():
-            # pytree functions may put other objects in the tensors' places
-            if isinstance(values[name], Tensor) and values[name].dtype is not dtype:
-                raise TypeError(f"{name}: expected {dtype}, got {values[name].dtype}")
+
+    @classmethod
+    def trusted(cls, *values: Any) -> Graph:
+        """A Graph of the constructor's arguments, all six, which are not checked again."""
+        graph = cls.__new__(cls)
+        graph._set(*values)
+        return graph
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # of Graphs that were pickled as dataclasses
+        tensors = [state.get(name) for name in TENSORS]
+        self._set(*tensors, state.get("_lazy", {}).get("num_edges"))
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"a Graph is immutable: {name!r} cannot be set")
@@ -140,7 +146,7 @@ class Graph:
             _sorting.check_index_range(edges, num_nodes)
         rowptr, senders, perm, is_sorted = _sorting.sort_by_receiver(edges, num_nodes)
         # the graph must not change when the caller's tensor does
-        return cls(rowptr, senders, None if is_sorted else perm)
+        return cls.trusted(rowptr, senders, None if is_sorted else perm, None, None, None)
 
     @classmethod
     def complete(
@@ -207,7 +213,7 @@ class Graph:
         if tracing():
             return cls(*_batching.joined(found))
         with _keeping.lasting():
-            return cls(*_batching.joined(found))
+            return cls.trusted(*_batching.joined(found))
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Graph:
         """The same graph on another device; itself if it is there already.
@@ -251,8 +257,7 @@ class Graph:
             new = [None if t is None else change(t) for t in old]
         if all(a is b for a, b in zip(old, new, strict=True)):
             return self
-        assert new[0] is not None
-        return Graph(new[0], new[1], new[2], new[3], new[4], self._num_edges)
+        return Graph.trusted(*new, self._num_edges)
 
     def _tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         return self.rowptr, self.senders, self.perm, self.first, self.sizes

@@ -188,6 +188,9 @@ def test_blocks_may_overlap_and_be_used_again() -> None:
     with first:
         assert budget.activation_budget() == 1
     assert budget.activation_budget() == budget.DEFAULT_BUDGET
+    with first, first:
+        assert budget.activation_budget() == 1
+    assert budget.activation_budget() == budget.DEFAULT_BUDGET
     for number in range(5):
         egnn_fast.set_activation_budget(number)
         assert budget.activation_budget() == number

@@ -205,3 +205,74 @@ def test_replaced_memory_of_a_weight_is_checked_in_the_backward(name: str, place
                     way(grads)
         if works:
             assert all(map(torch.equal, *found))
+
+
+LAZY_ZEROS: dict[str, Callable[..., Tensor]] = {
+    "sgn": lambda h, x, y: h.sgn().sum(),
+    "abs": lambda h, x, y: (x - y).abs().sum(),
+    "l1_loss": lambda h, x, y: torch.nn.functional.l1_loss(x, y),
+}
+
+
+@pytest.mark.parametrize("name", LAZY_ZEROS)
+def test_cotangents_that_pytorch_has_not_filled(name: str) -> None:
+    """The derivative of sgn is a tensor of zeros without memory."""
+    layer, args = layer_inputs()
+    y = torch.randn_like(args["x"])
+    found = []
+    for way in (by_operators, lambda run: run()):
+        x = args["x"].clone().requires_grad_()
+        inputs = [x, *layer.parameters()]
+
+        def run(x: Tensor = x, inputs: list[Tensor] = inputs) -> list[Tensor]:
+            value = LAZY_ZEROS[name](*layer(**{**args, "x": x}), y)
+            first = torch.autograd.grad(value, inputs, create_graph=True, materialize_grads=True)
+            total = torch.stack([g.square().sum() for g in first]).sum()
+            second = [torch.zeros(())]
+            if total.requires_grad:
+                second = list(torch.autograd.grad(total, inputs, materialize_grads=True))
+            return [*first, *second]
+
+        found.append(way(run))
+    assert all(map(torch.equal, *found))
+
+
+def test_inputs_that_pytorch_has_not_filled() -> None:
+    layer, args = layer_inputs()
+    zeros = torch._efficientzerotensor((6, 3))
+    right = layer(**{**args, "v": torch.zeros(6, 3)})
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            found = layer(**{**args, "v": zeros})
+        assert all(map(torch.equal, found, right))
+
+
+def test_hooks_of_single_saved_tensors_are_noticed() -> None:
+    """None were active in the forward; what they return is looked at all the same."""
+    layer, args = layer_inputs()
+    weights = list(layer.parameters())
+
+    def grads(hooked: bool) -> list[Tensor]:
+        h, x = layer(**args)
+        node: Any = h.grad_fn
+        for slot, t in zip(node._raw_saved_tensors, node.saved_tensors, strict=True):
+            if hooked and t is not None and t.is_floating_point():
+                slot.register_hooks(lambda t: t, lambda t: torch._neg_view(-t))
+        return list(torch.autograd.grad(h.sum() + (x * x).sum(), weights))
+
+    assert all(map(torch.equal, grads(True), grads(False)))
+
+
+def test_a_weight_negated_lazily_between_forward_and_backward() -> None:
+    found = []
+    for way in (by_operators, lambda run: run()):
+        layer, args = layer_inputs()
+        weight = layer.get_parameter("edge_mlp.2.weight")
+
+        def run(layer: Any = layer, args: Any = args, weight: Any = weight) -> list[Tensor]:
+            h, x = layer(**args)
+            weight.data = torch._neg_view(-weight.data)
+            return list(torch.autograd.grad(h.sum() + (x * x).sum(), list(layer.parameters())))
+
+        found.append(way(run))
+    assert all(map(torch.equal, *found))

@@ -346,3 +346,47 @@ def test_a_raw_list_trains_after_inference_mode() -> None:
         )
         h.sum().backward()
         assert leaves["h"].grad is not None
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+ROWPTR = torch.tensor([0, 1, 3])
+WRONG_TENSORS: dict[str, tuple[type[Exception], tuple[Any, ...], str]] = {
+    "no senders": (ValueError, (ROWPTR,), "senders: expected a tensor unless first"),
+    "both": (ValueError, (ROWPTR, int32(0, 1, 0), None, int32(0, 0)), "senders: expected"),
+    "end": (ValueError, (ROWPTR, int32(0, 1)), "rowptr: expected to end with 2"),
+    "order": (ValueError, (torch.tensor([0, 3, 1, 3]), int32(0, 1, 0)), "rowptr: expected to"),
+    "range": (IndexError, (ROWPTR, int32(0, 1, 2)), "senders: expected indices from 0 to 1"),
+    "negative": (IndexError, (ROWPTR, int32(0, 1, -1)), "senders: expected indices"),
+    "perm's length": (ValueError, (ROWPTR, int32(0, 1, 0), int32(0)), r"perm: expected \[3\]"),
+    "perm's range": (IndexError, (ROWPTR, int32(0, 1, 0), int32(0, 1, 3)), "perm: expected"),
+    "first's length": (ValueError, (ROWPTR, None, None, int32(0)), r"first: expected \[2\]"),
+    "first's reach": (
+        IndexError, (torch.tensor([0, 1, 2]), None, None, int32(0, 1)), "first: a component",
+    ),
+    "dimensions": (ValueError, (ROWPTR, int32(0, 1, 0).reshape(1, 3)), "senders: expected 1 dim"),
+    "dtype": (TypeError, (ROWPTR, torch.tensor([0, 1, 0])), "senders: expected torch.int32"),
+    "empty": (ValueError, (ROWPTR[:0], int32()), "rowptr: expected"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_TENSORS)
+def test_tensors_that_make_no_graph_are_refused(name: str) -> None:
+    error, tensors, message = WRONG_TENSORS[name]
+    with pytest.raises(error, match=message):
+        Graph(*tensors)
+
+
+def test_graphs_pickled_as_dataclasses_load() -> None:
+    edges = torch.tensor([[1, 0, 1], [0, 1, 1]])
+    graph, old = Graph.from_edge_index(edges, 2), Graph.__new__(Graph)
+    fields = {name: getattr(graph, name) for name in ("rowptr", "senders", "perm", "first")}
+    old.__setstate__({**fields, "_lazy": {"edge_index": edges}})
+    check_csr(old, edges, 2)
+    complete = Graph.__new__(Graph)
+    fields = {"rowptr": torch.tensor([0, 1, 2]), "first": int32(0, 0), "senders": None}
+    complete.__setstate__({**fields, "perm": None, "_lazy": {"num_edges": 2}})
+    assert complete.num_edges == 2
+    assert complete.is_complete

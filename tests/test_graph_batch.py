@@ -276,3 +276,11 @@ def test_a_modules_graph_compiles_whole() -> None:
     h, x = torch.randn(2, 4), torch.randn(2, 3)
     for a, b in zip(compiled(h, x), model(h, x), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_modules_graph_survives_memory_that_is_not_filled() -> None:
+    model = OnOneGraph(Graph.from_edge_index([[1, 0, 1], [0, 1, 1]], 2))
+    edges = model.edges.graph.edge_index
+    model.to_empty(device="cpu")
+    assert torch.equal(model.edges.graph.edge_index, edges)
+    assert model.edges.rowptr is model.edges.graph.rowptr

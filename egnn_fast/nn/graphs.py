@@ -45,9 +45,11 @@ class GraphBuffer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GraphBuffer:
         super()._apply(fn, recurse)
-        tensors: list[Any] = list(self._buffers.values())
-        if any(a is not b for a, b in zip(tensors, self.graph._tensors(), strict=True)):
-            self.graph = Graph(*[*tensors, self.graph._num_edges])
+        rowptr: Any = self._buffers["rowptr"]
+        # only the device is taken from fn, which may leave memory unfilled (to_empty)
+        self.graph = self.graph.to(rowptr.device)
+        for name in TENSORS:
+            self._buffers[name] = getattr(self.graph, name)
         return self
 
     def extra_repr(self) -> str:
