@@ -330,6 +330,25 @@ def test_nan_comes_out_where_it_went_in(
     assert any(g.isnan().any() for g in grads)
 
 
+@every_dtype
+@pytest.mark.parametrize("leaf", ["P", "w_g", "b_g"])
+def test_nan_with_any_bits_comes_out(leaf: str, dtype: torch.dtype) -> None:
+    """An exponential took some for numbers: memory that is not read in the end holds such."""
+    core = _native.core
+    assert core is not None
+    problem = FULL.edge_pass(dtype)
+    leaves = {k: t.clone() for k, t in problem.leaves.items()}
+    largest = torch.tensor(math.inf, dtype=dtype)
+    bits = largest.view(torch.int32 if dtype == torch.float32 else torch.int64)
+    for sign, low in itertools.product((1, -1), (1, 0x155, 0x7FF, 0x3FFFFF)):
+        leaves[leaf].view(-1)[0] = (bits + low).view(dtype).copysign(torch.tensor(sign))
+        right = problem.run(leaves, "reference", 0)
+        for isa in core.supported_instruction_sets():
+            core.set_instruction_set(isa)
+            found = problem.run(leaves, "cpu", 0)
+            assert all(torch.equal(found[k].isnan(), t.isnan()) for k, t in right.items()), isa
+
+
 @even_interpreted_dtypes
 @pytest.mark.parametrize("size", [1e4, 1e18])
 def test_large_numbers_saturate_as_in_the_reference(

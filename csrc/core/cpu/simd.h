@@ -33,6 +33,7 @@ template <>
 struct Simd<float> {
   typedef float V __attribute__((vector_size(kVectorBytes)));
   typedef int32_t I __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
   typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
 };
 
@@ -40,6 +41,7 @@ template <>
 struct Simd<double> {
   typedef double V __attribute__((vector_size(kVectorBytes)));
   typedef int64_t I __attribute__((vector_size(kVectorBytes)));
+  typedef uint64_t Bits __attribute__((vector_size(kVectorBytes)));
   typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
 };
 
@@ -243,22 +245,21 @@ EGNN_INLINE Vec<double> exp2_centred(Vec<double> f) {
 }
 
 EGNN_INLINE Vec<float> exp_minus(Vec<float> v) {
-  using I = typename Simd<float>::I;
   v = at_most(87.0f, at_least(-87.0f, v));
-  // adding 1.5 * 2^23 leaves the nearest integer in the low bits
-  const Vec<float> magic = v * -1.44269504f + 12582912.0f;
-  const Vec<float> f = v * -1.44269504f - (magic - 12582912.0f);
-  const I bits = ((I)magic) << 23;
-  return (Vec<float>)((I)exp2_centred(f) + bits);
+  // adding 1.5 * 2^23 leaves the nearest integer n in the low bits; with 127, the exponent of 2^n
+  constexpr float kMagic = 12582912.0f + 127.0f;
+  const Vec<float> magic = v * -1.44269504f + kMagic;
+  const Vec<float> f = v * -1.44269504f - (magic - kMagic);
+  // a product, not a sum of exponents: NaN stays NaN
+  return exp2_centred(f) * (Vec<float>)((typename Simd<float>::Bits)magic << 23);
 }
 
 EGNN_INLINE Vec<double> exp_minus(Vec<double> v) {
-  using I = typename Simd<double>::I;
   v = at_most(708.0, at_least(-708.0, v));
-  const Vec<double> magic = v * -1.4426950408889634 + 6755399441055744.0;
-  const Vec<double> f = v * -1.4426950408889634 - (magic - 6755399441055744.0);
-  const I bits = ((I)magic) << 52;
-  return (Vec<double>)((I)exp2_centred(f) + bits);
+  constexpr double kMagic = 6755399441055744.0 + 1023.0;
+  const Vec<double> magic = v * -1.4426950408889634 + kMagic;
+  const Vec<double> f = v * -1.4426950408889634 - (magic - kMagic);
+  return exp2_centred(f) * (Vec<double>)((typename Simd<double>::Bits)magic << 52);
 }
 #endif
 
