@@ -1,11 +1,10 @@
-// The extension module egnn_fast._core: the core's functions for Python. Tensors arrive as
-// addresses (0: absent), in the order of the lists below; the GIL is released while a kernel runs.
-// The records are filled by a few calls rather than field by field: a small graph's layer takes
-// some tens of microseconds, and each Python call is a noticeable part of one.
+// The extension module egnn_fast._core: the core's functions for Python. A call is a record, made
+// from all tensors at once (records.h), and its outputs; the GIL is released while a kernel runs.
+// A small graph's layer takes some tens of microseconds, and each Python call is a noticeable part
+// of one: hence few calls with many tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <atomic>
 #include <memory>
 
@@ -13,7 +12,7 @@
 #include "core/parallel.h"
 #include "core/passes.h"
 #include "core/sorting.h"
-#include "dlpack.h"
+#include "records.h"
 
 namespace py = pybind11;
 
@@ -21,95 +20,23 @@ namespace {
 
 using egnn::Args;
 using egnn::LayerArgs;
-
-template <size_t n>
-using Addresses = std::array<uintptr_t, n>;
-using Scalars = std::tuple<bool, int, double, double, bool, double>;
+using egnn::TensorList;
 
 // how often each kernel ran: tests assert that nothing quietly went another way
 std::atomic<int64_t> forward_calls{0};
 std::atomic<int64_t> backward_calls{0};
 
+// Addresses of tensors that were allocated for this call; 0 for None and without elements.
 template <size_t n, class Record>
-void assign(Record& record, uintptr_t Record::* const (&fields)[n], const Addresses<n>& values) {
-  for (size_t k = 0; k < n; ++k) record.*fields[k] = values[k];
+void assign(Record& record, uintptr_t Record::* const (&fields)[n], const py::handle& tensors) {
+  const TensorList<n> list(tensors);
+  if (!list.fit()) throw std::invalid_argument("expected tensors on the CPU");
+  for (size_t k = 0; k < n; ++k) {
+    record.*fields[k] = list.has(k) ? reinterpret_cast<uintptr_t>(list[k].data) : 0;
+  }
 }
 
-void set_scalars(Args& a, const Scalars& scalars) {
-  std::tie(a.is_double, a.activation, a.negative_slope, a.norm, a.tanh, a.clamp) = scalars;
-}
-
-Args make_args(const Addresses<17>& tensors, const std::array<int64_t, 9>& sizes,
-               const Scalars& scalars) {
-  static constexpr uintptr_t Args::* kTensors[] = {
-      &Args::pq,  &Args::x,      &Args::edge_attr, &Args::edge_mask, &Args::w_r,  &Args::w_a,
-      &Args::w2,  &Args::b2,     &Args::w_g,       &Args::b_g,       &Args::w3,   &Args::b3,
-      &Args::w_x, &Args::rowptr, &Args::senders,   &Args::perm,      &Args::first};
-  Args a;
-  assign(a, kTensors, tensors);
-  a.threads = static_cast<int>(sizes[0]);
-  a.num_nodes = sizes[1];
-  a.hidden = sizes[2];
-  a.coord_dim = sizes[3];
-  a.attr_dim = sizes[4];
-  a.attr_rows = sizes[5];
-  a.mask_rows = sizes[6];
-  a.w_r_stride = sizes[7];
-  a.w_a_stride = sizes[8];
-  set_scalars(a, scalars);
-  return a;
-}
-
-LayerArgs make_layer_args(const Addresses<28>& tensors, const std::array<int64_t, 10>& sizes,
-                          const Scalars& scalars, double coord_scale, bool residual) {
-  using L = LayerArgs;
-  static constexpr uintptr_t L::* kTensors[] = {&L::h,
-                                                &L::x,
-                                                &L::v,
-                                                &L::edge_attr,
-                                                &L::edge_mask,
-                                                &L::node_attr,
-                                                &L::coord_weight,
-                                                &L::w1,
-                                                &L::b1,
-                                                &L::w2,
-                                                &L::b2,
-                                                &L::node_w1,
-                                                &L::node_b1,
-                                                &L::node_w2,
-                                                &L::node_b2,
-                                                &L::w_g,
-                                                &L::b_g,
-                                                &L::w3,
-                                                &L::b3,
-                                                &L::w_x,
-                                                &L::vel_w1,
-                                                &L::vel_b1,
-                                                &L::vel_w2,
-                                                &L::vel_b2,
-                                                &L::rowptr,
-                                                &L::senders,
-                                                &L::perm,
-                                                &L::first};
-  LayerArgs a;
-  assign(a, kTensors, tensors);
-  a.threads = static_cast<int>(sizes[0]);
-  a.num_nodes = sizes[1];
-  a.in_features = sizes[2];
-  a.hidden = sizes[3];
-  a.out_features = sizes[4];
-  a.coord_dim = sizes[5];
-  a.attr_dim = sizes[6];
-  a.node_attr_dim = sizes[7];
-  a.attr_rows = sizes[8];
-  a.mask_rows = sizes[9];
-  set_scalars(a, scalars);
-  a.coord_scale = coord_scale;
-  a.residual = residual;
-  return a;
-}
-
-void forward(Args& a, const Addresses<2>& outputs) {
+void forward(Args& a, const py::handle& outputs) {
   static constexpr uintptr_t Args::* kOutputs[] = {&Args::m, &Args::shift};
   assign(a, kOutputs, outputs);
   const py::gil_scoped_release release;
@@ -117,20 +44,23 @@ void forward(Args& a, const Addresses<2>& outputs) {
   ++forward_calls;
 }
 
-void backward(Args& a, const Addresses<2>& cotangents, const Addresses<13>& gradients) {
-  static constexpr uintptr_t Args::* kCotangents[] = {&Args::g_m, &Args::g_shift};
+bool backward(Args& a, const py::handle& cotangents, const py::handle& gradients) {
   static constexpr uintptr_t Args::* kGradients[] = {
       &Args::g_pq,  &Args::g_coords, &Args::g_edge_attr, &Args::g_edge_mask, &Args::g_w_r,
       &Args::g_w_a, &Args::g_w2,     &Args::g_b2,        &Args::g_w_g,       &Args::g_b_g,
       &Args::g_w3,  &Args::g_b3,     &Args::g_w_x};
-  assign(a, kCotangents, cotangents);
+  TensorList<2> given(cotangents);
+  a.g_m = given.dense(0, egnn::kind_of(a), a.num_nodes, a.hidden);
+  a.g_shift = given.dense(1, egnn::kind_of(a), a.num_nodes, a.coord_dim);
+  if (!given.fit()) return false;
   assign(a, kGradients, gradients);
   const py::gil_scoped_release release;
   egnn::backward(a);
   ++backward_calls;
+  return true;
 }
 
-void layer_forward(LayerArgs& a, const Addresses<6>& outputs) {
+void layer_forward(LayerArgs& a, const py::handle& outputs) {
   using L = LayerArgs;
   static constexpr uintptr_t L::* kOutputs[] = {&L::h_out, &L::x_out, &L::v_out,
                                                 &L::m,     &L::shift, &L::kept};
@@ -140,21 +70,33 @@ void layer_forward(LayerArgs& a, const Addresses<6>& outputs) {
   ++forward_calls;
 }
 
-void layer_backward(LayerArgs& a, const Addresses<6>& cotangents, const Addresses<24>& gradients) {
+bool layer_backward(LayerArgs& a, const py::handle& cotangents, uintptr_t kept, int64_t kept_bytes,
+                    const py::handle& gradients) {
   using L = LayerArgs;
-  static constexpr uintptr_t L::* kCotangents[] = {&L::g_h_out, &L::g_x_out, &L::g_v_out,
-                                                   &L::m,       &L::shift,   &L::kept};
   static constexpr uintptr_t L::* kGradients[] = {
       &L::g_h,         &L::g_coords,       &L::g_v,       &L::g_edge_attr, &L::g_edge_mask,
       &L::g_node_attr, &L::g_coord_weight, &L::g_w1,      &L::g_b1,        &L::g_w2,
       &L::g_b2,        &L::g_node_w1,      &L::g_node_b1, &L::g_node_w2,   &L::g_node_b2,
       &L::g_w_g,       &L::g_b_g,          &L::g_w3,      &L::g_b3,        &L::g_w_x,
       &L::g_vel_w1,    &L::g_vel_b1,       &L::g_vel_w2,  &L::g_vel_b2};
-  assign(a, kCotangents, cotangents);
+  TensorList<5> given(cotangents);
+  const auto kind = egnn::kind_of(a);
+  a.g_h_out = given.dense(0, kind, a.num_nodes, a.out_features);
+  a.g_x_out = given.dense(1, kind, a.num_nodes, a.coord_dim);
+  a.g_v_out = given.dense(2, kind, a.num_nodes, a.coord_dim);
+  a.m = given.dense(3, kind, a.num_nodes, a.hidden);
+  a.shift = given.dense(4, kind, a.num_nodes, a.coord_dim);
+  // what has no elements is not given
+  given.require(a.num_nodes == 0 || (given.has(3) && given.has(4) == (a.w_x != 0)));
+  if (!given.fit()) return false;
+  // of another size: another instruction set's, or not what the forward kept
+  const int64_t size = egnn::layer_kept_size(a) * (a.is_double ? 8 : 4);
+  a.kept = kept_bytes == size ? kept : 0;
   assign(a, kGradients, gradients);
   const py::gil_scoped_release release;
   egnn::layer_backward(a);
   ++backward_calls;
+  return true;
 }
 
 // A buffer of the pool as a DLPack tensor; it goes back when the tensor dies.
@@ -207,18 +149,28 @@ bool sort_by_receiver(uintptr_t edges, int64_t num_edges, int64_t num_nodes, uin
 
 PYBIND11_MODULE(_core, module) {
   module.doc() = "C++ kernels of egnn_fast; see csrc/core/args.h for the fields of the records.";
-  py::class_<Args>(module, "Args")
-      .def(py::init(&make_args), py::arg("tensors"), py::arg("sizes"), py::arg("scalars"));
+  module.def("connect", &egnn::connect, py::arg("tensor"), py::arg("parameter"),
+             "Tell the module PyTorch's classes, before anything else is called.");
+  module.def("are_plain", &egnn::are_plain, py::arg("tensors"),
+             "Whether all are None or plain tensors on the CPU, of PyTorch's own classes.");
+  py::class_<Args>(module, "Args").def_readonly("hidden", &Args::hidden);
   py::class_<LayerArgs>(module, "LayerArgs")
-      .def(py::init(&make_layer_args), py::arg("tensors"), py::arg("sizes"), py::arg("scalars"),
-           py::arg("coord_scale"), py::arg("residual"));
+      .def_readonly("hidden", &LayerArgs::hidden)
+      .def_readonly("out_features", &LayerArgs::out_features);
+  module.def("messages_record", &egnn::messages_record, py::arg("tensors"), py::arg("threads"),
+             py::arg("scalars"), "An edge pass's record; None if the tensors do not fit.");
+  module.def("layer_record", &egnn::layer_record, py::arg("tensors"), py::arg("threads"),
+             py::arg("scalars"), py::arg("coord_scale"), py::arg("residual"),
+             "A layer's record; None if the tensors do not fit.");
 
   module.def("forward", &forward, py::arg("args"), py::arg("outputs"));
-  module.def("backward", &backward, py::arg("args"), py::arg("cotangents"), py::arg("gradients"));
+  module.def("backward", &backward, py::arg("args"), py::arg("cotangents"), py::arg("gradients"),
+             "False, without writing anything, if the cotangents do not fit.");
   module.def("layer_forward", &layer_forward, py::arg("args"), py::arg("outputs"));
   module.def("layer_backward", &layer_backward, py::arg("args"), py::arg("cotangents"),
-             py::arg("gradients"));
-  module.def("layer_kept_size", &egnn::layer_kept_size, py::arg("args"), py::arg("num_edges"),
+             py::arg("kept"), py::arg("kept_bytes"), py::arg("gradients"),
+             "False, without writing anything, if the cotangents do not fit.");
+  module.def("layer_kept_size", &egnn::layer_kept_size, py::arg("args"),
              "Elements of the buffer in which a layer's forward can keep for its backward.");
 
   module.def("buffer", &buffer, py::arg("count"), py::arg("is_double"),

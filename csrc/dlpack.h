@@ -1,4 +1,5 @@
-// The parts of the DLPack 0.x interface that it takes to hand a vector of numbers to PyTorch.
+// The parts of the DLPack standard that it takes to read PyTorch's tensors by their addresses, and
+// to hand PyTorch a vector of numbers, without its headers.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +11,7 @@ struct DLDevice {
 };
 
 struct DLDataType {
-  uint8_t code;  // 2: floating point
+  uint8_t code;  // 0: signed integer, 2: floating point
   uint8_t bits;
   uint16_t lanes;
 };
@@ -29,5 +30,22 @@ struct DLManagedTensor {
   DLTensor dl_tensor;
   void* manager_ctx;
   void (*deleter)(DLManagedTensor* self);
+};
+
+// A table of functions that a tensor class of Python offers to C, DLPack 1.3; of those not used
+// here only the places matter.
+struct DLPackExchangeAPI {
+  struct {
+    struct {
+      uint32_t major, minor;
+    } version;
+    void* prev_api;
+  } header;
+  void (*managed_tensor_allocator)();
+  void (*managed_tensor_from_py_object_no_sync)();
+  void (*managed_tensor_to_py_object_no_sync)();
+  // describes a tensor, whose memory stays its own; 0: done, else a Python error is set
+  int (*dltensor_from_py_object_no_sync)(void* py_object, DLTensor* out);
+  void (*current_work_stream)();
 };
 // NOLINTEND

@@ -37,25 +37,29 @@ _MOVING = tuple(
         ("v", "coord_weight", "w3", "b3", "w_x", "vel_w1", "vel_b1", "vel_w2", "vel_b2"),
     )
 )
+Shapes = tuple[tuple[int, ...], ...]
 
 
 class MessagesKernel:
-    """The edge pass for inputs of some widths and dtype.
+    """The edge pass with some options.
 
     Parameters
     ----------
-    inputs : sequence
-        The operator's differentiable inputs; of them only widths, dtype and what is None count.
     scalars : sequence
         The operator's scalars from ``activation`` on.
     """
 
-    def __init__(self, inputs: Sequence[Any], scalars: Sequence[Any]) -> None:
-        pq, x, w_a = inputs[0], inputs[1], inputs[5]
-        self.hidden, self.dim = pq.shape[1] // 2, x.shape[1]
-        self.attrs = 0 if w_a is None else w_a.shape[1]
-        self.has_head = inputs[_MESSAGES_HEAD] is not None
-        self.dtype, self.scalars = pq.dtype, _record_scalars(pq, scalars)
+    name, inputs = "messages", _MESSAGES
+
+    def __init__(self, scalars: Sequence[Any]) -> None:
+        self._scalars = _record_scalars(scalars)
+
+    def record(self, tensors: Sequence[Any]) -> Any:
+        """The argument record of the operator's inputs and graph tensors, which must outlive it.
+
+        None unless they are dense tensors on the CPU whose shapes and dtypes fit each other.
+        """
+        return _core().messages_record(tensors, torch.get_num_threads(), self._scalars)
 
     @staticmethod
     def dense(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -66,56 +70,33 @@ class MessagesKernel:
             for k, t in enumerate(tensors)
         ]
 
-    def record(self, tensors: Sequence[Any]) -> Any:
-        """The argument record of dense inputs and graph tensors, which must outlive it."""
-        pq, _, edge_attr, edge_mask, w_r, w_a = tensors[:6]
-        sizes = (
-            torch.get_num_threads(), pq.shape[0], self.hidden, self.dim, self.attrs,
-            -1 if edge_attr is None else edge_attr.shape[0],
-            -1 if edge_mask is None else edge_mask.shape[0],
-            w_r.stride(0),
-            0 if w_a is None else w_a.stride(0),
-        )  # fmt: skip
-        return _core().Args(addresses(tensors), sizes, self.scalars)
-
-    def check(self, tensors: Sequence[Any], before: Sequence[Any] = ()) -> None:
-        """Raise ValueError unless tensors have the shapes and dtypes that the kernel expects.
-
-        ``tensors`` are the operator's; ``before`` are those that its derivative takes before them.
-        """
-        n, dtype = tensors[0].shape[0], self.dtype
-        outputs = ((n, self.hidden), (_ANY, self.dim))
-        _check("messages", ("g_m", "g_x"), before, outputs, dtype)
-        _check("messages", _MESSAGES, tensors[:N_MESSAGES], self.shapes(n, _ANY), dtype)
-        _check_graph("messages", tensors[N_MESSAGES:], n)
-
-    @staticmethod
-    def constant_shapes(n: int) -> list[tuple[int, ...]]:
-        """The shapes of what is saved beside the inputs, for n nodes."""
-        return []
-
-    def shapes(self, n: int, edges: int) -> tuple[tuple[int, ...], ...]:
-        """The inputs' shapes for ``n`` nodes and ``edges`` edges."""
-        hidden = self.hidden
-        return (
-            (n, 2 * hidden), (n, self.dim), (edges, self.attrs), (edges,),
-            (hidden,), (hidden, self.attrs), (hidden, hidden), (hidden,),
+    def shapes(self, tensors: Sequence[Any]) -> tuple[Shapes, Shapes]:
+        """Those expected of the cotangents and constants, and of the inputs, by their widths."""
+        n, hidden, dim = tensors[0].shape[0], tensors[0].shape[1] // 2, tensors[1].shape[1]
+        attrs = 0 if tensors[5] is None else tensors[5].shape[1]
+        inputs = (
+            (n, 2 * hidden), (n, dim), (_ANY, attrs), (_ANY,),
+            (hidden,), (hidden, attrs), (hidden, hidden), (hidden,),
             (hidden,), (1,), (hidden, hidden), (hidden,), (hidden,),
         )  # fmt: skip
+        return ((n, hidden), (_ANY, dim)), inputs
 
     @staticmethod
-    def kept_size(record: Any, num_edges: int) -> int:
+    def kept_size(record: Any) -> int:
         """Nothing but the inputs is needed for the backward."""
         return 0
 
-    def forward(self, record: Any, pq: Tensor, x: Tensor, kept: int) -> tuple[Tensor | None, ...]:
+    def forward(
+        self, record: Any, tensors: Sequence[Any], kept: int | None
+    ) -> tuple[Tensor | None, ...]:
         """M and X, None without a head."""
-        n = pq.shape[0]
+        x = tensors[1]
+        n, dim = x.shape
         outputs = (
-            pq.new_empty(n, self.hidden),
-            x.new_empty(n, self.dim) if self.has_head else None,
+            x.new_empty(n, record.hidden),
+            x.new_empty(n, dim) if tensors[_MESSAGES_HEAD] is not None else None,
         )
-        _core().forward(record, addresses(outputs))
+        _core().forward(record, outputs)
         return outputs
 
     def backward(
@@ -124,98 +105,88 @@ class MessagesKernel:
         constants: Sequence[Tensor],
         tensors: Sequence[Any],
         needed: Sequence[bool],
-    ) -> list[Tensor | None]:
-        """The gradients of the inputs that are needed."""
+    ) -> list[Tensor | None] | None:
+        """The gradients of the inputs that are needed; None if something does not fit."""
+        record, tensors = recorded(self, tensors)
+        if record is None:
+            return None
         g_m, g_x = _contiguous(cotangents)
-        g_x = g_x if self.has_head else None
+        g_x = g_x if tensors[_MESSAGES_HEAD] is not None else None
         found = _empty_gradients(_contiguous(tensors[:N_MESSAGES]), needed)
         if g_m is None and g_x is None:
             return [None if t is None else t.zero_() for t in found]
-        _core().backward(self.record(tensors), addresses((g_m, g_x)), addresses(found))
-        return found
+        return found if _core().backward(record, (g_m, g_x), found) else None
 
 
 class LayerKernel:
-    """A whole layer for inputs of some widths and dtype; see :class:`MessagesKernel`."""
+    """A whole layer with some options; see :class:`MessagesKernel`."""
 
-    def __init__(self, inputs: Sequence[Any], scalars: Sequence[Any]) -> None:
-        h, x, v, _, _, node_attr, _, w1 = inputs[:8]
-        *options, self.scale, self.residual, self.carry = scalars[: _N_OPTIONS + 3]
-        features = h.shape[1]
-        self.hidden, width = w1.shape
-        self.out, self.dim = inputs[_NODE_W2].shape[0], x.shape[1]
-        self.has_head = inputs[_LAYER_HEAD] is not None
-        self.moves = self.has_head or v is not None
-        self.widths = (
-            features, self.hidden, self.out, self.dim, width - 2 * features - 1,
-            0 if node_attr is None else node_attr.shape[1],
-        )  # fmt: skip
-        self.dtype, self.scalars = h.dtype, _record_scalars(h, options)
+    name, inputs = "layer", _LAYER
+
+    def __init__(self, scalars: Sequence[Any]) -> None:
+        *options, self._scale, self._residual, self._carry = scalars[: _N_OPTIONS + 3]
+        self._scalars = _record_scalars(options)
 
     def record(self, tensors: Sequence[Any]) -> Any:
-        """The argument record of dense inputs and graph tensors, which must outlive it."""
-        edge_attr, edge_mask = tensors[3], tensors[4]
-        sizes = (
-            torch.get_num_threads(), tensors[0].shape[0], *self.widths,
-            -1 if edge_attr is None else edge_attr.shape[0],
-            -1 if edge_mask is None else edge_mask.shape[0],
-        )  # fmt: skip
-        return _core().LayerArgs(addresses(tensors), sizes, self.scalars, self.scale, self.residual)
-
-    def check(self, tensors: Sequence[Any], before: Sequence[Any] = ()) -> None:
-        """See :meth:`MessagesKernel.check`."""
-        n, dtype, dim = tensors[0].shape[0], self.dtype, self.dim
-        outputs = (
-            (n, self.out), (n if self.moves else _ANY, dim), (n if self.carry else _ANY, dim),
-            *self.constant_shapes(n),
-        )  # fmt: skip
-        _check("layer", ("g_h", "g_x", "g_v", "m", "shift", "kept"), before, outputs, dtype)
-        _check("layer", _LAYER, tensors[:N_LAYER], self.shapes(n, _ANY), dtype)
-        _check_graph("layer", tensors[N_LAYER:], n)
-
-    def constant_shapes(self, n: int) -> list[tuple[int, ...]]:
-        """Those of M, X and what is kept."""
-        return [(n, self.hidden), (n if self.has_head else 0, self.dim), (0,)]
-
-    def shapes(self, n: int, edges: int) -> tuple[tuple[int, ...], ...]:
-        """See :meth:`MessagesKernel.shapes`."""
-        features, hidden, out, dim, attrs, node_attrs = self.widths
-        return (
-            (n, features), (n, dim), (n, dim), (edges, attrs), (edges,), (n, node_attrs), (n,),
-            (hidden, 2 * features + 1 + attrs), (hidden,), (hidden, hidden), (hidden,),
-            (hidden, features + hidden + node_attrs), (hidden,), (out, hidden), (out,),
-            (1, hidden), (1,), (hidden, hidden), (hidden,), (1, hidden),
-            (hidden, features), (hidden,), (1, hidden), (1,),
-        )  # fmt: skip
-
-    @staticmethod
-    def kept_size(record: Any, num_edges: int) -> int:
-        """Elements in which the layer can keep its activations for the backward."""
-        return int(_core().layer_kept_size(record, num_edges)) if num_edges else 0
+        """See :meth:`MessagesKernel.record`."""
+        return _core().layer_record(
+            tensors, torch.get_num_threads(), self._scalars, self._scale, self._residual
+        )
 
     @staticmethod
     def dense(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Inputs and graph tensors as the kernel reads them."""
         return _contiguous(tensors)
 
-    def forward(self, record: Any, h: Tensor, x: Tensor, kept: int) -> tuple[Tensor | None, ...]:
+    def shapes(self, tensors: Sequence[Any]) -> tuple[Shapes, Shapes]:
+        """See :meth:`MessagesKernel.shapes`."""
+        h, x, v, node_attr, w1 = (tensors[k] for k in (0, 1, 2, 5, 7))
+        (n, features), dim, (hidden, width) = h.shape, x.shape[1], w1.shape
+        out, attrs = tensors[_NODE_W2].shape[0], width - 2 * features - 1
+        node_attrs = 0 if node_attr is None else node_attr.shape[1]
+        has_head = tensors[_LAYER_HEAD] is not None
+        inputs = (
+            (n, features), (n, dim), (n, dim), (_ANY, attrs), (_ANY,), (n, node_attrs), (n,),
+            (hidden, width), (hidden,), (hidden, hidden), (hidden,),
+            (hidden, features + hidden + node_attrs), (hidden,), (out, hidden), (out,),
+            (1, hidden), (1,), (hidden, hidden), (hidden,), (1, hidden),
+            (hidden, features), (hidden,), (1, hidden), (1,),
+        )  # fmt: skip
+        before = (
+            (n, out), (n if has_head or v is not None else _ANY, dim),
+            (n if self._carry else _ANY, dim), (n, hidden), (n if has_head else 0, dim), (0,),
+        )  # fmt: skip
+        return before, inputs
+
+    @staticmethod
+    def kept_size(record: Any) -> int:
+        """Elements in which the layer can keep its activations for the backward."""
+        return int(_core().layer_kept_size(record))
+
+    def forward(
+        self, record: Any, tensors: Sequence[Any], kept: int | None
+    ) -> tuple[Tensor | None, ...]:
         """New h, x and v, M and X, the kept activations; None for what the layer lacks.
 
         The activations are the storage of a tensor without elements, so that a recomputation under
-        another budget saves tensors of the same shapes.
+        another budget saves tensors of the same shapes. Without ``kept`` no backward follows: the
+        last three are None.
         """
-        n = h.shape[0]
-        memory = _reused(kept, h.dtype) if kept > _POOLED else h.new_empty(kept)
+        h, x, v = tensors[:3]
+        n, dim = x.shape
+        has_head = tensors[_LAYER_HEAD] is not None
         outputs = (
-            h.new_empty(n, self.out),
-            x.new_empty(n, self.dim) if self.moves else None,
-            x.new_empty(n, self.dim) if self.carry else None,
-            h.new_empty(n, self.hidden),
-            x.new_empty(n if self.has_head else 0, self.dim),
-            memory,
+            h.new_empty(n, record.out_features),
+            x.new_empty(n, dim) if has_head or v is not None else None,
+            x.new_empty(n, dim) if self._carry else None,
         )
-        _core().layer_forward(record, addresses(outputs))
-        return (*outputs[:5], memory.resize_(0))
+        if kept is None:
+            _core().layer_forward(record, (*outputs, None, None, None))
+            return (*outputs, None, None, None)
+        m, shift = h.new_empty(n, record.hidden), x.new_empty(n if has_head else 0, dim)
+        memory = _reused(kept, h.dtype) if kept > _POOLED else h.new_empty(kept)
+        _core().layer_forward(record, (*outputs, m, shift, memory))
+        return (*outputs, m, shift, memory.resize_(0))
 
     def backward(
         self,
@@ -223,54 +194,68 @@ class LayerKernel:
         constants: Sequence[Tensor],
         tensors: Sequence[Any],
         needed: Sequence[bool],
-    ) -> list[Tensor | None]:
-        """The gradients of the inputs that are needed; ``constants`` are M, X and what was kept."""
-        m, shift, memory = constants
-        given = _filled((*cotangents, m, shift))
+    ) -> list[Tensor | None] | None:
+        """See :meth:`MessagesKernel.backward`; ``constants`` are M, X and what was kept."""
+        record, tensors = recorded(self, tensors)
+        if record is None:
+            return None
+        *outputs, memory = constants
+        given = _filled((*cotangents, *outputs))
         found = _empty_gradients(tensors[:N_LAYER], needed)
         features, moves = given[0] is not None, given[1] is not None or given[2] is not None
         # what the cotangents do not reach is not written
-        places = list(found)
-        for k in (() if features else _PHI_H) + (() if moves else _MOVING):
-            tensor = found[k]
-            if tensor is not None:
-                tensor.zero_()
-                places[k] = None
+        places = found
+        if not features or not moves:
+            places = list(found)
+            for k in (() if features else _PHI_H) + (() if moves else _MOVING):
+                tensor = found[k]
+                if tensor is not None:
+                    tensor.zero_()
+                    places[k] = None
         kept = memory.untyped_storage()
-        kept_address = kept.data_ptr() if kept.nbytes() else 0
-        _core().layer_backward(
-            self.record(tensors), [*addresses(given), kept_address], addresses(places)
-        )
-        return found
+        size = kept.nbytes()
+        fits = _core().layer_backward(record, given, kept.data_ptr() if size else 0, size, places)
+        return found if fits else None
+
+
+def recorded(kernel: Any, tensors: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+    """The record of inputs and graph tensors, and these, dense; None if they do not fit."""
+    record = kernel.record(tensors)
+    if record is None:
+        tensors = kernel.dense(tensors)
+        record = kernel.record(tensors)
+    return record, tensors
 
 
 def messages(*args: Any) -> tuple[Tensor, Tensor]:
     """``egnn_fast::messages`` on the CPU."""
-    kernel, tensors = _checked(MessagesKernel, N_MESSAGES, args)
-    m, shift = kernel.forward(kernel.record(tensors), *tensors[:2], 0)
-    return m, m.new_empty((0, kernel.dim)) if shift is None else shift
+    kernel, tensors, record = _checked(MessagesKernel, args)
+    m, shift = kernel.forward(record, tensors, 0)
+    return m, m.new_empty((0, tensors[1].shape[1])) if shift is None else shift
 
 
 def messages_backward(g_m: Tensor | None, g_x: Tensor | None, *args: Any) -> list[Tensor]:
     """``egnn_fast::messages_backward`` on the CPU."""
     *args, needed = args  # type: ignore[assignment]
-    kernel, tensors = _checked(MessagesKernel, N_MESSAGES, args, (g_m, g_x))
-    found = kernel.backward((g_m, g_x), (), tensors, needed)
-    return [t for t in found if t is not None]
+    return _gradients(MessagesKernel, args, (g_m, g_x), (), needed)
 
 
 def layer(*args: Any) -> tuple[Tensor, ...]:
     """``egnn_fast::layer`` on the CPU."""
-    kernel, tensors = _checked(LayerKernel, N_LAYER, args[:-1])
-    h, x, v, m, shift, kept = kernel.forward(kernel.record(tensors), *tensors[:2], args[-1])
-    x, v = (h.new_empty((0, kernel.dim)) if t is None else t for t in (x, v))
+    kernel, tensors, record = _checked(LayerKernel, args[:-1])
+    h, x, v, m, shift, kept = kernel.forward(record, tensors, args[-1])
+    x, v = (h.new_empty((0, tensors[1].shape[1])) if t is None else t for t in (x, v))
     return h, x, v, m, shift, kept
 
 
-def layer_kept_size(args: Sequence[Any], num_edges: int) -> int:
-    """Elements in which ``egnn_fast::layer``, called with ``args``, can keep its activations."""
-    kernel, tensors = _checked(LayerKernel, N_LAYER, args)
-    return int(kernel.kept_size(kernel.record(tensors), num_edges))
+def layer_kept_size(args: Sequence[Any]) -> int:
+    """Elements in which ``egnn_fast::layer``, called with ``args``, can keep its activations.
+
+    0 if the tensors are not yet what the kernel reads: the dispatcher may make them so.
+    """
+    kernel = LayerKernel(args[N_LAYER + 4 :])
+    record, _ = recorded(kernel, args[: N_LAYER + 4])
+    return 0 if record is None else kernel.kept_size(record)
 
 
 def layer_backward(
@@ -284,35 +269,48 @@ def layer_backward(
 ) -> list[Tensor]:
     """``egnn_fast::layer_backward`` on the CPU."""
     *args, _, needed = args  # type: ignore[assignment]
-    cotangents, constants = (g_h, g_x, g_v), (m, shift, kept)
-    kernel, tensors = _checked(LayerKernel, N_LAYER, args, (*cotangents, *constants))
+    return _gradients(LayerKernel, args, (g_h, g_x, g_v), (m, shift, kept), needed)
+
+
+def _gradients(
+    kind: Any,
+    args: Sequence[Any],
+    cotangents: Sequence[Tensor | None],
+    constants: Sequence[Tensor],
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    kernel, tensors, _ = _checked(kind, args, (*cotangents, *constants))
     found = kernel.backward(cotangents, constants, tensors, needed)
+    if found is None:
+        _require_memory(kernel.name, cotangents)
+        raise ValueError(f"egnn_fast::{kernel.name}_backward: the cotangents do not fit the inputs")
     return [t for t in found if t is not None]
 
 
-def fits(kernel: Any, constants: Sequence[Tensor], tensors: Sequence[Any], num_edges: int) -> bool:
-    """Whether saved constants, inputs and graph tensors still are what a kernel was made for.
+def _checked(kind: Any, args: Sequence[Any], before: Sequence[Any] = ()) -> Any:
+    """A kernel of this kind for an operator's arguments, their tensors, dense, and the record.
 
-    Their memory may have been replaced since (``tensor.data = ...``), of which autograd knows
-    nothing.
+    Raises ValueError unless the tensors have the shapes and dtypes that the kernel expects.
+    ``before`` are those that the operator's derivative takes before its inputs.
     """
-    n, inputs = tensors[0].shape[0], tensors[:-4]
-    present = [t for t in inputs if t is not None]
-    shapes = zip(inputs, kernel.shapes(n, num_edges), strict=True)
-    return (
-        [t.shape for t in present] == [shape for t, shape in shapes if t is not None]
-        and [t.shape for t in constants] == kernel.constant_shapes(n)
-        and tensors[-4].shape[0] == n + 1
-        and {t.dtype for t in present} == {kernel.dtype}
-        and all([t.is_cpu for t in present])  # noqa: C419 (faster)
+    n = len(kind.inputs)
+    kernel, tensors = kind(args[n + 4 :]), args[: n + 4]
+    expected, inputs = kernel.shapes(tensors)
+    nodes, dtype = tensors[0].shape[0], tensors[0].dtype
+    names = (
+        ("g_m", "g_x") if kind is MessagesKernel else ("g_h", "g_x", "g_v", "m", "shift", "kept")
     )
-
-
-def _checked(kind: Any, count: int, args: Sequence[Any], before: Sequence[Any] = ()) -> Any:
-    """A kernel of this kind for an operator's arguments, and their tensors, checked and dense."""
-    kernel, tensors = kind(args[:count], args[count + 4 :]), args[: count + 4]
-    kernel.check(tensors, before)
-    return kernel, kernel.dense(tensors)
+    _check(kind.name, names, before, expected, dtype)
+    _check(kind.name, kind.inputs, tensors[:n], inputs, dtype)
+    _check_graph(kind.name, tensors[n:], nodes)
+    record, tensors = recorded(kernel, tensors)
+    if record is None:
+        _require_memory(kind.name, tensors)
+        raise ValueError(
+            f"egnn_fast::{kind.name}: the tensors do not fit each other; are the weights of an MLP "
+            "or edge_attr missing?"
+        )
+    return kernel, tensors, record
 
 
 def _check(
@@ -362,27 +360,19 @@ def _reused(count: int, dtype: torch.dtype) -> Tensor:
     return found
 
 
-def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    """The tensors' addresses; 0 for None and for those without elements."""
-    return [0 if t is None else t.data_ptr() or _no_address(t) for t in tensors]
+def _require_memory(operator: str, tensors: Sequence[Tensor | None]) -> None:
+    """Raise ValueError for a tensor with elements whose memory was freed."""
+    for t in tensors:
+        if t is not None and t.numel() and not t.data_ptr():
+            raise ValueError(
+                f"egnn_fast::{operator}: a tensor of shape {list(t.shape)} has no memory that a "
+                "kernel could read; was its storage freed?"
+            )
 
 
-class NoAddress(ValueError):
-    """A tensor has elements, but no memory: it was freed, or PyTorch has not made it yet."""
-
-
-def _no_address(tensor: Tensor) -> int:
-    if tensor.numel():
-        raise NoAddress(
-            f"a tensor of shape {list(tensor.shape)} has no memory that a kernel could read; "
-            "was its storage freed?"
-        )
-    return 0
-
-
-def _record_scalars(like: Tensor, scalars: Sequence[Any]) -> tuple[Any, ...]:
+def _record_scalars(scalars: Sequence[Any]) -> tuple[Any, ...]:
     activation, slope, norm, tanh, clamp = scalars[:5]
-    return (like.dtype is torch.float64, _ACTIVATION_CODES[activation], slope, norm, tanh, clamp)
+    return (_ACTIVATION_CODES[activation], slope, norm, tanh, clamp)
 
 
 def _contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+import torch
+
 # the extension's module; its interface is stated in csrc/bindings.cpp
 Core = Any
 
@@ -13,8 +15,14 @@ load_error: str | None = None
 
 try:
     core = import_module("egnn_fast._core")
+    core.connect(torch.Tensor, torch.nn.Parameter)
 except ImportError as error:
     load_error = (
         f"the C++ extension egnn_fast._core could not be imported ({error}); "
         "build it with `pip install .` from a checkout (needs a C++17 compiler)"
+    )
+except RuntimeError as error:
+    core = None
+    load_error = (
+        f"the C++ extension cannot read the tensors of PyTorch {torch.__version__}: {error}"
     )

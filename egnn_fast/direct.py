@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from egnn_fast._cpu import NoAddress, fits
+from egnn_fast import _native
+from egnn_fast._cpu import recorded
 from egnn_fast.budget import activation_budget
-from egnn_fast.eager import PLAIN_OR_NONE, transforming
+from egnn_fast.eager import transforming
 from egnn_fast.operators import Operator, Tensors, are_batched, named, wants_grad
 
 
-def is_direct(tensors: Tensors) -> bool:
-    """Whether a call on these tensors, some of them None, may go straight to the kernel.
+def is_ordinary() -> bool:
+    """Whether calls now may go straight to the kernel, if their tensors are plain.
 
     Autocast, profiles and forward-mode derivatives need the operator, as all transforms do.
     """
@@ -30,9 +31,13 @@ def is_direct(tensors: Tensors) -> bool:
         and forward_ad._current_level < 0
         and not torch._C._autograd._profiler_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and PLAIN_OR_NONE.issuperset(map(type, tensors))
-        and not any(map(Tensor.is_neg, [t for t in tensors if t is not None]))
+        and _native.core is not None
     )
+
+
+def is_direct(tensors: Tensors) -> bool:
+    """Whether a call on these tensors, some of them None, may go straight to the kernel."""
+    return is_ordinary() and _native.core.are_plain(tensors)  # type: ignore[union-attr]
 
 
 class Call(NamedTuple):
@@ -44,53 +49,47 @@ class Call(NamedTuple):
         Gives the derivatives that are to be differentiated themselves.
     kernel : MessagesKernel or LayerKernel
         See :mod:`egnn_fast._cpu`.
-    num_edges : int
-        The graph's.
     scalars : tuple
         The operator's.
     """
 
     operator: Operator
     kernel: Any
-    num_edges: int
     scalars: tuple[Any, ...]
 
-    def forward(self, tensors: Sequence[Any], keep: bool) -> tuple[Tensor | None, ...]:
+    def forward(self, record: Any, tensors: Sequence[Any], keep: bool) -> tuple[Tensor | None, ...]:
         """The operator's outputs, None for those that the layer lacks; the constants last.
 
-        ``tensors`` are its inputs and the graph's four tensors.
+        ``record`` is that of ``tensors``, the dense inputs and the graph's four tensors.
         """
-        tensors = self.kernel.dense(tensors)
-        record = self.kernel.record(tensors)
-        size = self.kernel.kept_size(record, self.num_edges) if keep else 0
+        size = self.kernel.kept_size(record) if keep else None
         if size and size * tensors[0].element_size() > activation_budget():
             size = 0
-        outputs: tuple[Tensor | None, ...] = self.kernel.forward(record, *tensors[:2], size)
+        outputs: tuple[Tensor | None, ...] = self.kernel.forward(record, tensors, size)
         return outputs
 
     def backward(
-        self, wanted: Sequence[bool], cotangents: Tensors, saved: tuple[Any, ...], hooked: bool
+        self, wanted: Sequence[bool], cotangents: Tensors, saved: tuple[Any, ...]
     ) -> Sequence[Tensor | None]:
         """The gradients of the inputs; ``saved`` holds the constants, inputs and graph tensors."""
-        operator, kernel = self.operator, self.kernel
+        operator = self.operator
         # what is to be differentiated once more is the operator's, and what is not plain now
-        direct = not torch.is_grad_enabled() and not are_batched(cotangents)
-        if not direct or not is_direct((*saved, *cotangents)):
-            return operator.backward(wanted, cotangents, saved, self.scalars)
-        constants, tensors = saved[: operator.kept], saved[operator.kept :]
-        inputs = tensors[: operator.n_diff]
-        needed = operator.reached(wanted, cotangents, inputs)
-        if not any(needed) or all([g is None for g in cotangents]):  # noqa: C419 (faster)
-            return (None,) * operator.n_diff
-        if hooked or not fits(kernel, constants, tensors, self.num_edges):
-            kernel.check(tensors, (*cotangents, *constants))
-        try:
-            found: list[Tensor | None] = kernel.backward(
-                cotangents, constants, kernel.dense(tensors), needed
+        if (
+            not torch.is_grad_enabled()
+            and not are_batched(cotangents)
+            and is_direct((*saved, *cotangents))
+        ):
+            constants, tensors = saved[: operator.kept], saved[operator.kept :]
+            needed = operator.reached(wanted, cotangents, tensors[: operator.n_diff])
+            if not any(needed) or all([g is None for g in cotangents]):  # noqa: C419 (faster)
+                return (None,) * operator.n_diff
+            found: list[Tensor | None] | None = self.kernel.backward(
+                cotangents, constants, tensors, needed
             )
-        except NoAddress:  # a lazy zero, which the dispatcher fills, or an error to be named
-            return operator.backward(wanted, cotangents, saved, self.scalars)
-        return found
+            if found is not None:
+                return found
+        # also if something does not fit: the operator says what
+        return operator.backward(wanted, cotangents, saved, self.scalars)
 
 
 class DirectWay:
@@ -108,47 +107,49 @@ class DirectWay:
         self._apply = _recorded(operator)
 
     def __call__(
-        self,
-        inputs: Sequence[Any],
-        parts: tuple[Tensor | None, ...],
-        num_edges: int,
-        scalars: tuple[Any, ...],
-    ) -> Sequence[Tensor | None]:
+        self, inputs: Sequence[Any], parts: tuple[Tensor | None, ...], scalars: tuple[Any, ...]
+    ) -> Sequence[Tensor | None] | None:
         """The operator's outputs that take part in derivatives; None for what the layer lacks.
 
-        ``parts`` are the graph's tensors. :func:`is_direct` holds for them and the inputs.
+        ``parts`` are the graph's tensors. None instead of all outputs if the call is not direct.
         """
-        kernel = self._kernel(inputs, scalars)
-        call = Call(self._operator, kernel, num_edges, scalars)
-        try:
-            if wants_grad(*inputs):
-                return self._apply(call, parts, *inputs)
-            return call.forward((*inputs, *parts), keep=False)[: self._operator.outputs]
-        except NoAddress:  # a lazy zero, which the dispatcher fills, or an error to be named
-            return self._operator(*inputs, *parts, *scalars)[: self._operator.outputs]
+        given = (*inputs, *parts)
+        # a tensor without elements has no address
+        if parts[0] is None or parts[0].shape[0] == 1 or not is_direct(given):
+            return None
+        call = Call(self._operator, self._kernel(scalars), scalars)
+        record, tensors = recorded(call.kernel, given)
+        if record is None:
+            return None
+        if wants_grad(*inputs):
+            return self._apply(call, record, tensors, parts, *inputs)
+        return call.forward(record, tensors, keep=False)[: self._operator.outputs]
 
 
 def _recorded(operator: Operator) -> Callable[..., Sequence[Tensor | None]]:
-    """``function(call, parts, *inputs)``: the outputs of a call that may be differentiated."""
+    """``function(call, record, tensors, parts, *inputs)``: a call that may be differentiated."""
 
     class Direct(torch.autograd.Function):
         @staticmethod
         def forward(
-            ctx: Any, call: Call, parts: tuple[Any, ...], *inputs: Any
+            ctx: Any,
+            call: Call,
+            record: Any,
+            tensors: Sequence[Any],
+            parts: tuple[Any, ...],
+            *inputs: Any,
         ) -> tuple[Tensor | None, ...]:
-            tensors = (*inputs, *parts)
-            found = call.forward(tensors, keep=True)
+            found = call.forward(record, tensors, keep=True)
             ctx.call = call
-            ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
             ctx.set_materialize_grads(False)
             # as the operator's Function saves them, so that a recomputation may go either way
-            ctx.save_for_backward(*found[operator.outputs :], *tensors)
+            ctx.save_for_backward(*found[operator.outputs :], *inputs, *parts)
             return found[: operator.outputs]
 
         @staticmethod
         def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-            call, wanted = ctx.call, ctx.needs_input_grad[2:]
-            return (None, None, *call.backward(wanted, cotangents, ctx.saved_tensors, ctx.hooked))
+            found = ctx.call.backward(ctx.needs_input_grad[4:], cotangents, ctx.saved_tensors)
+            return (None, None, None, None, *found)
 
     named(Direct, operator.function.__name__)
     # Function.apply in Python looks at each argument for transforms, of which there are none here

@@ -157,6 +157,16 @@ def egcl(
         A backend was named that cannot run the call.
     """
     refuse_jit_trace()
+    masked = node_mask is not None or edge_mask is not None
+    if not masked and activation is None and backends.requested(backend) in ("auto", "cpu"):
+        # in every layer of every step: what is right must pass quickly
+        found = ops.unchecked_layer(
+            h, x, graph, weights, options, v=v, edge_attr=edge_attr, node_attr=node_attr,
+            residual=residual, carry=carry_velocity and v is not None,
+        )  # fmt: skip
+        if found is not None:
+            new_h, moved, step = found
+            return new_h, x if moved is None else moved, step
     arguments.check_nodes(h, x)
     graph = arguments.resolve_graph(graph, h)
     node_attrs = _check_node_attr(node_attr, h)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from egnn_fast import _cpu, _double_backward, _partition
 from egnn_fast.budget import activation_budget
-from egnn_fast.direct import DirectWay, is_direct
-from egnn_fast.eager import transforming
+from egnn_fast.direct import DirectWay, is_ordinary
+from egnn_fast.eager import PLAIN_TYPES, transforming
 from egnn_fast.graph import Graph
 from egnn_fast.operators import Operator, Tensors, lib, wants_grad
 from egnn_fast.options import LAYER_INPUTS, EdgeWeights, LayerWeights, Options
@@ -163,11 +163,14 @@ def messages(
     Returns ``M [N, H]`` and ``X [N, D]`` (None, or ``[0, D]``, without a coordinate head).
     """
     inputs = (pq, x, edge_attr, edge_mask, *weights)
-    direct = _direct_parts(backend, graph, inputs)
     m: Tensor | None
     shift: Tensor | None
-    if direct is not None:
-        m, shift = _direct_messages(inputs, *direct, (*_scalars(options), backend, "highest"))
+    found = None
+    if backend == "cpu":
+        scalars = (*_scalars(options), backend, "highest")
+        found = _direct_messages(inputs, _graph_tensors(graph), scalars)
+    if found is not None:
+        m, shift = found
     else:
         now = _precision(backend, x, graph)
         scalars = (*_scalars(options), backend, now if precision is None else precision)
@@ -240,32 +243,57 @@ def layer(
     """
     tensors = (h, x, v, edge_attr, edge_mask, node_attr, coord_weight, *weights)
     scalars = (*_scalars(options), options.coord_scale, residual, carry, backend)
-    direct = _direct_parts(backend, graph, tensors)
-    h_out: Tensor | None
-    x_out: Tensor | None
-    v_out: Tensor | None
-    if direct is not None:
-        h_out, x_out, v_out = _direct_layer(tensors, *direct, (*scalars, "highest", 0))
-    else:
+    found = None
+    if backend == "cpu":
+        found = _direct_layer(tensors, _graph_tensors(graph), (*scalars, "highest", 0))
+    if found is None:
         given = (*_uncast(x, tensors), *_graph_tensors(graph))
         args = (*given, *scalars, _precision(backend, x, graph))
-        h_out, x_out, v_out, *_ = _layer(*args, _kept_size(args, graph))
+        found = _layer(*args, _kept_size(args))
+    h_out, x_out, v_out = found[: _layer.outputs]
     assert h_out is not None
     return h_out, x_out, v_out
 
 
-def _direct_parts(
-    backend: str, graph: Graph, inputs: Sequence[Any]
-) -> tuple[tuple[Tensor | None, ...], int] | None:
-    """The graph's tensors and number of edges for a direct call; None if the call is not direct."""
-    if backend != "cpu":
+def unchecked_layer(
+    h: Tensor,
+    x: Tensor,
+    graph: Any,
+    weights: LayerWeights,
+    options: Options,
+    *,
+    v: Tensor | None,
+    edge_attr: Tensor | None,
+    node_attr: Tensor | None,
+    residual: bool,
+    carry: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """:func:`layer` without masks, of any arguments; None unless they fit and the call is direct.
+
+    The kernel's record takes only tensors that fit each other: an ordinary call needs no other
+    check. x and v are None where nothing moves.
+    """
+    if not (
+        is_ordinary()
+        and type(graph) is Graph
+        and type(weights) is LayerWeights
+        and type(x) in PLAIN_TYPES
+        and x.dtype in (torch.float32, torch.float64)
+        and x.is_cpu
+        and (weights.att_w is not None) is options.attention
+        and (weights.coord_w2 is not None) is (options.coord_agg is not None)
+    ):
         return None
-    parts = _graph_tensors(graph)
-    # a tensor without elements has no address
-    return (parts, graph.num_edges) if is_direct((*inputs, *parts)) and graph.num_nodes else None
+    weight = graph.inverse_degree(x.dtype) if options.coord_agg == "mean" else None
+    found: Any = _direct_layer(
+        (h, x, v, edge_attr, None, node_attr, weight, *weights),
+        _graph_tensors(graph),
+        (*_scalars(options), options.coord_scale, residual, carry, "cpu", "highest", 0),
+    )
+    return found
 
 
-def _kept_size(args: tuple[Any, ...], graph: Graph) -> int:
+def _kept_size(args: tuple[Any, ...]) -> int:
     """Elements in which a layer's call keeps its activations for the backward; 0: none."""
     budget = 0 if transforming() else activation_budget()
     tensors = args[: len(LAYER_DIFF)]
@@ -273,7 +301,7 @@ def _kept_size(args: tuple[Any, ...], graph: Graph) -> int:
     plain = all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
     if not budget or not plain or args[_LAYER_BACKEND] != "cpu" or not wants_grad(*tensors):
         return 0
-    size = _cpu.layer_kept_size(args, graph.num_edges)
+    size = _cpu.layer_kept_size(args)
     return size if size * args[0].element_size() <= budget else 0
 
 

@@ -12,7 +12,7 @@ import torch
 from cases import EVERYTHING
 from torch import Tensor
 
-from egnn_fast import Graph, direct, nn, ops
+from egnn_fast import Graph, direct, nn
 from egnn_fast._cases import Case, Problem
 from egnn_fast.operators import Operator
 
@@ -53,7 +53,6 @@ def through_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[Count]:
 def by_operators(run: Callable[..., T], *args: Any) -> T:
     """The result of a function whose calls, forward and backward, all go through the operators."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "is_direct", lambda tensors: False)
         patch.setattr(direct, "is_direct", lambda tensors: False)
         return run(*args)
 

@@ -46,9 +46,9 @@ struct Args {
   uintptr_t g_w2 = 0, g_b2 = 0, g_w_g = 0, g_b_g = 0, g_w3 = 0, g_b3 = 0, g_w_x = 0;
 };
 
-// A whole layer: the edge pass of Args (its m and shift are outputs forward and inputs backward;
-// pq, w_r and w_a follow from h and w1) and the node-level parts around it. Widths: F in, O out, B
-// node attributes.
+// A whole layer: the edge pass of Args (its m and shift are outputs forward, absent where no
+// backward follows, and inputs backward; pq, w_r and w_a follow from h and w1) and the node-level
+// parts around it. Widths: F in, O out, B node attributes.
 struct LayerArgs : Args {
   int64_t in_features = 0;
   int64_t out_features = 0;

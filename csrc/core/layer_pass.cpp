@@ -202,8 +202,6 @@ void run_forward(const LayerArgs& a) {
   const Args edge = edge_args<T>(a);
   Problem<T> p = describe<T>(edge, kernels);
   NodeProblem<T> n = describe_nodes<T>(a, kernels);
-  p.m = n.m;
-  p.shift = n.shift;
   p.pq_stride = 2 * static_cast<int64_t>(p.ld);
   p.pq_padded = true;
   EdgeForward<T> pass(kernels, p, threads);
@@ -216,12 +214,18 @@ void run_forward(const LayerArgs& a) {
     pack_edge_weights(edge, p, false, true, packing);
     pack_forward(a, n, true, packing);
     n.pq = ws.take<T>(a.kept == 0 ? (n.nodes + kSpareRows) * p.pq_stride : 0);
+    if (a.m == 0) {
+      n.m = ws.take<T>(n.nodes * n.hidden);
+      n.shift = ws.take<T>(n.nodes * n.dim);
+    }
     scratch = ws.take<T>(threads * scratch_size);
     pass.reserve(ws);
     if (last) packing.add_to(schedule);
   });
   if (a.kept != 0) use_kept(a, p, n);
   sign_kept(a, kernels);
+  p.m = n.m;
+  p.shift = n.shift;
   p.pq = n.pq;
   pass.also_prepare(schedule);
   add_node_blocks(schedule, n.nodes, [&](int64_t begin, int64_t end, int worker) {
@@ -382,7 +386,9 @@ void run_backward(const LayerArgs& a) {
 
 }  // namespace
 
-int64_t layer_kept_size(const LayerArgs& a, int64_t num_edges) {
+int64_t layer_kept_size(const LayerArgs& a) {
+  const int64_t num_edges = in<int64_t>(a.rowptr)[a.num_nodes];
+  if (num_edges == 0) return 0;
   const auto size = [&](const auto& kernels, auto zero) {
     using T = decltype(zero);
     const int64_t ld = round_up(a.hidden, kernels.width);

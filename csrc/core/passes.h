@@ -15,8 +15,8 @@ void backward(const Args& args);
 void layer_forward(const LayerArgs& args);
 void layer_backward(const LayerArgs& args);
 
-// Elements of LayerArgs::kept.
-int64_t layer_kept_size(const LayerArgs& args, int64_t num_edges);
+// Elements of LayerArgs::kept; 0 without edges.
+int64_t layer_kept_size(const LayerArgs& args);
 
 // to = silu(from), a share a thread, `repeats` times over.
 void silu(uintptr_t from, uintptr_t to, int64_t count, bool is_double, int threads, int repeats);
