@@ -114,8 +114,9 @@ class DirectWay:
         ``parts`` are the graph's tensors. None instead of all outputs if the call is not direct.
         """
         given = (*inputs, *parts)
-        # a tensor without elements has no address
-        if parts[0] is None or parts[0].shape[0] == 1 or not is_direct(given):
+        rowptr = parts[0]
+        # tensors without elements have no address: the operator knows what a graph without nodes is
+        if rowptr is None or rowptr.shape[0] == 1 or not is_direct(given):
             return None
         call = Call(self._operator, self._kernel(scalars), scalars)
         record, tensors = recorded(call.kernel, given)

@@ -18,7 +18,7 @@ from torch import Tensor
 from egnn_fast import _cpu, _double_backward, _partition
 from egnn_fast.budget import activation_budget
 from egnn_fast.direct import DirectWay, is_ordinary
-from egnn_fast.eager import PLAIN_TYPES, transforming
+from egnn_fast.eager import PLAIN_OR_NONE, PLAIN_TYPES, transforming
 from egnn_fast.graph import Graph
 from egnn_fast.operators import Operator, Tensors, lib, wants_grad
 from egnn_fast.options import LAYER_INPUTS, EdgeWeights, LayerWeights, Options
@@ -268,10 +268,11 @@ def unchecked_layer(
     residual: bool,
     carry: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
-    """:func:`layer` without masks, of any arguments; None unless they fit and the call is direct.
+    """:func:`layer` of unchecked arguments, without masks; None if they must be checked.
 
-    The kernel's record takes only tensors that fit each other: an ordinary call needs no other
-    check. x and v are None where nothing moves.
+    In a direct call the kernel's record checks all tensors: it takes only those that fit each
+    other. None if there is no record, or the call is not direct. x and v are None where nothing
+    moves.
     """
     if not (
         is_ordinary()
@@ -298,7 +299,7 @@ def _kept_size(args: tuple[Any, ...]) -> int:
     budget = 0 if transforming() else activation_budget()
     tensors = args[: len(LAYER_DIFF)]
     # a subclass (a fake one, say) has no memory to keep anything in
-    plain = all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    plain = PLAIN_OR_NONE.issuperset(map(type, tensors))
     if not budget or not plain or args[_LAYER_BACKEND] != "cpu" or not wants_grad(*tensors):
         return 0
     size = _cpu.layer_kept_size(args)

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,11 +92,9 @@ def print_bits_on_two_threads() -> None:
 
 def print_bits_without_openmp() -> None:
     """The kernels look for OpenMP before PyTorch has brought it, and start their own threads."""
-    from egnn_fast import _native
-
+    core = import_module("egnn_fast._core")
     assert "torch" not in sys.modules
-    assert _native.core is not None, _native.load_error
-    assert _native.core.thread_source() == "std::thread"
+    assert core.thread_source() == "std::thread"
     print_bits_on_two_threads()
 
 

@@ -244,9 +244,9 @@ def test_weights_that_the_options_have_no_use_for_are_named(
     attr = torch.randn(graph.num_edges, A)
 
     def run(weights: dict[str, Tensor]) -> Any:
+        every_field: dict[str, Any] = {**dict.fromkeys(every), **weights}
         return functional.egcl(
-            given["h"], given["x"], graph, LayerWeights(**{**dict.fromkeys(every), **weights}),
-            options, edge_attr=attr, node_attr=given["node_attr"], v=given["v"], residual=False,
+            given["h"], given["x"], graph, LayerWeights(**every_field), options, edge_attr=attr, node_attr=given["node_attr"], v=given["v"], residual=False,
         )  # fmt: skip
 
     run(fitting)
