@@ -246,7 +246,8 @@ def test_weights_that_the_options_have_no_use_for_are_named(
     def run(weights: dict[str, Tensor]) -> Any:
         every_field: dict[str, Any] = {**dict.fromkeys(every), **weights}
         return functional.egcl(
-            given["h"], given["x"], graph, LayerWeights(**every_field), options, edge_attr=attr, node_attr=given["node_attr"], v=given["v"], residual=False,
+            given["h"], given["x"], graph, LayerWeights(**every_field), options, v=given["v"],
+            edge_attr=attr, node_attr=given["node_attr"], residual=False,
         )  # fmt: skip
 
     run(fitting)
