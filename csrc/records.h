@@ -24,6 +24,7 @@ void take_graph(TensorList<count>& list, size_t k, Args& a) {
   a.rowptr = list.dense(k, Kind::kInt64, a.num_nodes + 1);
   if (!list.has(k) || !list.fit()) return list.require(false);
   const int64_t edges = reinterpret_cast<const int64_t*>(a.rowptr)[a.num_nodes];
+  list.require(edges >= 0);
   a.senders = list.dense(k + 1, Kind::kInt32, edges);
   a.perm = list.dense(k + 2, Kind::kInt32, edges);
   a.first = list.dense(k + 3, Kind::kInt32, a.num_nodes);

@@ -28,7 +28,7 @@ N_LAYER = len(_LAYER)
 _ANY = -1  # number of rows or columns
 _POOLED = 1 << 15  # elements from which a buffer of the pool pays
 _N_OPTIONS = 5  # scalars of Options that both operators take
-_NODE_W2, _LAYER_HEAD = _LAYER.index("node_w2"), _LAYER.index("w_x")
+_LAYER_HEAD = _LAYER.index("w_x")
 _PHI_H = tuple(k for k, name in enumerate(_LAYER) if name.startswith("node_"))
 # what only the coordinates' cotangents reach
 _MOVING = tuple(
@@ -50,6 +50,8 @@ class MessagesKernel:
     """
 
     name, inputs = "messages", _MESSAGES
+    # the inputs whose columns are widths of the call
+    matrices = tuple(map(_MESSAGES.index, ("pq", "x", "w_a")))
 
     def __init__(self, scalars: Sequence[Any]) -> None:
         self._scalars = _record_scalars(scalars)
@@ -122,6 +124,7 @@ class LayerKernel:
     """A whole layer with some options; see :class:`MessagesKernel`."""
 
     name, inputs = "layer", _LAYER
+    matrices = tuple(map(_LAYER.index, ("h", "x", "node_attr", "w1", "node_w1", "node_w2")))
 
     def __init__(self, scalars: Sequence[Any]) -> None:
         *options, self._scale, self._residual, self._carry = scalars[: _N_OPTIONS + 3]
@@ -140,10 +143,12 @@ class LayerKernel:
 
     def shapes(self, tensors: Sequence[Any]) -> tuple[Shapes, Shapes]:
         """See :meth:`MessagesKernel.shapes`."""
-        h, x, v, node_attr, w1 = (tensors[k] for k in (0, 1, 2, 5, 7))
-        (n, features), dim, (hidden, width) = h.shape, x.shape[1], w1.shape
-        out, attrs = tensors[_NODE_W2].shape[0], width - 2 * features - 1
-        node_attrs = 0 if node_attr is None else node_attr.shape[1]
+        h, x, node_attr, w1, node_w1, node_w2 = (tensors[k] for k in self.matrices)
+        (n, _), (_, dim), (hidden, width), (out, _) = h.shape, x.shape, w1.shape, node_w2.shape
+        node_attrs, v = 0 if node_attr is None else node_attr.shape[1], tensors[2]
+        # by the weights, so that h or edge_attr is named, whichever is wrong
+        features = node_w1.shape[1] - hidden - node_attrs
+        attrs = width - 2 * features - 1
         has_head = tensors[_LAYER_HEAD] is not None
         inputs = (
             (n, features), (n, dim), (n, dim), (_ANY, attrs), (_ANY,), (n, node_attrs), (n,),
@@ -282,7 +287,6 @@ def _gradients(
     kernel, tensors, _ = _checked(kind, args, (*cotangents, *constants))
     found = kernel.backward(cotangents, constants, tensors, needed)
     if found is None:
-        _require_memory(kernel.name, cotangents)
         raise ValueError(f"egnn_fast::{kernel.name}_backward: the cotangents do not fit the inputs")
     return [t for t in found if t is not None]
 
@@ -295,6 +299,12 @@ def _checked(kind: Any, args: Sequence[Any], before: Sequence[Any] = ()) -> Any:
     """
     n = len(kind.inputs)
     kernel, tensors = kind(args[n + 4 :]), args[: n + 4]
+    for k in kind.matrices:
+        if tensors[k] is not None and tensors[k].dim() != 2:
+            raise ValueError(
+                f"egnn_fast::{kind.name}: {kind.inputs[k]}: expected 2 dimensions, "
+                f"got {list(tensors[k].shape)}"
+            )
     expected, inputs = kernel.shapes(tensors)
     nodes, dtype = tensors[0].shape[0], tensors[0].dtype
     names = (
@@ -302,10 +312,11 @@ def _checked(kind: Any, args: Sequence[Any], before: Sequence[Any] = ()) -> Any:
     )
     _check(kind.name, names, before, expected, dtype)
     _check(kind.name, kind.inputs, tensors[:n], inputs, dtype)
+    # before the first number is read, or copied to be dense
+    _require_memory(kind.name, (*tensors, *before))
     _check_graph(kind.name, tensors[n:], nodes)
     record, tensors = recorded(kernel, tensors)
     if record is None:
-        _require_memory(kind.name, tensors)
         raise ValueError(
             f"egnn_fast::{kind.name}: the tensors do not fit each other; are the weights of an MLP "
             "or edge_attr missing?"

@@ -107,11 +107,17 @@ class DirectWay:
         self._apply = _recorded(operator)
 
     def __call__(
-        self, inputs: Sequence[Any], parts: tuple[Tensor | None, ...], scalars: tuple[Any, ...]
+        self,
+        inputs: Sequence[Any],
+        parts: tuple[Tensor | None, ...],
+        scalars: tuple[Any, ...],
+        *,
+        checked: bool = True,
     ) -> Sequence[Tensor | None] | None:
         """The operator's outputs that take part in derivatives; None for what the layer lacks.
 
-        ``parts`` are the graph's tensors. None instead of all outputs if the call is not direct.
+        ``parts`` are the graph's tensors. None instead of all outputs if the call is not direct, or
+        if unchecked arguments do not fit each other as they lie in memory.
         """
         given = (*inputs, *parts)
         rowptr = parts[0]
@@ -119,7 +125,10 @@ class DirectWay:
         if rowptr is None or rowptr.shape[0] == 1 or not is_direct(given):
             return None
         call = Call(self._operator, self._kernel(scalars), scalars)
-        record, tensors = recorded(call.kernel, given)
+        # what is unchecked might be wrong, and of any size: no copy is made of it
+        record, tensors = (
+            recorded(call.kernel, given) if checked else (call.kernel.record(given), given)
+        )
         if record is None:
             return None
         if wants_grad(*inputs):

@@ -18,7 +18,7 @@ from torch import Tensor
 from egnn_fast import _cpu, _double_backward, _partition
 from egnn_fast.budget import activation_budget
 from egnn_fast.direct import DirectWay, is_ordinary
-from egnn_fast.eager import PLAIN_OR_NONE, PLAIN_TYPES, transforming
+from egnn_fast.eager import PLAIN_TYPES, is_plain, transforming
 from egnn_fast.graph import Graph
 from egnn_fast.operators import Operator, Tensors, lib, wants_grad
 from egnn_fast.options import LAYER_INPUTS, EdgeWeights, LayerWeights, Options
@@ -270,7 +270,7 @@ def unchecked_layer(
 ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
     """:func:`layer` of unchecked arguments, without masks; None if they must be checked.
 
-    In a direct call the kernel's record checks all tensors: it takes only those that fit each
+    In a direct call the kernel's record checks all tensors: it takes only dense ones that fit each
     other. None if there is no record, or the call is not direct. x and v are None where nothing
     moves.
     """
@@ -290,6 +290,7 @@ def unchecked_layer(
         (h, x, v, edge_attr, None, node_attr, weight, *weights),
         _graph_tensors(graph),
         (*_scalars(options), options.coord_scale, residual, carry, "cpu", "highest", 0),
+        checked=False,
     )
     return found
 
@@ -298,9 +299,10 @@ def _kept_size(args: tuple[Any, ...]) -> int:
     """Elements in which a layer's call keeps its activations for the backward; 0: none."""
     budget = 0 if transforming() else activation_budget()
     tensors = args[: len(LAYER_DIFF)]
-    # a subclass (a fake one, say) has no memory to keep anything in
-    plain = PLAIN_OR_NONE.issuperset(map(type, tensors))
-    if not budget or not plain or args[_LAYER_BACKEND] != "cpu" or not wants_grad(*tensors):
+    if not budget or args[_LAYER_BACKEND] != "cpu" or not wants_grad(*tensors):
+        return 0
+    # others have no memory that could be read (fake ones, say), or not yet
+    if not all(t is None or is_plain(t) for t in tensors):
         return 0
     size = _cpu.layer_kept_size(args)
     return size if size * args[0].element_size() <= budget else 0

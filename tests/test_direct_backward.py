@@ -179,7 +179,9 @@ SWAPPED: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
 
 
 @pytest.mark.parametrize("name", SWAPPED)
-@pytest.mark.parametrize("place", ["edge_mlp.2.weight", "node_mlp.0.weight", "coord_mlp.2.weight"])
+@pytest.mark.parametrize(
+    "place", ["edge_mlp.0.weight", "node_mlp.0.weight", "node_mlp.2.weight", "coord_mlp.2.weight"]
+)
 def test_replaced_memory_of_a_weight_is_checked_in_the_backward(name: str, place: str) -> None:
     """Autograd does not notice ``weight.data = ...``, and passes on the new memory."""
     change, works = SWAPPED[name]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from ways import leaves_of, total
 
-from egnn_fast import Graph, Options, _cpu, _native, functional
+from egnn_fast import Graph, Options, _cpu, _native, functional, nn
 from egnn_fast._cases import Case
 from egnn_fast.options import LayerWeights
 
@@ -258,6 +258,46 @@ def test_weights_that_the_options_have_no_use_for_are_named(
     match = r"weights\.vel_" if name == "vel_w1" else rf"weights\.{name}"
     with pytest.raises((TypeError, ValueError), match=match):
         run(changed)
+
+
+def test_a_wrong_argument_is_named_before_it_is_copied() -> None:
+    """It is expanded from a few numbers: a dense copy would not fit into memory."""
+    layer, graph = nn.EGCL(F, F, H), Graph.complete([N])
+    huge = torch.zeros(1, D).expand(10**12, D)
+    with pytest.raises(ValueError, match=f"x: expected {N} rows as h has"):
+        layer(torch.randn(N, F), huge, graph)
+
+
+@pytest.mark.parametrize("when", ["forward", "no_grad", "backward"])
+def test_freed_and_strided_memory_raises(when: str) -> None:
+    layer, graph = nn.EGCL(F, F, H), Graph.complete([N])
+    h, x = torch.randn(F, N).T.requires_grad_(), torch.randn(N, D)
+    if when != "backward":
+        freed(h.detach())
+        recorded = torch.set_grad_enabled(when == "forward")
+        with recorded, pytest.raises(ValueError, match="was its storage freed"):
+            layer(h, x, graph)
+        return
+    value = layer(h, x, graph)[0].sum()
+    freed(h.detach())
+    with pytest.raises(ValueError, match="was its storage freed"):
+        value.backward()
+
+
+@pytest.mark.parametrize(
+    ("name", "replace"),
+    [("h", lambda t: more_columns(t)), ("edge_attr", lambda t: t[:, :1].clone())],
+)
+def test_what_was_replaced_before_the_backward_is_named(
+    name: str, replace: Callable[[Tensor], Tensor]
+) -> None:
+    graph = Graph.complete([N])
+    given = {"h": torch.randn(N, F).requires_grad_(), "edge_attr": torch.randn(N * (N - 1), A)}
+    layer = nn.EGCL(F, F, H, edge_attr_dim=A)
+    value = layer(given["h"], torch.randn(N, D), graph, edge_attr=given["edge_attr"])[0].sum()
+    given[name].data = replace(given[name].detach())
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        value.backward()
 
 
 OLD = """
