@@ -1,7 +1,6 @@
-// The extension module egnn_fast._core: the core's functions for Python. A call is a record, made
-// from all tensors at once (records.h), and its outputs; the GIL is released while a kernel runs.
-// A small graph's layer takes some tens of microseconds, and each Python call is a noticeable part
-// of one: hence few calls with many tensors.
+// The extension module egnn_fast._core. A kernel is called with a record of its inputs (records.h)
+// and with its outputs, all passed at once: a small graph's layer takes some tens of microseconds,
+// and each Python call is a noticeable part of it. The GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -26,11 +25,14 @@ using egnn::TensorList;
 std::atomic<int64_t> forward_calls{0};
 std::atomic<int64_t> backward_calls{0};
 
-// Addresses of tensors that were allocated for this call; 0 for None and without elements.
+// Sets the addresses of tensors that egnn_fast/_cpu.py allocated for this call, so that shapes need
+// no check; 0 for None and for tensors without elements.
 template <size_t n, class Record>
 void assign(Record& record, uintptr_t Record::* const (&fields)[n], const py::handle& tensors) {
   const TensorList<n> list(tensors);
-  if (!list.fit()) throw std::invalid_argument("expected tensors on the CPU");
+  if (!list.valid()) {
+    throw std::invalid_argument("outputs and gradients: expected None or dense tensors on the CPU");
+  }
   for (size_t k = 0; k < n; ++k) {
     record.*fields[k] = list.has(k) ? reinterpret_cast<uintptr_t>(list[k].data) : 0;
   }
@@ -50,9 +52,9 @@ bool backward(Args& a, const py::handle& cotangents, const py::handle& gradients
       &Args::g_w_a, &Args::g_w2,     &Args::g_b2,        &Args::g_w_g,       &Args::g_b_g,
       &Args::g_w3,  &Args::g_b3,     &Args::g_w_x};
   TensorList<2> given(cotangents);
-  a.g_m = given.dense(0, egnn::kind_of(a), a.num_nodes, a.hidden);
-  a.g_shift = given.dense(1, egnn::kind_of(a), a.num_nodes, a.coord_dim);
-  if (!given.fit()) return false;
+  a.g_m = given.dense(0, egnn::dtype_of(a), a.num_nodes, a.hidden);
+  a.g_shift = given.dense(1, egnn::dtype_of(a), a.num_nodes, a.coord_dim);
+  if (!given.valid()) return false;
   assign(a, kGradients, gradients);
   const py::gil_scoped_release release;
   egnn::backward(a);
@@ -80,16 +82,16 @@ bool layer_backward(LayerArgs& a, const py::handle& cotangents, uintptr_t kept, 
       &L::g_w_g,       &L::g_b_g,          &L::g_w3,      &L::g_b3,        &L::g_w_x,
       &L::g_vel_w1,    &L::g_vel_b1,       &L::g_vel_w2,  &L::g_vel_b2};
   TensorList<5> given(cotangents);
-  const auto kind = egnn::kind_of(a);
-  a.g_h_out = given.dense(0, kind, a.num_nodes, a.out_features);
-  a.g_x_out = given.dense(1, kind, a.num_nodes, a.coord_dim);
-  a.g_v_out = given.dense(2, kind, a.num_nodes, a.coord_dim);
-  a.m = given.dense(3, kind, a.num_nodes, a.hidden);
-  a.shift = given.dense(4, kind, a.num_nodes, a.coord_dim);
-  // what has no elements is not given
+  const auto dtype = egnn::dtype_of(a);
+  a.g_h_out = given.dense(0, dtype, a.num_nodes, a.out_features);
+  a.g_x_out = given.dense(1, dtype, a.num_nodes, a.coord_dim);
+  a.g_v_out = given.dense(2, dtype, a.num_nodes, a.coord_dim);
+  a.m = given.dense(3, dtype, a.num_nodes, a.hidden);
+  a.shift = given.dense(4, dtype, a.num_nodes, a.coord_dim);
+  // without nodes they have no elements, and None is passed
   given.require(a.num_nodes == 0 || (given.has(3) && given.has(4) == (a.w_x != 0)));
-  if (!given.fit()) return false;
-  // of another size: another instruction set's, or not what the forward kept
+  if (!given.valid()) return false;
+  // of another size it is not what the forward kept: the activations are computed again
   const int64_t size = egnn::layer_kept_size(a) * (a.is_double ? 8 : 4);
   a.kept = kept_bytes == size ? kept : 0;
   assign(a, kGradients, gradients);
@@ -149,7 +151,8 @@ bool sort_by_receiver(uintptr_t edges, int64_t num_edges, int64_t num_nodes, uin
 
 PYBIND11_MODULE(_core, module) {
   module.doc() = "C++ kernels of egnn_fast; see csrc/core/args.h for the fields of the records.";
-  module.def("connect", &egnn::connect, py::arg("tensor"), py::arg("parameter"),
+  module.def("set_tensor_classes", &egnn::set_tensor_classes, py::arg("tensor"),
+             py::arg("parameter"),
              "Tell the module PyTorch's classes, before anything else is called.");
   module.def("are_plain", &egnn::are_plain, py::arg("tensors"),
              "Whether all are None or plain tensors on the CPU, of PyTorch's own classes.");

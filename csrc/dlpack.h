@@ -1,5 +1,5 @@
-// The parts of the DLPack standard that it takes to read PyTorch's tensors by their addresses, and
-// to hand PyTorch a vector of numbers, without its headers.
+// The parts of the DLPack standard that read PyTorch's tensors and hand PyTorch a buffer, declared
+// here so that the build needs no headers of DLPack.
 #pragma once
 
 #include <cstdint>
@@ -32,8 +32,8 @@ struct DLManagedTensor {
   void (*deleter)(DLManagedTensor* self);
 };
 
-// A table of functions that a tensor class of Python offers to C, DLPack 1.3; of those not used
-// here only the places matter.
+// Functions that a tensor class of Python offers to C (DLPack 1.3). Those that are not used here
+// are declared without arguments, to keep the layout.
 struct DLPackExchangeAPI {
   struct {
     struct {
@@ -44,7 +44,7 @@ struct DLPackExchangeAPI {
   void (*managed_tensor_allocator)();
   void (*managed_tensor_from_py_object_no_sync)();
   void (*managed_tensor_to_py_object_no_sync)();
-  // describes a tensor, whose memory stays its own; 0: done, else a Python error is set
+  // fills `out` without taking ownership; returns 0, or sets a Python error
   int (*dltensor_from_py_object_no_sync)(void* py_object, DLTensor* out);
   void (*current_work_stream)();
 };

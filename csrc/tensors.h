@@ -1,5 +1,5 @@
-// PyTorch's tensors as the extension reads them: by DLPack's C exchange API, some tens of
-// nanoseconds each, where each attribute read from Python takes as long.
+// Reads PyTorch's tensors by DLPack's C exchange API: a whole tensor takes about as long as one of
+// its attributes takes from Python.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -15,68 +15,75 @@ namespace egnn {
 
 namespace py = pybind11;
 
-// torch.Tensor and what belongs to it; set once by connect().
+// torch.Tensor and what belongs to it; set once by set_tensor_classes().
 struct TensorClasses {
   PyTypeObject *tensor = nullptr, *parameter = nullptr;
   PyObject* is_neg = nullptr;
   const DLPackExchangeAPI* api = nullptr;
 };
 
-inline TensorClasses& classes() {
+inline TensorClasses& tensor_classes() {
   static TensorClasses found;
   return found;
 }
 
-inline void connect(const py::type& tensor, const py::type& parameter) {
+inline void set_tensor_classes(const py::type& tensor, const py::type& parameter) {
+  constexpr const char* kName = "dlpack_exchange_api";
   const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
-  if (capsule.is_none()) throw std::runtime_error("torch.Tensor has no DLPack exchange API");
-  void* pointer = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
-  if (pointer == nullptr) throw py::error_already_set();
-  const auto* api = static_cast<const DLPackExchangeAPI*>(pointer);
-  if (api->header.version.major != 1 || api->dltensor_from_py_object_no_sync == nullptr) {
-    throw std::runtime_error("torch.Tensor has another DLPack exchange API than version 1");
+  if (!PyCapsule_IsValid(capsule.ptr(), kName)) {
+    throw std::runtime_error("torch.Tensor has no DLPack exchange API");
+  }
+  const auto* api =
+      static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), kName));
+  if (api->header.version.major != 1) {
+    throw std::runtime_error("expected version 1 of the DLPack exchange API, got " +
+                             std::to_string(api->header.version.major));
+  }
+  if (api->dltensor_from_py_object_no_sync == nullptr) {
+    throw std::runtime_error("the DLPack exchange API cannot describe a tensor");
   }
   // never released: they live as long as the process
-  TensorClasses& c = classes();
+  TensorClasses& c = tensor_classes();
   c.is_neg = py::object(tensor.attr("is_neg")).release().ptr();
   c.tensor = reinterpret_cast<PyTypeObject*>(py::object(tensor).release().ptr());
   c.parameter = reinterpret_cast<PyTypeObject*>(py::object(parameter).release().ptr());
   c.api = api;
 }
 
-enum class Kind { kOther, kFloat32, kFloat64, kInt32, kInt64 };
+enum class DType { kOther, kFloat32, kFloat64, kInt32, kInt64 };
 
-inline Kind kind_of(const DLTensor& t) {
-  if (t.dtype.lanes != 1) return Kind::kOther;
+inline DType dtype_of(const DLTensor& t) {
+  if (t.dtype.lanes != 1) return DType::kOther;
   const bool wide = t.dtype.bits == 64;
-  if (!wide && t.dtype.bits != 32) return Kind::kOther;
-  if (t.dtype.code == 2) return wide ? Kind::kFloat64 : Kind::kFloat32;
-  if (t.dtype.code == 0) return wide ? Kind::kInt64 : Kind::kInt32;
-  return Kind::kOther;
+  if (!wide && t.dtype.bits != 32) return DType::kOther;
+  if (t.dtype.code == 2) return wide ? DType::kFloat64 : DType::kFloat32;
+  if (t.dtype.code == 0) return wide ? DType::kInt64 : DType::kInt32;
+  return DType::kOther;
 }
 
-inline int64_t count_of(const DLTensor& t) {
+inline int64_t numel(const DLTensor& t) {
   int64_t count = 1;
   for (int k = 0; k < t.ndim; ++k) count *= t.shape[k];
   return count;
 }
 
-// Whether an object is a tensor with strided memory on the CPU, which `view` then describes. What
-// PyTorch fills later (lazy zeros), and memory that was freed, has no address.
-inline bool read(PyObject* object, DLTensor& view) {
-  const TensorClasses& c = classes();
+// Whether an object is a strided tensor on the CPU with memory; `view` then describes it, its byte
+// offset added to the address. Freed memory and PyTorch's lazy zeros have no address.
+inline bool describe_tensor(PyObject* object, DLTensor& view) {
+  const TensorClasses& c = tensor_classes();
   if (!PyObject_TypeCheck(object, c.tensor)) return false;
   if (c.api->dltensor_from_py_object_no_sync(object, &view) != 0) {
-    PyErr_Clear();  // sparse, quantised, on a device without memory
+    PyErr_Clear();  // sparse, quantised or meta
     return false;
   }
   view.data = static_cast<char*>(view.data) + (view.data != nullptr ? view.byte_offset : 0);
-  return view.device.device_type == 1 && (view.data != nullptr || count_of(view) == 0);
+  return view.device.device_type == 1 && (view.data != nullptr || numel(view) == 0);
 }
 
-// Whether all are None or plain tensors: of PyTorch's own classes, not lazily negated, readable.
+// Whether each is None or plain: exactly a torch.Tensor or Parameter, strided, on the CPU, not
+// lazily negated, with memory. eager.is_plain for all tensors of a call at once.
 inline bool are_plain(const py::handle& tensors) {
-  const TensorClasses& c = classes();
+  const TensorClasses& c = tensor_classes();
   const auto all = py::reinterpret_steal<py::object>(PySequence_Fast(tensors.ptr(), "tensors"));
   if (!all) throw py::error_already_set();
   PyObject** items = PySequence_Fast_ITEMS(all.ptr());
@@ -84,84 +91,94 @@ inline bool are_plain(const py::handle& tensors) {
     PyObject* item = items[k];
     if (item == Py_None) continue;
     DLTensor view;
-    if ((Py_TYPE(item) != c.tensor && Py_TYPE(item) != c.parameter) || !read(item, view)) {
+    if ((Py_TYPE(item) != c.tensor && Py_TYPE(item) != c.parameter) ||
+        !describe_tensor(item, view)) {
       return false;
     }
     PyObject* negated = PyObject_CallOneArg(c.is_neg, item);
     if (negated == nullptr) throw py::error_already_set();
-    Py_DECREF(negated);  // True and False never die
+    Py_DECREF(negated);  // True and False outlive this reference
     if (negated == Py_True) return false;
   }
   return true;
 }
 
-constexpr int64_t kAnyNumber = -1;
+constexpr int64_t kAnySize = -1;
 
-// `count` tensors, some of them None, that are to fit each other.
+// `count` tensors, some of them None, and whether all checks so far have passed. Owns no tensor.
 template <size_t count>
 class TensorList {
  public:
   explicit TensorList(const py::handle& tensors) {
     const auto all = py::reinterpret_steal<py::object>(PySequence_Fast(tensors.ptr(), "tensors"));
     if (!all) throw py::error_already_set();
-    if (PySequence_Fast_GET_SIZE(all.ptr()) != static_cast<Py_ssize_t>(count)) {
-      throw std::invalid_argument("expected " + std::to_string(count) + " tensors");
+    const Py_ssize_t given = PySequence_Fast_GET_SIZE(all.ptr());
+    if (given != static_cast<Py_ssize_t>(count)) {
+      throw std::invalid_argument("expected " + std::to_string(count) + " tensors, got " +
+                                  std::to_string(given));
     }
     PyObject** items = PySequence_Fast_ITEMS(all.ptr());
     for (size_t k = 0; k < count; ++k) {
       present_[k] = items[k] != Py_None;
-      if (present_[k] && !read(items[k], views_[k])) fit_ = false;
+      if (present_[k] && !describe_tensor(items[k], views_[k])) valid_ = false;
     }
   }
 
-  // Whether what was asked for so far held of all tensors.
-  bool fit() const { return fit_; }
+  // False once a check has failed, or if a tensor cannot be read.
+  bool valid() const { return valid_; }
   bool has(size_t k) const { return present_[k]; }
   const DLTensor& operator[](size_t k) const { return views_[k]; }
 
-  // Whether these dimensions can be asked for. A tensor that is absent has none.
-  bool has_dims(size_t k, int dims) const { return fit_ && present_[k] && views_[k].ndim == dims; }
+  // Whether tensor k is there and has so many dimensions: its sizes may be read then.
+  bool has_dims(size_t k, int dims) const {
+    return valid_ && present_[k] && views_[k].ndim == dims;
+  }
 
-  void require(bool condition) { fit_ = fit_ && condition; }
+  void require(bool condition) { valid_ = valid_ && condition; }
 
-  // All of these are there, or none.
-  void together(std::initializer_list<size_t> group) {
+  // Requires all tensors of a group, or none.
+  void require_all_or_none(std::initializer_list<size_t> group) {
     for (size_t k : group) require(present_[k] == present_[*group.begin()]);
   }
 
-  // The address of a dense tensor of this kind and shape; 0 where there is none.
-  uintptr_t dense(size_t k, Kind kind, int64_t rows) {
-    return address(k, kind, 1, {rows, 1}, true);
+  // Requires that tensor k, if it is there, is dense and has this dtype and shape. Returns its
+  // address; 0 if it is absent or wrong.
+  uintptr_t dense(size_t k, DType dtype, int64_t rows) {
+    return address(k, dtype, 1, {rows, 1}, 0);
   }
-  uintptr_t dense(size_t k, Kind kind, int64_t rows, int64_t columns) {
-    return address(k, kind, 2, {rows, columns}, true);
+  uintptr_t dense(size_t k, DType dtype, int64_t rows, int64_t columns) {
+    return address(k, dtype, 2, {rows, columns}, 0);
   }
-  // The same of a vector whose elements, or a matrix whose rows, are any number apart.
-  uintptr_t strided(size_t k, Kind kind, int64_t rows) {
-    return address(k, kind, 1, {rows, 1}, false);
+  // The same, with any stride in the first dimension.
+  uintptr_t strided(size_t k, DType dtype, int64_t rows) {
+    return address(k, dtype, 1, {rows, 1}, 1);
   }
-  uintptr_t strided(size_t k, Kind kind, int64_t rows, int64_t columns) {
-    return address(k, kind, 2, {rows, columns}, false);
+  uintptr_t strided(size_t k, DType dtype, int64_t rows, int64_t columns) {
+    return address(k, dtype, 2, {rows, columns}, 1);
   }
 
  private:
-  uintptr_t address(size_t k, Kind kind, int dims, std::array<int64_t, 2> shape, bool dense) {
-    if (!fit_ || !present_[k]) return 0;
+  // From `first` on, the dimensions must be dense.
+  uintptr_t address(size_t k, DType dtype, int dims, std::array<int64_t, 2> shape, int first) {
+    if (!valid_ || !present_[k]) return 0;
     const DLTensor& t = views_[k];
-    fit_ = t.ndim == dims && kind_of(t) == kind;
-    for (int d = 0; d < dims && fit_; ++d) fit_ = shape[d] == kAnyNumber || t.shape[d] == shape[d];
-    int64_t step = 1;
-    for (int d = dims - 1; d >= 0 && fit_ && count_of(t) != 0; --d) {
-      const bool free = t.shape[d] == 1 || (d == 0 && !dense);
-      fit_ = free || t.strides[d] == step;
-      step *= t.shape[d];
+    valid_ = t.ndim == dims && dtype_of(t) == dtype;
+    for (int d = 0; d < dims && valid_; ++d) {
+      valid_ = shape[d] == kAnySize || t.shape[d] == shape[d];
     }
-    return fit_ ? reinterpret_cast<uintptr_t>(t.data) : 0;
+    if (!valid_) return 0;
+    int64_t expected = 1;
+    // of a size of 1, and without elements, the stride does not matter
+    for (int d = dims - 1; d >= first && numel(t) != 0; --d) {
+      if (t.shape[d] != 1 && t.strides[d] != expected) valid_ = false;
+      expected *= t.shape[d];
+    }
+    return valid_ ? reinterpret_cast<uintptr_t>(t.data) : 0;
   }
 
   std::array<DLTensor, count> views_;
   std::array<bool, count> present_;
-  bool fit_ = true;
+  bool valid_ = true;
 };
 
 }  // namespace egnn

@@ -1,4 +1,4 @@
-"""Calls the C++ kernels: fills their argument record from tensors and allocates the outputs."""
+"""Calls the C++ kernels: gets a call's record, allocates the outputs, names what does not fit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.dlpack import from_dlpack
 from egnn_fast import _native
 
 _ACTIVATION_CODES = {"silu": 0, "relu": 1, "leaky_relu": 2}
-# the edge pass's differentiable inputs in the operator's order, which is the record's too
+# the edge pass's differentiable inputs in the operator's order, which csrc/records.h repeats
 _MESSAGES = (
     "pq", "x", "edge_attr", "edge_mask", "w_r", "w_a", "w2", "b2", "w_g", "b_g", "w3", "b3", "w_x",
 )  # fmt: skip
@@ -41,7 +41,7 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 class MessagesKernel:
-    """The edge pass with some options.
+    """The edge pass with given options.
 
     Parameters
     ----------
@@ -50,8 +50,10 @@ class MessagesKernel:
     """
 
     name, inputs = "messages", _MESSAGES
-    # the inputs whose columns are widths of the call
-    matrices = tuple(map(_MESSAGES.index, ("pq", "x", "w_a")))
+    # what the operator's derivative takes before its inputs
+    before = ("g_m", "g_x")
+    # inputs that widths are read from: these must have two dimensions
+    sized_by = tuple(map(_MESSAGES.index, ("pq", "x", "w_a")))
 
     def __init__(self, scalars: Sequence[Any]) -> None:
         self._scalars = _record_scalars(scalars)
@@ -73,7 +75,10 @@ class MessagesKernel:
         ]
 
     def shapes(self, tensors: Sequence[Any]) -> tuple[Shapes, Shapes]:
-        """Those expected of the cotangents and constants, and of the inputs, by their widths."""
+        """The shapes expected of :attr:`before` and of the inputs.
+
+        csrc/records.h has them too, and only accepts or refuses: these are for the message.
+        """
         n, hidden, dim = tensors[0].shape[0], tensors[0].shape[1] // 2, tensors[1].shape[1]
         attrs = 0 if tensors[5] is None else tensors[5].shape[1]
         inputs = (
@@ -103,15 +108,16 @@ class MessagesKernel:
 
     def backward(
         self,
+        record: Any,
         cotangents: Sequence[Tensor | None],
         constants: Sequence[Tensor],
         tensors: Sequence[Any],
         needed: Sequence[bool],
     ) -> list[Tensor | None] | None:
-        """The gradients of the inputs that are needed; None if something does not fit."""
-        record, tensors = recorded(self, tensors)
-        if record is None:
-            return None
+        """The gradients of the inputs that are needed; None if the cotangents do not fit.
+
+        ``record`` is that of ``tensors``, the dense inputs and graph tensors.
+        """
         g_m, g_x = _contiguous(cotangents)
         g_x = g_x if tensors[_MESSAGES_HEAD] is not None else None
         found = _empty_gradients(_contiguous(tensors[:N_MESSAGES]), needed)
@@ -121,10 +127,11 @@ class MessagesKernel:
 
 
 class LayerKernel:
-    """A whole layer with some options; see :class:`MessagesKernel`."""
+    """A whole layer with given options; see :class:`MessagesKernel`."""
 
     name, inputs = "layer", _LAYER
-    matrices = tuple(map(_LAYER.index, ("h", "x", "node_attr", "w1", "node_w1", "node_w2")))
+    before = ("g_h", "g_x", "g_v", "m", "shift", "kept")
+    sized_by = tuple(map(_LAYER.index, ("h", "x", "node_attr", "w1", "node_w1", "node_w2")))
 
     def __init__(self, scalars: Sequence[Any]) -> None:
         *options, self._scale, self._residual, self._carry = scalars[: _N_OPTIONS + 3]
@@ -143,7 +150,7 @@ class LayerKernel:
 
     def shapes(self, tensors: Sequence[Any]) -> tuple[Shapes, Shapes]:
         """See :meth:`MessagesKernel.shapes`."""
-        h, x, node_attr, w1, node_w1, node_w2 = (tensors[k] for k in self.matrices)
+        h, x, node_attr, w1, node_w1, node_w2 = (tensors[k] for k in self.sized_by)
         (n, _), (_, dim), (hidden, width), (out, _) = h.shape, x.shape, w1.shape, node_w2.shape
         node_attrs, v = 0 if node_attr is None else node_attr.shape[1], tensors[2]
         # by the weights, so that h or edge_attr is named, whichever is wrong
@@ -174,8 +181,8 @@ class LayerKernel:
         """New h, x and v, M and X, the kept activations; None for what the layer lacks.
 
         The activations are the storage of a tensor without elements, so that a recomputation under
-        another budget saves tensors of the same shapes. Without ``kept`` no backward follows: the
-        last three are None.
+        another budget saves tensors of the same shapes. ``kept`` is their number of elements; 0:
+        the backward computes them again; None: no backward follows, and the last three are None.
         """
         h, x, v = tensors[:3]
         n, dim = x.shape
@@ -195,20 +202,18 @@ class LayerKernel:
 
     def backward(
         self,
+        record: Any,
         cotangents: Sequence[Tensor | None],
         constants: Sequence[Tensor],
         tensors: Sequence[Any],
         needed: Sequence[bool],
     ) -> list[Tensor | None] | None:
         """See :meth:`MessagesKernel.backward`; ``constants`` are M, X and what was kept."""
-        record, tensors = recorded(self, tensors)
-        if record is None:
-            return None
         *outputs, memory = constants
         given = _filled((*cotangents, *outputs))
         found = _empty_gradients(tensors[:N_LAYER], needed)
         features, moves = given[0] is not None, given[1] is not None or given[2] is not None
-        # what the cotangents do not reach is not written
+        # the kernel does not write gradients that no cotangent reaches: they are zero
         places = found
         if not features or not moves:
             places = list(found)
@@ -223,8 +228,11 @@ class LayerKernel:
         return found if fits else None
 
 
-def recorded(kernel: Any, tensors: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
-    """The record of inputs and graph tensors, and these, dense; None if they do not fit."""
+def dense_record(kernel: Any, tensors: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+    """The record of inputs and graph tensors, and these, copied only if they were not dense.
+
+    The record is None if they do not fit each other.
+    """
     record = kernel.record(tensors)
     if record is None:
         tensors = kernel.dense(tensors)
@@ -256,10 +264,10 @@ def layer(*args: Any) -> tuple[Tensor, ...]:
 def layer_kept_size(args: Sequence[Any]) -> int:
     """Elements in which ``egnn_fast::layer``, called with ``args``, can keep its activations.
 
-    0 if the tensors are not yet what the kernel reads: the dispatcher may make them so.
+    0 if they have no record, as tensors that the dispatcher has not resolved yet.
     """
     kernel = LayerKernel(args[N_LAYER + 4 :])
-    record, _ = recorded(kernel, args[: N_LAYER + 4])
+    record, _ = dense_record(kernel, args[: N_LAYER + 4])
     return 0 if record is None else kernel.kept_size(record)
 
 
@@ -284,8 +292,8 @@ def _gradients(
     constants: Sequence[Tensor],
     needed: Sequence[bool],
 ) -> list[Tensor]:
-    kernel, tensors, _ = _checked(kind, args, (*cotangents, *constants))
-    found = kernel.backward(cotangents, constants, tensors, needed)
+    kernel, tensors, record = _checked(kind, args, (*cotangents, *constants))
+    found = kernel.backward(record, cotangents, constants, tensors, needed)
     if found is None:
         raise ValueError(f"egnn_fast::{kernel.name}_backward: the cotangents do not fit the inputs")
     return [t for t in found if t is not None]
@@ -299,7 +307,7 @@ def _checked(kind: Any, args: Sequence[Any], before: Sequence[Any] = ()) -> Any:
     """
     n = len(kind.inputs)
     kernel, tensors = kind(args[n + 4 :]), args[: n + 4]
-    for k in kind.matrices:
+    for k in kind.sized_by:
         if tensors[k] is not None and tensors[k].dim() != 2:
             raise ValueError(
                 f"egnn_fast::{kind.name}: {kind.inputs[k]}: expected 2 dimensions, "
@@ -307,19 +315,17 @@ def _checked(kind: Any, args: Sequence[Any], before: Sequence[Any] = ()) -> Any:
             )
     expected, inputs = kernel.shapes(tensors)
     nodes, dtype = tensors[0].shape[0], tensors[0].dtype
-    names = (
-        ("g_m", "g_x") if kind is MessagesKernel else ("g_h", "g_x", "g_v", "m", "shift", "kept")
-    )
-    _check(kind.name, names, before, expected, dtype)
+    _check(kind.name, kind.before, before, expected, dtype)
     _check(kind.name, kind.inputs, tensors[:n], inputs, dtype)
-    # before the first number is read, or copied to be dense
-    _require_memory(kind.name, (*tensors, *before))
+    # before rowptr is read and strided tensors are copied
+    _require_memory(kind.name, kind.before, before)
+    _require_memory(kind.name, (*kind.inputs, "rowptr", "senders", "perm", "first"), tensors)
     _check_graph(kind.name, tensors[n:], nodes)
-    record, tensors = recorded(kernel, tensors)
+    record, tensors = dense_record(kernel, tensors)
     if record is None:
         raise ValueError(
-            f"egnn_fast::{kind.name}: the tensors do not fit each other; are the weights of an MLP "
-            "or edge_attr missing?"
+            f"egnn_fast::{kind.name}: the tensors do not fit each other: weights of an MLP or "
+            "edge_attr are missing, a width or D is 0, or residual needs F = O"
         )
     return kernel, tensors, record
 
@@ -371,18 +377,18 @@ def _reused(count: int, dtype: torch.dtype) -> Tensor:
     return found
 
 
-def _require_memory(operator: str, tensors: Sequence[Tensor | None]) -> None:
-    """Raise ValueError for a tensor with elements whose memory was freed."""
-    for t in tensors:
+def _require_memory(operator: str, names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
+    """Raise ValueError for a tensor that has elements, but no memory."""
+    for name, t in zip(names, tensors, strict=False):
         if t is not None and t.numel() and not t.data_ptr():
             raise ValueError(
-                f"egnn_fast::{operator}: a tensor of shape {list(t.shape)} has no memory that a "
-                "kernel could read; was its storage freed?"
+                f"egnn_fast::{operator}: {name}: a tensor of shape {list(t.shape)} without memory; "
+                "was its storage freed?"
             )
 
 
 def _record_scalars(scalars: Sequence[Any]) -> tuple[Any, ...]:
-    activation, slope, norm, tanh, clamp = scalars[:5]
+    activation, slope, norm, tanh, clamp = scalars[:_N_OPTIONS]
     return (_ACTIVATION_CODES[activation], slope, norm, tanh, clamp)
 
 

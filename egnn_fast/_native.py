@@ -15,7 +15,7 @@ load_error: str | None = None
 
 try:
     core = import_module("egnn_fast._core")
-    core.connect(torch.Tensor, torch.nn.Parameter)
+    core.set_tensor_classes(torch.Tensor, torch.nn.Parameter)
 except ImportError as error:
     load_error = (
         f"the C++ extension egnn_fast._core could not be imported ({error}); "

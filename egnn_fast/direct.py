@@ -15,16 +15,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from egnn_fast import _native
-from egnn_fast._cpu import recorded
+from egnn_fast._cpu import dense_record
 from egnn_fast.budget import activation_budget
 from egnn_fast.eager import transforming
 from egnn_fast.operators import Operator, Tensors, are_batched, named, wants_grad
 
 
-def is_ordinary() -> bool:
-    """Whether calls now may go straight to the kernel, if their tensors are plain.
+def direct_calls_allowed() -> bool:
+    """Whether calls may now go straight to the kernel, if their tensors are plain.
 
-    Autocast, profiles and forward-mode derivatives need the operator, as all transforms do.
+    Not without the extension, nor in traces, transforms and modes, nor under autocast, the profiler
+    or forward-mode differentiation: the operator handles those.
     """
     return (
         not transforming()
@@ -37,7 +38,7 @@ def is_ordinary() -> bool:
 
 def is_direct(tensors: Tensors) -> bool:
     """Whether a call on these tensors, some of them None, may go straight to the kernel."""
-    return is_ordinary() and _native.core.are_plain(tensors)  # type: ignore[union-attr]
+    return direct_calls_allowed() and _native.core.are_plain(tensors)  # type: ignore[union-attr]
 
 
 class Call(NamedTuple):
@@ -72,8 +73,8 @@ class Call(NamedTuple):
         self, wanted: Sequence[bool], cotangents: Tensors, saved: tuple[Any, ...]
     ) -> Sequence[Tensor | None]:
         """The gradients of the inputs; ``saved`` holds the constants, inputs and graph tensors."""
-        operator = self.operator
-        # what is to be differentiated once more is the operator's, and what is not plain now
+        operator, kernel = self.operator, self.kernel
+        # second derivatives, and tensors that are no longer plain, go through the operator
         if (
             not torch.is_grad_enabled()
             and not are_batched(cotangents)
@@ -83,12 +84,14 @@ class Call(NamedTuple):
             needed = operator.reached(wanted, cotangents, tensors[: operator.n_diff])
             if not any(needed) or all([g is None for g in cotangents]):  # noqa: C419 (faster)
                 return (None,) * operator.n_diff
-            found: list[Tensor | None] | None = self.kernel.backward(
-                cotangents, constants, tensors, needed
-            )
-            if found is not None:
-                return found
-        # also if something does not fit: the operator says what
+            record, tensors = dense_record(kernel, tensors)
+            if record is not None:
+                found: list[Tensor | None] | None = kernel.backward(
+                    record, cotangents, constants, tensors, needed
+                )
+                if found is not None:
+                    return found
+        # the operator also raises the error for tensors that do not fit
         return operator.backward(wanted, cotangents, saved, self.scalars)
 
 
@@ -104,7 +107,7 @@ class DirectWay:
 
     def __init__(self, operator: Operator, kernel: Callable[..., Any]) -> None:
         self._operator, self._kernel = operator, kernel
-        self._apply = _recorded(operator)
+        self._apply = _differentiable(operator)
 
     def __call__(
         self,
@@ -114,21 +117,22 @@ class DirectWay:
         *,
         checked: bool = True,
     ) -> Sequence[Tensor | None] | None:
-        """The operator's outputs that take part in derivatives; None for what the layer lacks.
+        """The differentiable outputs, None for those that the layer lacks.
 
-        ``parts`` are the graph's tensors. None instead of all outputs if the call is not direct, or
-        if unchecked arguments do not fit each other as they lie in memory.
+        ``parts`` are the graph's tensors. ``checked`` says that the arguments are known to be
+        right, so that strided ones may be copied. Returns None if the call cannot be direct, or has
+        no record.
         """
         given = (*inputs, *parts)
         rowptr = parts[0]
-        # tensors without elements have no address: the operator knows what a graph without nodes is
+        # without nodes there are no addresses: the operator handles that
         if rowptr is None or rowptr.shape[0] == 1 or not is_direct(given):
             return None
         call = Call(self._operator, self._kernel(scalars), scalars)
-        # what is unchecked might be wrong, and of any size: no copy is made of it
-        record, tensors = (
-            recorded(call.kernel, given) if checked else (call.kernel.record(given), given)
-        )
+        if checked:
+            record, tensors = dense_record(call.kernel, given)
+        else:  # they may be wrong, and of any size: they are not copied
+            record, tensors = call.kernel.record(given), given
         if record is None:
             return None
         if wants_grad(*inputs):
@@ -136,7 +140,7 @@ class DirectWay:
         return call.forward(record, tensors, keep=False)[: self._operator.outputs]
 
 
-def _recorded(operator: Operator) -> Callable[..., Sequence[Tensor | None]]:
+def _differentiable(operator: Operator) -> Callable[..., Sequence[Tensor | None]]:
     """``function(call, record, tensors, parts, *inputs)``: a call that may be differentiated."""
 
     class Direct(torch.autograd.Function):

@@ -157,10 +157,14 @@ def egcl(
         A backend was named that cannot run the call.
     """
     refuse_jit_trace()
-    masked = node_mask is not None or edge_mask is not None
-    if not masked and activation is None and backends.requested(backend) in ("auto", "cpu"):
-        # in every layer of every step: what is right must pass quickly
-        found = ops.unchecked_layer(
+    if (
+        node_mask is None
+        and edge_mask is None
+        and activation is None
+        and backends.requested(backend) in ("auto", "cpu")
+    ):
+        # fast: the extension checks the tensors; what it refuses, the checks below name
+        found = ops.try_direct_layer(
             h, x, graph, weights, options, v=v, edge_attr=edge_attr, node_attr=node_attr,
             residual=residual, carry=carry_velocity and v is not None,
         )  # fmt: skip

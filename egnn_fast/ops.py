@@ -1,9 +1,10 @@
 """The fused edge pass and the fused layer as PyTorch operators.
 
 ``egnn_fast::messages`` is the edge pass, ``egnn_fast::layer`` a whole layer as one native call;
-:mod:`egnn_fast.operators` gives both their derivatives. Arguments are not checked here: that is
-functional's part. Under autocast everything is brought to the dtype of ``x`` on the CPU: distances,
-MLPs and sums keep its precision. GPU kernels take autocast's dtype for the MLPs' products alone.
+:mod:`egnn_fast.operators` gives both their derivatives. :mod:`egnn_fast.functional` checks the
+arguments, except those of a direct call without masks, which the extension checks. Under autocast
+everything is brought to the dtype of ``x`` on the CPU: distances, MLPs and sums keep its precision.
+GPU kernels take autocast's dtype for the MLPs' products alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from egnn_fast import _cpu, _double_backward, _partition
 from egnn_fast.budget import activation_budget
-from egnn_fast.direct import DirectWay, is_ordinary
+from egnn_fast.direct import DirectWay, direct_calls_allowed
 from egnn_fast.eager import PLAIN_TYPES, is_plain, transforming
 from egnn_fast.graph import Graph
 from egnn_fast.operators import Operator, Tensors, lib, wants_grad
@@ -242,20 +243,20 @@ def layer(
     where nothing moves, and so is v unless ``carry``.
     """
     tensors = (h, x, v, edge_attr, edge_mask, node_attr, coord_weight, *weights)
-    scalars = (*_scalars(options), options.coord_scale, residual, carry, backend)
     found = None
     if backend == "cpu":
-        found = _direct_layer(tensors, _graph_tensors(graph), (*scalars, "highest", 0))
+        scalars = _layer_scalars(options, residual, carry)
+        found = _direct_layer(tensors, _graph_tensors(graph), (*scalars, 0))
     if found is None:
-        given = (*_uncast(x, tensors), *_graph_tensors(graph))
-        args = (*given, *scalars, _precision(backend, x, graph))
+        scalars = _layer_scalars(options, residual, carry, backend, _precision(backend, x, graph))
+        args = (*_uncast(x, tensors), *_graph_tensors(graph), *scalars)
         found = _layer(*args, _kept_size(args))
     h_out, x_out, v_out = found[: _layer.outputs]
     assert h_out is not None
     return h_out, x_out, v_out
 
 
-def unchecked_layer(
+def try_direct_layer(
     h: Tensor,
     x: Tensor,
     graph: Any,
@@ -268,14 +269,19 @@ def unchecked_layer(
     residual: bool,
     carry: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
-    """:func:`layer` of unchecked arguments, without masks; None if they must be checked.
+    """:func:`layer` as a direct call on arguments that nobody has checked, without masks.
 
-    In a direct call the kernel's record checks all tensors: it takes only dense ones that fit each
-    other. None if there is no record, or the call is not direct. x and v are None where nothing
-    moves.
+    Returns None if the call cannot be direct, or if a tensor is strided or does not fit the others:
+    the caller then checks the arguments and calls :func:`layer`. In the result x is None where
+    nothing moves, and v unless ``carry``.
+
+    Raises
+    ------
+    ValueError
+        edge_attr has another number of rows than the graph has edges.
     """
     if not (
-        is_ordinary()
+        direct_calls_allowed()
         and type(graph) is Graph
         and type(weights) is LayerWeights
         and type(x) in PLAIN_TYPES
@@ -289,7 +295,7 @@ def unchecked_layer(
     found: Any = _direct_layer(
         (h, x, v, edge_attr, None, node_attr, weight, *weights),
         _graph_tensors(graph),
-        (*_scalars(options), options.coord_scale, residual, carry, "cpu", "highest", 0),
+        (*_layer_scalars(options, residual, carry), 0),
         checked=False,
     )
     return found
@@ -301,7 +307,7 @@ def _kept_size(args: tuple[Any, ...]) -> int:
     tensors = args[: len(LAYER_DIFF)]
     if not budget or args[_LAYER_BACKEND] != "cpu" or not wants_grad(*tensors):
         return 0
-    # others have no memory that could be read (fake ones, say), or not yet
+    # fake and lazy tensors have no memory to read
     if not all(t is None or is_plain(t) for t in tensors):
         return 0
     size = _cpu.layer_kept_size(args)
@@ -324,6 +330,12 @@ def _scalars(options: Options) -> tuple[str, float, float, bool, float]:
         options.activation, options.negative_slope, norm_code(options), options.coord_tanh,
         options.coord_clamp or 0.0,
     )  # fmt: skip
+
+
+def _layer_scalars(
+    options: Options, residual: bool, carry: bool, backend: str = "cpu", precision: str = "highest"
+) -> tuple[Any, ...]:
+    return (*_scalars(options), options.coord_scale, residual, carry, backend, precision)
 
 
 def _uncast(x: Tensor, tensors: Tensors, backend: str = "cpu") -> Tensors:

@@ -333,7 +333,7 @@ def test_nan_comes_out_where_it_went_in(
 @every_dtype
 @pytest.mark.parametrize("leaf", ["P", "w_g", "b_g"])
 def test_nan_with_any_bits_comes_out(leaf: str, dtype: torch.dtype) -> None:
-    """An exponential took some for numbers: memory that is not read in the end holds such."""
+    """NaN with any payload: the exponential turned some into numbers."""
     core = _native.core
     assert core is not None
     problem = FULL.edge_pass(dtype)

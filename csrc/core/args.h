@@ -5,7 +5,7 @@
 
 namespace egnn {
 
-// The one record that crosses from Python to the kernels. Addresses are integers; 0 means absent.
+// The record that a kernel takes; csrc/records.h fills it. Addresses are integers; 0 means absent.
 // Shapes: N nodes, E = rowptr[N] edges, H hidden, D coordinate dimension, A attribute width.
 struct Args {
   bool is_double = false;

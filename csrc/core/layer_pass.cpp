@@ -214,7 +214,7 @@ void run_forward(const LayerArgs& a) {
     pack_edge_weights(edge, p, false, true, packing);
     pack_forward(a, n, true, packing);
     n.pq = ws.take<T>(a.kept == 0 ? (n.nodes + kSpareRows) * p.pq_stride : 0);
-    if (a.m == 0) {
+    if (a.m == 0) {  // no backward follows: M and X are needed during this call alone
       n.m = ws.take<T>(n.nodes * n.hidden);
       n.shift = ws.take<T>(n.nodes * n.dim);
     }
