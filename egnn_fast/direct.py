@@ -84,10 +84,10 @@ class Call(NamedTuple):
             needed = operator.reached(wanted, cotangents, tensors[: operator.n_diff])
             if not any(needed) or all([g is None for g in cotangents]):  # noqa: C419 (faster)
                 return (None,) * operator.n_diff
-            record, tensors = dense_record(kernel, tensors)
+            record, dense = dense_record(kernel, tensors)
             if record is not None:
                 found: list[Tensor | None] | None = kernel.backward(
-                    record, cotangents, constants, tensors, needed
+                    record, cotangents, constants, dense, needed
                 )
                 if found is not None:
                     return found
