@@ -156,7 +156,7 @@ class Begun:
 
     def __init__(self, layer: Layer, edges: Edges, call: Call) -> None:
         self.layer, self.edges, self.call = layer, edges, call
-        self.edits = layer.edits
+        self.edits, self.edge_edits = layer.edits, edges.edits
         self.leaves = layer.leaves(call, edges)
         self.exact = {k: dense(t) for k, t in self.leaves.items()}
         # a Graph of its own: nothing is shared with the call

@@ -108,7 +108,7 @@ class Edges:
     def __init__(
         self, form: str, num_nodes: int, num_edges: int, seed: int, edges: Tensor | None = None
     ) -> None:
-        self.form, self.num_nodes = form, num_nodes
+        self.form, self.num_nodes, self.edits = form, num_nodes, 0
         if form == "complete":
             sizes = [num_nodes // 2, num_nodes - num_nodes // 2]
             self.given: Any = Graph.complete(sizes)
@@ -133,6 +133,7 @@ class Edges:
 
     def edit(self, how: str, seed: int) -> None:
         """Other edges in the same tensor."""
+        self.edits += 1
         for k, part in enumerate(self.given if self.form == "pair" else [self.given]):
             if not isinstance(part, Tensor) or part.numel() == 0:
                 return
