@@ -91,7 +91,7 @@ bool layer_backward(LayerArgs& a, const py::handle& cotangents, uintptr_t kept, 
   // without nodes they have no elements, and None is passed
   given.require(a.num_nodes == 0 || (given.has(3) && given.has(4) == (a.w_x != 0)));
   if (!given.valid()) return false;
-  // of another size it is not what the forward kept: the activations are computed again
+  // memory of another size is not what the forward kept: the kernel computes the activations again
   const int64_t size = egnn::layer_kept_size(a) * (a.is_double ? 8 : 4);
   a.kept = kept_bytes == size ? kept : 0;
   assign(a, kGradients, gradients);

@@ -92,7 +92,7 @@ inline py::object layer_record(const py::handle& tensors, int threads, const Sca
                                double coord_scale, bool residual) {
   // clang-format off
   enum : size_t {
-    // inputs
+    // inputs of nodes and edges
     kH, kX, kV, kAttr, kMask, kNodeAttr, kCoordWeight,
     // phi_e and phi_h
     kW1, kB1, kW2, kB2, kNodeW1, kNodeB1, kNodeW2, kNodeB2,

@@ -73,7 +73,7 @@ inline bool describe_tensor(PyObject* object, DLTensor& view) {
   const TensorClasses& c = tensor_classes();
   if (!PyObject_TypeCheck(object, c.tensor)) return false;
   if (c.api->dltensor_from_py_object_no_sync(object, &view) != 0) {
-    PyErr_Clear();  // sparse, quantised or meta
+    PyErr_Clear();  // no strided memory on a device: sparse, quantised or meta
     return false;
   }
   view.data = static_cast<char*>(view.data) + (view.data != nullptr ? view.byte_offset : 0);
@@ -149,7 +149,7 @@ class TensorList {
   uintptr_t dense(size_t k, DType dtype, int64_t rows, int64_t columns) {
     return address(k, dtype, 2, {rows, columns}, 0);
   }
-  // The same, with any stride in the first dimension.
+  // Like dense(), but the first dimension may have any stride.
   uintptr_t strided(size_t k, DType dtype, int64_t rows) {
     return address(k, dtype, 1, {rows, 1}, 1);
   }

@@ -52,7 +52,7 @@ class MessagesKernel:
     name, inputs = "messages", _MESSAGES
     # what the operator's derivative takes before its inputs
     before = ("g_m", "g_x")
-    # inputs that widths are read from: these must have two dimensions
+    # inputs whose shapes give the call's widths; each must have two dimensions
     sized_by = tuple(map(_MESSAGES.index, ("pq", "x", "w_a")))
 
     def __init__(self, scalars: Sequence[Any]) -> None:
@@ -127,7 +127,7 @@ class MessagesKernel:
 
 
 class LayerKernel:
-    """A whole layer with given options; see :class:`MessagesKernel`."""
+    """A whole layer with given options; parameters and methods as of :class:`MessagesKernel`."""
 
     name, inputs = "layer", _LAYER
     before = ("g_h", "g_x", "g_v", "m", "shift", "kept")
@@ -229,9 +229,10 @@ class LayerKernel:
 
 
 def dense_record(kernel: Any, tensors: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
-    """The record of inputs and graph tensors, and these, copied only if they were not dense.
+    """A call's record and the dense tensors that it has the addresses of.
 
-    The record is None if they do not fit each other.
+    ``tensors`` are the inputs and the graph's; they are copied only if they are not dense. The
+    record is None if they do not fit each other.
     """
     record = kernel.record(tensors)
     if record is None:
@@ -378,7 +379,7 @@ def _reused(count: int, dtype: torch.dtype) -> Tensor:
 
 
 def _require_memory(operator: str, names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
-    """Raise ValueError for a tensor that has elements, but no memory."""
+    """Raise ValueError, naming the argument, if the memory of a tensor was freed."""
     for name, t in zip(names, tensors, strict=False):
         if t is not None and t.numel() and not t.data_ptr():
             raise ValueError(

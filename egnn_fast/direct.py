@@ -22,7 +22,7 @@ from egnn_fast.operators import Operator, Tensors, are_batched, named, wants_gra
 
 
 def direct_calls_allowed() -> bool:
-    """Whether calls may now go straight to the kernel, if their tensors are plain.
+    """Whether calls on plain tensors may go straight to the kernel at this moment.
 
     Not without the extension, nor in traces, transforms and modes, nor under autocast, the profiler
     or forward-mode differentiation: the operator handles those.
@@ -125,7 +125,7 @@ class DirectWay:
         """
         given = (*inputs, *parts)
         rowptr = parts[0]
-        # without nodes there are no addresses: the operator handles that
+        # tensors of a graph without nodes have no addresses: the operator handles them
         if rowptr is None or rowptr.shape[0] == 1 or not is_direct(given):
             return None
         call = Call(self._operator, self._kernel(scalars), scalars)

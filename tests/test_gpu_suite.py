@@ -126,8 +126,9 @@ def test_wrong_options(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "")
     done = suite("--out", str(tmp_path), check=False)
     assert done.returncode == 2
     assert "PyTorch sees no GPU; --device cpu tries the suite itself" in done.stderr

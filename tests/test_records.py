@@ -207,8 +207,9 @@ def test_cotangents_that_do_not_fit_are_refused_before_anything_is_written() -> 
     made = record("layer", tensors)
     inputs = [t for t in list(tensors.values())[:24] if t is not None]
     gradients = [torch.full_like(t, 0.123) for t in inputs]
-    right = [torch.ones(N, O), torch.ones(N, D), None, torch.ones(N, H), torch.ones(N, D)]
-    for k, other in ((0, right[1]), (1, right[0]), (3, None), (4, None), (0, right[0].double())):  # type: ignore[union-attr]
+    g_h, g_x, m, shift = (torch.ones(N, width) for width in (O, D, H, D))
+    right = [g_h, g_x, None, m, shift]
+    for k, other in ((0, g_x), (1, g_h), (3, None), (4, None), (0, g_h.double())):
         given = [*right[:k], other, *right[k + 1 :]]
         assert not core.layer_backward(made, given, 0, 0, gradients)
     assert all(torch.equal(g, torch.full_like(g, 0.123)) for g in gradients)

@@ -239,7 +239,7 @@ class Sequence(RuleBasedStateMachine):
         # what autograd has saved must not have been written to
         if begun.edits != begun.layer.edits:
             return
-        # a checkpoint runs its forward again, on the edges that it finds then
+        # a checkpoint's backward runs the forward again, on edges edited since
         if "checkpoint" in begun.call.around and begun.edge_edits != begun.edges.edits:
             return
         around = without(way.around, "autocast", "checkpoint")

@@ -46,7 +46,7 @@ class GraphBuffer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GraphBuffer:
         super()._apply(fn, recurse)
         rowptr: Any = self._buffers["rowptr"]
-        # only the device is taken from fn, which may leave memory unfilled (to_empty)
+        # take the device alone from what fn returned: its memory may be unfilled (to_empty)
         self.graph = self.graph.to(rowptr.device)
         for name in TENSORS:
             self._buffers[name] = getattr(self.graph, name)
