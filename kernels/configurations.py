@@ -23,6 +23,7 @@ from egnn_fast.kernels.forward import edge_forward
 from egnn_fast.kernels.gradients import Cotangents, Gradients
 from egnn_fast.kernels.nodes import (
     PACKED_ROWS,
+    PROJECTED,
     NodeOutputs,
     Nodes,
     NodeSizes,
@@ -39,6 +40,7 @@ from egnn_fast.kernels.records import (
     Rows,
     Spec,
     Weights,
+    only,
     padded,
     row_width,
 )
@@ -235,14 +237,16 @@ def arguments(c: Configuration) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     numbers = Numbers(0.01, c.norm, c.clamp)
     shared, run = (edges, inputs, weights, numbers), (0, _EDGES, blocks)
     if c.kernel == "edge_forward":
-        return edge_forward, (*shared, out, out if c.head else None, *run, spec), options
+        rows = (out, out if c.head else None)
+        return edge_forward, (*shared, *rows, *run, spec.read_by(c.kernel)), options
     gradients = Gradients(
         p=out, receiver=out, sender=f32, edge_attr=attr, edge_mask=None,
         messages=f32 if c.ordered else None, shifts=f32 if c.ordered else None, weights=f32,
     )  # fmt: skip
     cotangents = Cotangents(f32, head)
     if c.kernel == "edge_backward":
-        return edge_backward, (*shared, cotangents, gradients, *run, spec), options
+        own = (cotangents, gradients)
+        return edge_backward, (*shared, *own, *run, spec.read_by(c.kernel)), options
     tile = operand
     stages: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "staged_first": (staged_first, (tile, None)),
@@ -256,13 +260,14 @@ def arguments(c: Configuration) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         ),
         "staged_first_backward": (staged_first_backward, (gradients, tile, None, head)),
     }  # fmt: skip
-    stage, own = stages[c.kernel]
-    return stage, (*shared, *own, *run, spec), options
+    stage, given = stages[c.kernel]
+    return stage, (*shared, *given, *run, spec.read_by(c.kernel)), options
 
 
 def _node_arguments(c: Configuration, spec: Spec) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """Those of a kernel over nodes: a layer with as many features as hidden units."""
     f32, width, own = _Address(torch.float32), c.width, c.hidden
+    read = spec.read_by(c.kernel)
     operand = _Address({"bf16": torch.bfloat16, "fp16": torch.float16}.get(c.precision, f32.dtype))
     head, first = f32 if c.head else None, 2 * own + 1 + c.attrs
     if c.kernel == "pack_weights":
@@ -270,26 +275,35 @@ def _node_arguments(c: Configuration, spec: Spec) -> tuple[Any, tuple[Any, ...],
         if spec.ROUND.value:
             changed = f32
         given = Weights(
-            w_r=f32, w_a=f32 if c.attrs else None, w2=f32, b2=f32, w_g=None, b_g=None,
-            w3=head, b3=head, w_x=head,
-        )  # fmt: skip
+            w_r=None,
+            w_a=None,
+            w2=f32,
+            b2=f32,
+            w_g=None,
+            b_g=None,
+            w3=head,
+            b3=head,
+            w_x=head,
+        )
+        columns = (f32, first, *((f32, first) if c.attrs else (None, 0)))
         padding = f32 if wider else None
         out = Weights(
             w_r=f32, w_a=f32 if c.attrs else None, w2=changed, b2=padding, w_g=None, b_g=None,
             w3=changed if c.head else None, b3=padding if c.head else None,
             w_x=padding if c.head else None,
         )  # fmt: skip
-        keywords = {"H": own, "spec": spec, "ROWS": PACKED_ROWS}
-        return pack_weights, (given, first, first if c.attrs else 0, out), keywords
+        sizes = (own, width, c.attrs)
+        keywords = {"spec": read, "ROWS": PACKED_ROWS}
+        return pack_weights, (given, *columns, out, *sizes), keywords
     tile, chunk, warps = c._node_blocks
-    sizes, options = NodeSizes.of(own, own, own, 0, tile, chunk, True), {"num_warps": warps}
+    options, layer = {"num_warps": warps}, NodeSizes.of(own, own, own, 0, tile, chunk, True)
     if c.kernel == "project_nodes":
-        args = (f32, f32, f32, first, operand, f32, head, _EDGES, sizes, spec)
+        args = (f32, f32, f32, first, operand, f32, head, _EDGES, only(layer, PROJECTED), read)
         return project_nodes, args, options
     v, moved = f32 if c.velocity else None, f32 if c.head or c.velocity else None
     return update_nodes, (
         Nodes(f32, f32, v, None, f32), f32, head, NodeWeights(f32, f32, f32, f32, v, v, v, v),
-        NodeOutputs(f32, moved, None), Numbers(0.01, c.norm, c.clamp), 1.0, _EDGES, sizes, spec,
+        NodeOutputs(f32, moved, None), Numbers(0.01, c.norm, c.clamp), 1.0, _EDGES, layer, read,
     ), options  # fmt: skip
 
 

@@ -112,7 +112,11 @@ def _linear(total, values, stride, row, live, width: tl.constexpr, weight, w_str
     return total
 
 
-@triton.jit(do_not_specialize=("nodes",))
+# the sizes that project_nodes reads
+PROJECTED = ("F", "H", "TILE", "CHUNK")
+
+
+@triton.jit(do_not_specialize=("nodes", "w_stride"))
 def project_nodes(h, edge_w1, edge_b1, w_stride, pq, m, shift, nodes, sizes, spec):
     """P (programs ``(., 0)``) or Q (``(., 1)``) of a tile, and 0 in the sums that edges add to.
 
@@ -188,36 +192,48 @@ PACKED_ROWS = 32
 
 
 @triton.jit
-def _pack_vector(given, stride, out, row, H: tl.constexpr, W: tl.constexpr):
+def _pack_vector(given, stride, out, row, H, W):
     if out is not None:
         tl.store(out + row, tl.load(given + row * stride, mask=row < H, other=0.0), mask=row < W)
 
 
 @triton.jit
-def _pack_matrix(given, out, row, H: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, spec):
-    if out is not None:
-        column = tl.arange(0, WP)
-        inside = (row < H)[:, None] & (column < H)[None, :]
-        t = tl.load(given + row[:, None] * H + column[None, :], mask=inside, other=0.0)
-        store_rows(out, row, row < W, operand(t, spec), W, W)
+def _pack_matrix(given, stride, out, row, H, W, columns, width, WP: tl.constexpr):
+    """Rows ``[H, columns]`` as rows ``[W, width]``: numbers, places, which of these exist."""
+    column = tl.arange(0, WP)[None, :]
+    inside = (row < H)[:, None] & (column < columns)
+    t = tl.load(given + row[:, None] * stride + column, mask=inside, other=0.0)
+    return t, out + row[:, None] * width + column, (row < W)[:, None] & (column < width)
 
 
 @triton.jit
-def pack_weights(given, w_r_stride, w_a_stride, out, H: tl.constexpr, spec, ROWS: tl.constexpr):
-    """Weights of H channels as the edge kernels take them, of spec.H: padding is 0.
+def _pack_operand(given, out, row, H, W, spec):
+    if out is not None:
+        t, place, inside = _pack_matrix(given, H, out, row, H, W, H, W, spec.HP)
+        tl.store(place, operand(t, spec).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=("w_r_stride", "w_a_stride", "H", "W", "A"),
+    # columns of a matrix begin anywhere
+    do_not_specialize_on_alignment=("w_r", "w_a"),
+)
+def pack_weights(given, w_r, w_r_stride, w_a, w_a_stride, out, H, W, A, spec, ROWS: tl.constexpr):
+    """Weights of H channels as the edge kernels take them, of W: padding is 0.
 
     Matrices of the products are rounded to the operands' type. What is None in ``out`` stays as it
-    is. ``w_r`` and ``w_a`` may be columns of another matrix, whose row strides are given.
+    is. ``w_r`` and ``w_a [H, A]``, given beside the others, may be columns of another matrix, whose
+    row strides are given.
+    Sizes are no constants: one compiled kernel serves many layers.
     """
-    W: tl.constexpr = spec.H
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    _pack_vector(given.w_r, w_r_stride, out.w_r, row, H, W)
+    _pack_vector(w_r, w_r_stride, out.w_r, row, H, W)
     _pack_vector(given.b2, 1, out.b2, row, H, W)
     _pack_vector(given.w_g, 1, out.w_g, row, H, W)
     _pack_vector(given.b3, 1, out.b3, row, H, W)
     _pack_vector(given.w_x, 1, out.w_x, row, H, W)
-    _pack_matrix(given.w2, out.w2, row, H, W, spec.HP, spec)
-    _pack_matrix(given.w3, out.w3, row, H, W, spec.HP, spec)
+    _pack_operand(given.w2, out.w2, row, H, W, spec)
+    _pack_operand(given.w3, out.w3, row, H, W, spec)
     if out.w_a is not None:
-        t = load_rows(given.w_a, row, row < H, w_a_stride, spec.A, spec.AP)
-        store_rows(out.w_a, row, row < W, t, spec.A, spec.A)
+        t, place, inside = _pack_matrix(w_a, w_a_stride, out.w_a, row, H, W, A, A, spec.AP)
+        tl.store(place, t, mask=inside)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
+from functools import cache
 from typing import Any, NamedTuple
 
 import triton
@@ -134,8 +136,46 @@ class Numbers(NamedTuple):
     clamp: Any
 
 
+# The fields of Spec that each kernel reads, itself or in what it calls. It is given no others: with
+# each other value of one Triton would compile it anew.
+_ACTIVATION = ("ACT", "APPROX", "PAIRED", "PTX")
+_PRODUCT = ("OPERAND", "DOT", "ROUND")
+_TILE = ("H", "D", "A", "HP", "DP", "AP", "BLOCK")
+_HEAD = ("NORM", "TANH", "CLAMP")
+READ: dict[str, tuple[str, ...]] = {
+    "edge_forward": (*_TILE, *_ACTIVATION, *_PRODUCT, *_HEAD, "PART", "STREAMED"),
+    "edge_backward": (
+        *_TILE, *_ACTIVATION, *_PRODUCT, *_HEAD, "EXACT", "SHARED_SLOPES", "PART", "K", "STREAMED",
+        "IN_MEMORY",
+    ),
+    "staged_first": (*_TILE, *_ACTIVATION, *_PRODUCT),
+    "staged_messages": ("H", "HP", "BLOCK", *_ACTIVATION, "OPERAND", "PART"),
+    "staged_shifts": ("H", "D", "HP", "DP", "BLOCK", *_ACTIVATION, *_HEAD, "OPERAND", "PART"),
+    "staged_shifts_backward": (
+        "H", "D", "A", "HP", "DP", "BLOCK", *_ACTIVATION, *_PRODUCT, *_HEAD, "K",
+    ),
+    "staged_messages_backward": (
+        "H", "A", "HP", "BLOCK", *_ACTIVATION, *_PRODUCT, "K",
+    ),
+    "staged_first_backward": (*_TILE, *_ACTIVATION, *_PRODUCT, "PART", "K"),
+    "project_nodes": ("H", "D", "HP", "DP", *_PRODUCT),
+    "update_nodes": ("H", "D", "HP", "DP", *_ACTIVATION, *_PRODUCT),
+    "pack_weights": ("HP", "AP", "OPERAND", "ROUND"),
+}  # fmt: skip
+
+
+@cache
+def _record_of(names: tuple[str, ...]) -> Any:
+    return namedtuple("Constants", names)  # its fields are not known before
+
+
+def only(record: Any, names: tuple[str, ...]) -> Any:
+    """A record of these fields of another; a kernel that reads one more fails."""
+    return _record_of(names)(*(getattr(record, name) for name in names))
+
+
 class Spec(NamedTuple):
-    """What a kernel is compiled for.
+    """What kernels are compiled for; :data:`READ` says which of it each of them reads.
 
     Attributes
     ----------
@@ -187,6 +227,10 @@ class Spec(NamedTuple):
     def of(cls, **fields: Any) -> Spec:
         """A record of constants."""
         return cls(**{name: tl.constexpr(value) for name, value in fields.items()})
+
+    def read_by(self, kernel: str) -> Any:
+        """The record that a kernel is given: of the constants that it reads."""
+        return only(self, READ[kernel])
 
     @classmethod
     def make(

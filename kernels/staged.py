@@ -83,7 +83,7 @@ def staged_messages(
         if rows is not None:
             broken = not_finite(tl.sum(m.to(spec.OPERAND).to(tl.float32), axis=1))
             carry, _ = add_block_rows(
-                rows, spec.H, spec.H, m, carry, broken, None, spec.D, None, nothing, None,
+                rows, spec.H, spec.H, m, carry, broken, None, 1, None, nothing, None,
                 edges.order, start, stop, first, last, carry_row, head_row,
                 spec.OPERAND, spec.PART, False,
             )  # fmt: skip
@@ -112,7 +112,7 @@ def staged_shifts(
         mask = mask_of(inputs, users_of(edges, e, live), live)
         t = shift_of(d, r, s, numbers, spec) * mask[:, None]
         _, carry = add_block_rows(
-            None, spec.H, spec.H, None, nothing, None,
+            None, 1, 1, None, nothing, None,
             rows, spec.D, t, carry, not_finite(tl.sum(t, axis=1)),
             edges.order, start, stop, first, last, carry_row, head_row,
             spec.OPERAND, spec.PART, False,

@@ -29,7 +29,7 @@ def _finish(rows, slot_rows, slot, num_slots, row, stride, width, W: tl.constexp
     tl.store(place, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=("num_slots",))
+@triton.jit(do_not_specialize=("num_slots", "a_stride", "a_width", "b_stride", "b_width"))
 def finish_rows(
     slot_rows, num_slots, a, a_stride, a_width, b, b_stride, b_width,
     A: tl.constexpr, B: tl.constexpr,

@@ -302,3 +302,43 @@ def launched_kernels() -> None:
         return str(found.hash)
 
     print(json.dumps({name: (seen.get(name), offline_hash(name)) for name in kernels.KERNELS}))
+
+
+def specialisations() -> None:
+    """How many keys Triton has for each kernel, over layers that differ in one thing."""
+    import json
+    from dataclasses import replace
+
+    # the checkout's own folder, not installed
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
+    import torch
+
+    from bench.specialisations import recorded
+    from egnn_fast import Options
+    from egnn_fast._cases import Case
+
+    plain = Case("plain", nodes=9, edges=20, hidden=16, features=6)
+    coordinates = [
+        Options(), Options(coord_norm="unit"), Options(coord_norm=0.7), Options(coord_tanh=True),
+        Options(coord_clamp=0.1), Options(coord_norm=0.7, coord_tanh=True, coord_clamp=0.1),
+    ]  # fmt: skip
+    activations = [Options(activation=name) for name in ("silu", "relu", "leaky_relu")]
+    groups = {
+        "coordinates": [replace(plain, options=options) for options in coordinates],
+        "activation": [replace(plain, options=options) for options in activations],
+        "sizes": [
+            replace(plain, hidden=hidden, features=features, attrs=attrs)
+            for hidden, features, attrs in ((17, 6, 1), (24, 7, 1), (31, 6, 2), (31, 8, 3))
+        ],
+        "staged": [replace(plain, hidden=256, options=options) for options in coordinates],
+    }
+    found = {}
+    for name, cases in groups.items():
+        with recorded() as keys, torch.autocast("cpu", torch.bfloat16):
+            for case in cases:
+                problem = case.layer(torch.float32)
+                leaves = {k: t.requires_grad_() for k, t in problem.leaves.items()}
+                outputs = problem.run(leaves, "triton", 0)
+                torch.stack([t.sum() for t in outputs.values()]).sum().backward()
+        found[name] = {kernel: len(own) for kernel, own in keys.items()}
+    print(json.dumps(found))

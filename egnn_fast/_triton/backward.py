@@ -75,7 +75,7 @@ class Backward:
         call = self.call
         edge_backward[(part.programs,)](
             call.edges(part), call.inputs, weights, call.numbers, self.cotangents, self.gradients,
-            *bounds, part.blocks, call.spec, **call.launch_options,
+            *bounds, part.blocks, call.spec.read_by("edge_backward"), **call.launch_options,
         )  # fmt: skip
 
     def matrices(self) -> dict[str, Tensor]:

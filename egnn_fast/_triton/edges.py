@@ -30,7 +30,7 @@ def _fused(call: Call, m: Tensor, shift: Tensor | None) -> None:
     x_rows = None if shift is None else call.rows(shift, part.programs)
     edge_forward[(part.programs,)](
         call.edges(part), call.inputs, call.weights, call.numbers,
-        m_rows, x_rows, 0, call.num_edges, part.blocks, call.spec,
+        m_rows, x_rows, 0, call.num_edges, part.blocks, call.spec.read_by("edge_forward"),
         **call.launch_options,
     )  # fmt: skip
     call.finish(part, m_rows, x_rows)

@@ -17,6 +17,7 @@ from egnn_fast._triton.products import multiply
 from egnn_fast.kernels import APPROXIMATE
 from egnn_fast.kernels.blocks import few_nodes, node_blocks
 from egnn_fast.kernels.nodes import (
+    PROJECTED,
     NodeOutputs,
     Nodes,
     NodeSizes,
@@ -24,6 +25,7 @@ from egnn_fast.kernels.nodes import (
     project_nodes,
     update_nodes,
 )
+from egnn_fast.kernels.records import only
 from egnn_fast.options import LAYER_INPUTS, LayerWeights
 
 _NAMES = (*LAYER_INPUTS, *LayerWeights._fields)  # of the operator's differentiable inputs
@@ -67,7 +69,8 @@ class _Layer:
         first = self.weights.edge_w1
         project_nodes[(-(-self.nodes // sizes.TILE.value), 2)](
             self.h, first, self.weights.edge_b1, first.shape[1], call.inputs.pq, m, shift,
-            self.nodes, sizes, call.spec, num_warps=warps,
+            self.nodes, only(sizes, PROJECTED), call.spec.read_by("project_nodes"),
+            num_warps=warps,
         )  # fmt: skip
         launches["nodes"] += 1
 
@@ -104,7 +107,7 @@ def forward(args: Sequence[Any]) -> tuple[Tensor, ...]:
             Nodes(h, x, layer.v, given["node_attr"], given["coord_weight"]), m, shift,
             NodeWeights(*(given[name] for name in NodeWeights._fields)),
             NodeOutputs(new_h, new_x, new_v), call.numbers, float(layer.scale), nodes, sizes,
-            call.spec, num_warps=warps,
+            call.spec.read_by("update_nodes"), num_warps=warps,
         )  # fmt: skip
         launches["nodes"] += 1
     new_x, new_v, shift = (x.new_empty((0, dim)) if t is None else t for t in (new_x, new_v, shift))

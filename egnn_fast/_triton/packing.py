@@ -29,11 +29,13 @@ def packed(weights: Weights, spec: Spec, operand: torch.dtype) -> Weights:
             dtype = operand if square else torch.float32
             found[name] = t.new_empty((width, *columns), dtype=dtype)
     if found:
-        strides = (given.w_r.stride(0), 0 if given.w_a is None else given.w_a.stride(0))
+        w_r, w_a = given.w_r, given.w_a
+        a_stride, attrs = (0, 0) if w_a is None else (w_a.stride(0), w_a.shape[1])
         out = Weights(*map(found.get, Weights._fields))
         pack_weights[(-(-width // PACKED_ROWS),)](
-            given, *strides, out, H=channels, spec=spec, ROWS=PACKED_ROWS
-        )
+            given._replace(w_r=None, w_a=None), w_r, w_r.stride(0), w_a, a_stride, out,
+            channels, width, attrs, spec=spec.read_by("pack_weights"), ROWS=PACKED_ROWS,
+        )  # fmt: skip
     return given._replace(**found)
 
 

@@ -31,7 +31,7 @@ class _Stages:
     """The stages of a call over a chunk at a time, and the products between them."""
 
     def __init__(self, call: Call, tiles: int, chunk: int) -> None:
-        self.call = call
+        self.call, self._read = call, dict[str, Any]()
         # rows that are multiples of 16: tiles begin where wide accesses may
         shape = (tiles, -(-chunk // 16) * 16, call.hidden)
         self._tiles = torch.empty(shape, dtype=call.operand, device=call.device)
@@ -46,8 +46,14 @@ class _Stages:
         call, part = self.call, self._part
         kernel[(part.programs,)](
             call.edges(part), call.inputs, self._weights, call.numbers, *args,
-            *self._bounds, part.blocks, call.spec, **call.launch_options,
+            *self._bounds, part.blocks, self._constants(kernel), **call.launch_options,
         )  # fmt: skip
+
+    def _constants(self, kernel: Any) -> Any:
+        name = kernel.fn.__name__
+        if name not in self._read:
+            self._read[name] = self.call.spec.read_by(name)
+        return self._read[name]
 
     def multiply(self, a: Tensor, b: Tensor, out: Tensor) -> None:
         """``out = a @ b``, in the call's precision."""
