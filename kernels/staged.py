@@ -1,8 +1,8 @@
 """The edge pass for widths whose weights no multiprocessor holds, forward.
 
-A chunk of edges, small enough for the L2 cache, goes through these stages; between them stand the
-products by w2 and w3, which are the BLAS's. ``tile`` is a matrix ``[chunk, H]`` in the operands'
-type; the chunk begins at ``begin_edge``.
+A chunk of edges at a time goes through these stages; between them stand the products by w2 and w3,
+which are the BLAS's. ``tile`` is a matrix ``[chunk, H]`` in the operands' type; the chunk begins at
+``begin_edge``.
 """
 
 from __future__ import annotations

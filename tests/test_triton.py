@@ -260,8 +260,8 @@ def test_autocast_keeps_what_is_no_product_in_float32(low: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("poison")
 def test_wide_layers_run_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks, rows and sums for the weights that go on in the next chunk."""
-    from egnn_fast._triton import call
+    """Blocks, rows and sums for the weights that go on in the next chunk; some finish together."""
+    from egnn_fast._triton import call, staged
 
     found: list[int] = []
     chunks = call.Call.chunks
@@ -273,6 +273,8 @@ def test_wide_layers_run_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(call.Call, "chunks", counted)
     monkeypatch.setattr(call, "CHUNK_BYTES", 4 * 4 * 136 * 40)
+    monkeypatch.setattr(call, "FINISHED_TOGETHER", 2)
+    monkeypatch.setattr(staged, "OUTER_EDGES", 16)
     for kind, options in (("uniform", EVERYTHING), ("power", Options()), ("hub", EVERYTHING)):
         case = Case(kind, kind, 20, 150, hidden=136, attrs=2, mask="soft", options=options)
         assert_passed(rows_of(case))

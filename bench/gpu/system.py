@@ -24,7 +24,8 @@ from egnn_fast.checks import relative_error
 from egnn_fast.graph import Graph
 
 RUNS = 5  # that must give the same bits
-_TINY_CHUNK = 1 << 11  # bytes, for the interpreter: several chunks of few edges
+# bytes: many chunks of the edges of the case, and several of the few that the interpreter takes
+_SMALL_CHUNK, _TINY_CHUNK = 4 << 20, 1 << 11
 _WARM_UP = 3
 MEMCHECK_SECONDS = 120
 _APPROXIMATE_ERROR = 1e-2  # an activation's is some 5e-4
@@ -74,8 +75,7 @@ def _same_bits(face: str, precision: str, setting: Setting) -> Outcome:
         return _with_gradients(problem.run(leaves, "triton", 0), leaves)
 
     bytes_before = call.CHUNK_BYTES
-    if not setting.on_gpu:
-        call.CHUNK_BYTES = _TINY_CHUNK
+    call.CHUNK_BYTES = _SMALL_CHUNK if setting.on_gpu else _TINY_CHUNK
     try:
         chunk = call.CHUNK_BYTES // (4 * (hidden + case.dim))
         if edges < 2 * chunk:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from egnn_fast._partition import Partition
-from egnn_fast._triton.call import Call
+from egnn_fast._triton.call import Call, ReceiverSums
 from egnn_fast.kernels.backward import edge_backward
 from egnn_fast.kernels.blocks import sender_block, sender_options
 from egnn_fast.kernels.gradients import Cotangents, Gradients
@@ -40,10 +40,11 @@ class Backward:
         hidden, dim = call.hidden, call.dim
         for_pq, for_x, for_attr, for_mask = needed[:4]
         self.pq = call.zeros(2 * hidden) if for_pq else None
+        self.x = call.zeros(dim) if for_x else None
         width = sum(call.weight_parts.values())
         self.gradients = Gradients(
-            p=None if self.pq is None else call.rows(self.pq[:, :hidden], programs),
-            receiver=call.rows(call.zeros(dim), programs) if for_x else None,
+            p=None,
+            receiver=None,  # of each chunk its own
             sender=call.zeros(dim) if for_x else None,
             edge_attr=new(edges, call.attrs) if for_attr else None,
             edge_mask=new(edges) if for_mask else None,
@@ -58,14 +59,17 @@ class Backward:
 
     def run(self) -> list[Tensor | None]:
         """Launch all kernels; a gradient for each input, None for what is not wanted."""
-        call, g = self.call, self.gradients
+        call = self.call
         # the head is not run where nothing depends on its output
         none = {} if self.cotangents.x is not None else dict.fromkeys(("w3", "b3", "w_x"))
         weights = call.weights._replace(**none)
+        p = None if self.pq is None else self.pq[:, : call.hidden]
+        sums = ReceiverSums(call, self.parts, p, self.x)
         for bounds, part in zip(self.chunks, self.parts, strict=True):
+            p_rows, x_rows = sums.begin(part)
+            self.gradients = self.gradients._replace(p=p_rows, receiver=x_rows)
             self.launch(bounds, part, weights)
-            if g.p is not None or g.receiver is not None:
-                call.finish(part, g.p, g.receiver)
+            sums.end()
             if self.ordered:
                 self._sum_senders(*bounds)
         return self._collect()
@@ -95,11 +99,11 @@ class Backward:
             BLOCK=sender_block(call.spec.HP.value), PART=call.spec.PART.value,
             **sender_options(torch.version.hip is None),
         )  # fmt: skip
-        call.finish(part, q, x)
+        call.finish(part.slots, q, x)
 
     def _collect(self) -> list[Tensor | None]:
         call, g = self.call, self.gradients
-        x = None if g.receiver is None or g.sender is None else g.receiver.out - g.sender
+        x = None if self.x is None or g.sender is None else self.x - g.sender
         found: dict[str, Tensor | None] = dict.fromkeys(Weights._fields)
         if g.weights is not None:
             # copies: an operator's outputs share no memory

@@ -41,8 +41,12 @@ from egnn_fast.kernels.sums import finish_rows
 
 # differentiable inputs of the operator: pq, x, edge_attr, edge_mask; these and EdgeWeights
 _N_INPUTS, N_DIFF = 4, 13
-# bytes of what is held for each edge of a chunk: so much stays in the L2 cache
-CHUNK_BYTES = 24 << 20
+# bytes of what is held for the edges of a chunk. More than L2 has, so that a wide layer's tiles go to
+# HBM: 4 KB an edge forward, 11 backward at H = 256 in 16 bits. Chunks that stay in L2 would save
+# that, and have the host launch for longer than the GPU works (bench/results/NOTES.md)
+CHUNK_BYTES = 128 << 20
+# chunks after which the rows that programs share are brought to their places, in one launch
+FINISHED_TOGETHER = 16
 MAX_BLOCK = 1024  # no edge of a last block may lie beyond int32
 _INTERPRETED_PROGRAMS = 3
 
@@ -148,9 +152,13 @@ class Call:
         return int(torch.cuda.get_device_properties(self.device).multi_processor_count)
 
     def chunks(self, bytes_of_edge: int) -> list[tuple[int, int]]:
-        """Runs of edges, whole blocks each, of which so many bytes are held."""
+        """Runs of edges, whole blocks each, of which so many bytes are held.
+
+        As few as CHUNK_BYTES allow, and of one size, as far as blocks allow it.
+        """
         size, edges = self.blocks.edges, self.num_edges
-        chunk = max(size, CHUNK_BYTES // bytes_of_edge // size * size)
+        blocks, most = -(-edges // size), max(1, CHUNK_BYTES // bytes_of_edge // size)
+        chunk = -(-blocks // -(-blocks // most)) * size
         return [(begin, min(begin + chunk, edges)) for begin in range(0, edges, chunk)]
 
     def part(self, begin: int, end: int) -> Partition:
@@ -191,12 +199,48 @@ class Call:
         """A node tensor to sum into."""
         return torch.zeros((self.nodes, width), dtype=torch.float32, device=self.device)
 
-    def finish(self, part: Partition, a: Rows | None, b: Rows | None) -> None:
-        """Bring the rows that programs share to their places."""
+    def finish(self, slot_rows: Tensor, a: Rows | None, b: Rows | None) -> None:
+        """Bring the rows that programs share to their places; ``slot_rows`` as in a Partition."""
         sizes = [(0, 0) if r is None else (r.out.stride(0), r.out.shape[1]) for r in (a, b)]
-        slots = part.slots.shape[0]
+        slots = slot_rows.shape[0]
         finish_rows[(slots,)](
-            part.slots, slots, a, *sizes[0], b, *sizes[1],
+            slot_rows, slots, a, *sizes[0], b, *sizes[1],
             A=triton.next_power_of_2(sizes[0][1]), B=triton.next_power_of_2(sizes[1][1]),
             num_warps=1 if self.hidden <= 64 else 4,
         )  # fmt: skip
+
+
+class ReceiverSums:
+    """Where sums over the rows of one or two matrices go, chunk by chunk of edges in their order.
+
+    A chunk's first and last rows wait in slots; those of several chunks are finished together.
+    """
+
+    def __init__(
+        self, call: Call, parts: Sequence[Partition], a: Tensor | None, b: Tensor | None
+    ) -> None:
+        self.call = call
+        # of one size but for the last, which may be smaller
+        programs = sum(part.programs for part in parts[:FINISHED_TOGETHER])
+        self._rows = [None if out is None else call.rows(out, programs) for out in (a, b)]
+        self._waiting: list[Tensor] = []
+        self._left = len(parts)
+
+    def begin(self, part: Partition) -> tuple[Rows | None, Rows | None]:
+        """Where the next chunk's sums go."""
+        begin = sum(slots.shape[0] for slots in self._waiting)
+        own = slice(begin, begin + part.slots.shape[0])
+        self._waiting.append(part.slots)
+        a, b = (None if r is None else r._replace(slots=r.slots[own]) for r in self._rows)
+        return a, b
+
+    def end(self) -> None:
+        """After a chunk."""
+        self._left -= 1
+        if len(self._waiting) < FINISHED_TOGETHER and self._left:
+            return
+        if any(rows is not None for rows in self._rows):
+            several = len(self._waiting) > 1
+            slot_rows = torch.cat(self._waiting) if several else self._waiting[0]
+            self.call.finish(slot_rows, *self._rows)
+        self._waiting = []

@@ -33,7 +33,7 @@ def _fused(call: Call, m: Tensor, shift: Tensor | None) -> None:
         m_rows, x_rows, 0, call.num_edges, part.blocks, call.spec.read_by("edge_forward"),
         **call.launch_options,
     )  # fmt: skip
-    call.finish(part, m_rows, x_rows)
+    call.finish(part.slots, m_rows, x_rows)
 
 
 def run_backward(

@@ -17,12 +17,17 @@ def operand_type(precision: str) -> torch.dtype:
 
 
 def multiply(left: Tensor, right: Tensor, precision: str) -> Tensor:
-    """``left @ right`` of operands rounded to the precision, summed and returned in float32."""
+    """``left @ right`` of operands rounded to the precision, summed and returned in float32.
+
+    Two matrices, or two batches of them.
+    """
     operand = operand_type(precision)
     left, right = left.to(operand), right.to(operand)
     if operand == torch.float32:
         with float32_products(precision):
             return left @ right
     if left.is_cuda and torch.version.hip is None:
-        return torch.mm(left, right, out_dtype=torch.float32)
+        product = torch.mm if left.dim() == 2 else torch.bmm
+        found: Tensor = product(left, right, out_dtype=torch.float32)
+        return found
     return left.float() @ right.float()

@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from egnn_fast._partition import Partition
 from egnn_fast._triton import backward
-from egnn_fast._triton.call import Call
+from egnn_fast._triton.call import Call, ReceiverSums
 from egnn_fast._triton.products import multiply
 from egnn_fast.kernels.records import Weights
 from egnn_fast.kernels.staged import staged_first, staged_messages, staged_shifts
@@ -25,6 +26,9 @@ from egnn_fast.kernels.staged_backward import (
 from egnn_fast.precision import float32_products
 
 _TILES_FORWARD, _TILES_BACKWARD = 2, 4
+# edges over which the matrix units sum a weight's gradient; such sums are added up outside of them,
+# where they are rounded to nearest
+OUTER_EDGES = 1 << 14
 
 
 class _Stages:
@@ -78,28 +82,26 @@ def forward(call: Call, m: Tensor, shift: Tensor | None) -> None:
     chunks = call.chunks(tiles * _bytes_of_row(call))
     stages = _Stages(call, tiles, chunks[0][1])
     parts = [call.part(*bounds) for bounds in chunks]
-    programs = max(part.programs for part in parts)
-    m_rows = call.rows(m, programs)
-    x_rows = None if shift is None else call.rows(shift, programs)
-    weights = call.weights
+    sums, weights = ReceiverSums(call, parts, m, shift), call.weights
     for bounds, part in zip(chunks, parts, strict=True):
         a, b, *more = stages.begin(bounds, part, weights)
+        m_rows, x_rows = sums.begin(part)
         stages.launch(staged_first, a, stages.add_attrs(more[0]) if more else None)
         stages.multiply(a, weights.w2.t(), b)
         stages.launch(staged_messages, b, None if x_rows is None else b, m_rows)
         if x_rows is not None:
             stages.multiply(b, weights.w3.t(), a)
             stages.launch(staged_shifts, a, x_rows)
-        call.finish(part, m_rows, x_rows)
+        sums.end()
 
 
 class Backward(backward.Backward):
     """The gradients of a call."""
 
     def bytes_of_edge(self) -> int:
-        """Tiles, and what waits for its sum over senders."""
-        tiles = _TILES_BACKWARD + self.call.many
-        return tiles * _bytes_of_row(self.call) + super().bytes_of_edge()
+        """Tiles, the head's part in gradients of d and mask, what waits for sums over senders."""
+        tiles, head = _TILES_BACKWARD + self.call.many, 4 * (self.call.dim + 1)
+        return tiles * _bytes_of_row(self.call) + head + super().bytes_of_edge()
 
     def run(self) -> list[Tensor | None]:
         """Launch all kernels; a gradient for each input, None for what is not wanted."""
@@ -111,13 +113,14 @@ class Backward(backward.Backward):
 
         has_head = self.cotangents.x is not None
         for_weights = self.gradients.weights is not None
-        self._g_d = new(chunk, call.dim) if has_head and self.gradients.receiver else None
+        self._g_d = new(chunk, call.dim) if has_head and self.x is not None else None
         for_mask = self.gradients.edge_mask is not None
         self._g_mask = new(chunk) if has_head and for_mask else None
-        size = (call.hidden, call.hidden)
+        runs, hidden = _runs(chunk), call.hidden
+        size = (runs, hidden, hidden)
         self._w2, self._w3 = (new(*size).zero_() if for_weights else None for _ in range(2))
         many = for_weights and call.many
-        self._w_a = new(call.hidden, call.attrs).zero_() if many else None
+        self._w_a = new(runs, hidden, call.attrs).zero_() if many else None
         return super().run()
 
     def launch(self, bounds: tuple[int, int], part: Partition, weights: Weights) -> None:
@@ -150,8 +153,8 @@ class Backward(backward.Backward):
         """The gradients of w2 and w3."""
         assert self._w2 is not None
         assert self._w3 is not None
-        found = {"w2": self._w2, "w3": self._w3}
-        return found if self._w_a is None else found | {"w_a": self._w_a}
+        found = {"w2": self._w2.sum(0), "w3": self._w3.sum(0)}
+        return found if self._w_a is None else found | {"w_a": self._w_a.sum(0)}
 
     def _attr_gradients(self, bounds: tuple[int, int], g_z1: Tensor) -> None:
         """Those of many edge attributes and of their matrix."""
@@ -168,10 +171,26 @@ class Backward(backward.Backward):
         else:
             wanted.index_copy_(0, call.perm[slice(*bounds)].long(), rows)
 
-    def _add_outer(self, total: Tensor, left: Tensor, right: Tensor) -> None:
-        """Add the sum over edges of their outer products, in float32."""
+    def _add_outer(self, totals: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add sums over edges of their outer products, in float32: a run of edges to each total."""
+        edges = left.shape[0]
+        runs = _runs(edges)
+        whole = edges - edges % runs
+        self._add_products(totals[:runs], left[:whole], right[:whole])
+        if whole < edges:
+            self._add_products(totals[:1], left[whole:], right[whole:])
+
+    def _add_products(self, totals: Tensor, left: Tensor, right: Tensor) -> None:
+        runs = totals.shape[0]
+        left, right = (t.view(runs, -1, t.shape[1]) for t in (left, right))
+        left = left.transpose(1, 2)
         with float32_products(self.call.precision):
             if left.dtype == torch.float32:
-                total.addmm_(left.t(), right)
+                totals.baddbmm_(left, right)
             else:
-                total += multiply(left.t(), right, self.call.precision)
+                totals += multiply(left, right, self.call.precision)
+
+
+def _runs(edges: int) -> int:
+    """Runs of equal length, at most OUTER_EDGES: a power of 2, so that blocks go into them."""
+    return int(triton.next_power_of_2(max(1, -(-edges // OUTER_EDGES))))
