@@ -38,7 +38,10 @@ def egcl_messages(
     Parameters
     ----------
     P, Q : Tensor [N, H]
-        The receiver's and the sender's part of the edge MLP's first linear.
+        The receiver's and the sender's part of the edge MLP's first linear. Under autocast also in
+        bfloat16 or float16, as a linear leaves them there: the Triton kernels then gather rows of
+        half the bytes, as a layer's do; other backends convert them to the dtype of ``x``. M and X
+        have the dtype of ``x`` all the same, gradients that of their tensors.
     x : Tensor [N, D]
         Coordinates.
     graph : Graph, edge_index or list of Graph
@@ -86,7 +89,14 @@ def egcl_messages(
             P, Q, x, receiver, sender, weights, options, edge_attr=edge_attr, edge_mask=mask
         )
     m, shift = ops.messages(
-        torch.cat((P, Q), dim=1), x, graph, weights, options, edge_attr, mask, chosen
+        torch.cat(_of_one_dtype(P, Q, x), dim=1),
+        x,
+        graph,
+        weights,
+        options,
+        edge_attr,
+        mask,
+        chosen,
     )
     return m, shift if options.updates_coords else None
 
@@ -305,6 +315,15 @@ def explain(
     arguments.check_nodes(h, x)
     name = None if activation is not None else (options or Options()).activation
     return backends.explain_call(backend, _call(x, hidden, name, changed))
+
+
+def _of_one_dtype(p: Tensor, q: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """P and Q in autocast's dtype if both have it, else in that of x."""
+    if p.dtype == q.dtype == x.dtype:
+        return p, q
+    if p.dtype == q.dtype == torch.get_autocast_dtype(x.device.type):
+        return p, q
+    return p.to(x.dtype), q.to(x.dtype)
 
 
 def _call(

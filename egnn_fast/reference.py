@@ -118,13 +118,14 @@ def messages(
     """The edge pass with the first linear split: what the fused kernels compute.
 
     ``p [N, H]`` and ``q [N, H]`` are the receiver's and the sender's part of the first linear
-    (bias in p); ``receiver``, ``sender``, ``edge_attr`` and ``edge_mask`` hold one entry an edge.
-    Returns the sums over senders ``M [N, H]`` and ``X [N, D]`` (None without a head), before any
-    mean or scale.
+    (bias in p), under autocast also of lower precision than ``x``; ``receiver``, ``sender``,
+    ``edge_attr`` and ``edge_mask`` hold one entry an edge. Returns the sums over senders
+    ``M [N, H]`` and ``X [N, D]`` (None without a head), before any mean or scale.
     """
     d = x[receiver] - x[sender]
     r = (d * d).sum(dim=1, keepdim=True)
-    z1 = p[receiver] + q[sender] + r * weights.w_r
+    # under autocast a linear leaves p and q in its dtype; their sum has that of the distances
+    z1 = p[receiver].to(d.dtype) + q[sender].to(d.dtype) + r * weights.w_r
     if edge_attr is not None and weights.w_a is not None:
         z1 = z1 + edge_attr @ weights.w_a.T
     act = options.activation_fn()

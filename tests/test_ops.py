@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,8 +13,11 @@ import torch
 from cases import (
     EVERYTHING,
     FUSED_BACKENDS,
+    INTERPRETED_BACKENDS,
     even_interpreted,
     even_interpreted_dtypes,
+    even_interpreted_or_reference,
+    interpreted,
     kernel_calls,
     widest,
 )
@@ -22,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from egnn_fast import Graph, Options, checks, functional
-from egnn_fast._cases import Case
+from egnn_fast._cases import Case, Problem
 from egnn_fast.options import EdgeWeights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -217,6 +221,121 @@ def test_autocast_sums_many_messages_exactly_enough(backend: str) -> None:
         )
     assert found.dtype == torch.float32
     assert checks.relative_error(found, right) < 0.02
+
+
+def low_pass(low: torch.dtype, **fields: Any) -> tuple[Problem, dict[str, Tensor]]:
+    """An edge pass whose P and Q are as a linear leaves them under autocast."""
+    case = replace(CASE, nodes=9, edges=40, hidden=16, **fields)
+    problem = case.edge_pass(torch.float32)
+    rounded = {k: t.to(low) if k in ("P", "Q") else t for k, t in problem.leaves.items()}
+    return problem, {k: t.requires_grad_() for k, t in rounded.items()}
+
+
+@pytest.mark.parametrize(
+    ("backend", "low"),
+    [
+        *itertools.product((*FUSED_BACKENDS, "reference"), (torch.bfloat16, torch.float16)),
+        # the interpreter multiplies bfloat16 wrongly
+        *(pytest.param(name, torch.float16, marks=pytest.mark.interpreted)
+          for name in INTERPRETED_BACKENDS),
+    ],
+)  # fmt: skip
+def test_autocast_takes_p_and_q_of_its_dtype(backend: str, low: torch.dtype) -> None:
+    """Only they are rounded: the sum of the two, M, X and the other gradients are not."""
+    problem, leaves = low_pass(low)
+    same = {k: t.detach().float().requires_grad_() for k, t in leaves.items()}
+    ran = kernel_calls(0, 0) if backend == "reference" else kernel_calls(1, 0, backend)
+    with autocast(low), ran:
+        found = problem.run(leaves, backend, 0)
+    with autocast(low):
+        right = problem.run(same, backend, 0)
+    for name, t in right.items():
+        assert found[name].dtype == torch.float32
+        assert torch.equal(found[name], t), name
+    towards = [torch.randn(t.shape) for t in right.values()]
+    torch.autograd.backward(list(found.values()), towards)
+    torch.autograd.backward(list(right.values()), towards)
+    for name, t in leaves.items():
+        grad, expected = t.grad, same[name].grad
+        assert grad is not None, name
+        assert expected is not None
+        assert grad.dtype == t.dtype, name
+        if name in ("P", "Q"):  # the same, rounded at the end or where edges add up
+            size = 0.0 if backend != "reference" else 0.02
+            assert checks.relative_error(grad, expected.to(low)) <= size, name
+        elif backend != "triton":  # whose sums over senders have no order
+            assert torch.equal(grad, expected), name
+
+
+@even_interpreted_or_reference
+def test_autocast_gathers_float32_where_that_is_given(backend: str) -> None:
+    """P and Q are not rounded then, nor if one of the two is float32."""
+    problem, leaves = low_pass(torch.float16)
+    exact = problem.leaves["Q"]
+    assert not torch.equal(exact, leaves["Q"].float())
+    with autocast(torch.float16), torch.no_grad():
+        mixed = problem.run({**leaves, "Q": exact}, backend, 0)
+        same = problem.run({**leaves, "P": leaves["P"].float(), "Q": exact}, backend, 0)
+        other = problem.run(leaves, backend, 0)
+    for name, t in same.items():
+        assert torch.equal(mixed[name], t), name
+        assert not torch.equal(other[name], t), name
+
+
+@even_interpreted_or_reference
+def test_autocast_takes_p_and_q_of_another_dtype(backend: str) -> None:
+    """Those of 16 bits that are not autocast's become float32."""
+    problem, leaves = low_pass(torch.bfloat16)
+    exact = {k: t.detach().float() for k, t in leaves.items()}
+    with autocast(torch.float16), torch.no_grad():
+        found = problem.run(leaves, backend, 0)
+        right = problem.run(exact, backend, 0)
+    assert all(torch.equal(found[name], t) for name, t in right.items())
+
+
+@even_interpreted_or_reference
+def test_low_precision_is_for_autocast(backend: str) -> None:
+    problem, leaves = low_pass(torch.bfloat16)
+    with pytest.raises(TypeError, match=r"x: expected dtype torch.bfloat16 as P has, got .*32"):
+        problem.run(leaves, backend, 0)
+    with pytest.raises(TypeError, match=r"Q: expected dtype torch.float32 as P has, got .*bfloat"):
+        problem.run({**leaves, "P": problem.leaves["P"]}, backend, 0)
+
+
+@interpreted
+def test_the_operator_takes_p_and_q_in_16_bits(backend: str) -> None:
+    """opcheck, and fakes that predict the gradients' dtypes."""
+    problem, leaves = low_pass(torch.float16)
+    with Recorder() as recorder, autocast(torch.float16):
+        out = problem.run(leaves, backend, 0)
+        torch.stack([t.sum() for t in out.values()]).sum().backward()
+    for name in ("egnn_fast::messages", "egnn_fast::messages_backward"):
+        func, args = recorder.calls[name]
+        torch.library.opcheck(func, tuple(needing_grad(a) for a in args))
+        real = flatten(func(*args))
+        with FakeTensorMode() as mode:
+            fake = flatten(func(*(fakes(mode, a) for a in args)))
+        assert [t.dtype for t in fake] == [t.dtype for t in real]
+    assert torch.float16 in {t.dtype for t in real}
+
+
+@even_interpreted_or_reference
+def test_compiled_code_takes_p_and_q_in_16_bits(backend: str) -> None:
+    problem, leaves = low_pass(torch.float16, options=Options())
+
+    def gradients(run: Any) -> dict[str, Tensor]:
+        with autocast(torch.float16):
+            out = run(leaves, backend, 0)
+        total = torch.stack([(t * t).sum() for t in out.values()]).sum()
+        wanted = [leaves[k] for k in ("P", "Q", "w2")]
+        return dict(zip(("P", "Q", "w2"), torch.autograd.grad(total, wanted), strict=True))
+
+    right = gradients(problem.run)
+    torch.compiler.reset()
+    found = gradients(torch.compile(problem.run, fullgraph=True, backend="aot_eager"))
+    for name, t in right.items():
+        assert found[name].dtype == t.dtype == leaves[name].dtype
+        assert checks.relative_error(found[name], t) < 2e-3, name
 
 
 @pytest.mark.parametrize("backend", [*FUSED_BACKENDS, "reference"])

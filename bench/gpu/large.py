@@ -6,6 +6,7 @@ over edges, and so is every gradient.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from bench.gpu import graphs
 from bench.gpu.cases import timed
 from bench.gpu.checks import judge_tensors, launched
-from bench.gpu.setting import SKIP, Item, Outcome, Setting, autocast, matmul
+from bench.gpu.setting import SKIP, Item, Outcome, Setting, autocast, low_type, matmul
 from egnn_fast import functional, reference
 from egnn_fast.graph import Graph
 from egnn_fast.options import EdgeWeights, Options
@@ -54,6 +55,13 @@ class Pass:
         self.towards = [
             torch.rand(n, width, generator=draw, device=device) + 0.5 for width in (hidden, 3)
         ]
+
+    def at(self, precision: str) -> Pass:
+        """The same with P and Q as a layer has them: in autocast's dtype, where there is one."""
+        found, low = copy.copy(self), low_type(precision)
+        if low is not None:
+            found.leaves = self.leaves | {name: self.leaves[name].to(low) for name in ("P", "Q")}
+        return found
 
     def kernel(self, precision: str) -> Tensors:
         """What the Triton kernels give."""
@@ -97,6 +105,8 @@ class Pass:
                     totals[name][part if order is None else order[part]] = grad
                 else:
                     totals[name] += grad
+        if precision is not None:  # gradients have their tensors' dtypes
+            totals = {k: t.to(self.leaves[k].dtype) for k, t in totals.items()}
         return {"M": m, "X": x} | _named(leaves, list(totals.values()))
 
 
@@ -199,7 +209,7 @@ def _at_rows(values: Tensor, places: Tensor, rows: int) -> Tensor:
 
 
 def _compare(problem: Pass, precision: str, name: str) -> Outcome:
-    outcome = Outcome()
+    outcome, problem = Outcome(), problem.at(precision)
     with matmul(precision):
         with launched(outcome, "forward", "backward"):
             found = problem.kernel(precision)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from bench.gpu import graphs
 from bench.gpu.cases import TimedCase
-from bench.gpu.setting import Setting, autocast
+from bench.gpu.setting import Setting, autocast, low_type
 from egnn_fast.bench import peers, problems
 from egnn_fast.bench.cases import FUSED
 from egnn_fast.experiments.nbody.config import Config
@@ -94,9 +94,18 @@ def build(case: TimedCase, setting: Setting) -> problems.Problem:
 
 
 def at(problem: problems.Problem, precision: str, device: str) -> problems.Problem:
-    """The problem with its forward under autocast, where the precision asks for it."""
+    """The problem with its forward under autocast, where the precision asks for it.
+
+    An edge pass alone then takes P and Q as a layer's does, in autocast's dtype.
+    """
     found: Any = copy.copy(problem)
-    run: Callable[[nn.Module], tuple[Tensor, ...]] = problem.forward
+    low = low_type(precision)
+    if problem.case.kind == "edges" and low is not None:
+        found.inputs = {
+            name: t.detach().to(low).requires_grad_(t.requires_grad) if name in ("p", "q") else t
+            for name, t in problem.inputs.items()
+        }
+    run: Callable[[nn.Module], tuple[Tensor, ...]] = found.forward
 
     def forward(module: nn.Module) -> tuple[Tensor, ...]:
         with autocast(precision, device):

@@ -105,6 +105,11 @@ def autocast(precision: str, device: str) -> Any:
     return torch.autocast(device, dtype=_AUTOCAST[precision])
 
 
+def low_type(precision: str) -> torch.dtype | None:
+    """What autocast's linears leave in a precision; None where it is float32."""
+    return _AUTOCAST.get(precision)
+
+
 def rounding(precision: str) -> float:
     """Of one operand of a product; see :func:`egnn_fast.checks.bound`."""
     return _ROUNDING[precision]
