@@ -2,7 +2,8 @@
 
 Nothing is run on a GPU. A kernel is compiled offline, the instructions of its loop over blocks are
 counted, and each unit of a multiprocessor gets the cycles that they keep it busy; bytes of L2 and
-HBM come from the algorithm. The busiest unit bounds the time from below. See bench/README.md.
+HBM come from the algorithm. The busiest unit bounds the time from below; from above what
+:mod:`bench.stalls` assumes. See bench/README.md.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,82 +20,24 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench import launches, stalls
+from bench.chips import GPUS, INTEGER, L1_BYTES, SCHEDULERS, SHUFFLE, SPECIAL, WARP, Gpu
+from egnn_fast._triton import call
 from egnn_fast.kernels.blocks import blocks_for
 from egnn_fast.kernels.configurations import PASSES, Configuration
 from egnn_fast.kernels.disassembly import Loop
 from egnn_fast.kernels.offline import Record, compile_all
 from egnn_fast.kernels.records import padded
 
-WARP = 32
 SECTOR = 32  # bytes: what a gather moves at least
 WINDOW = 16  # rows of the kernels' sums over receivers
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU's rates; those of a multiprocessor for each of its clocks.
-
-    Attributes
-    ----------
-    arch : what its code is compiled for
-    multiprocessors, ghz : their number, the boost clock
-    macs : multiply-adds of the matrix units, dense, by instruction and type
-    fma : lanes of float32 arithmetic
-    l2_bytes_per_clock : of all multiprocessors together
-    l2_bytes, hbm_gb : L2's size, GB/s of the memory
-    l1_bytes : of a multiprocessor, shared memory among them
-    """
-
-    arch: str
-    multiprocessors: int
-    ghz: float
-    macs: Mapping[str, float]
-    fma: int
-    l2_bytes_per_clock: int
-    l2_bytes: int
-    hbm_gb: float
-    l1_bytes: int
-
-
-# NVIDIA A100 Tensor Core GPU Architecture (white paper, 2020): 108 SMs, 1410 MHz, 312 TFLOPS in
-# 16 bits and 156 in tf32, 64 FP32 lanes, L2 of 40 MB that reads 5120 bytes a clock; the data sheet
-# of the 80 GB SXM model: 2039 GB/s. L1 and shared memory: 192 KB, H100's 256 KB.
-# NVIDIA H100 Tensor Core GPU Architecture (white paper, 2022), SXM5: 132 SMs, 989.4 TFLOPS in 16
-# bits and 494.7 in tf32, dense, which is 2048 and 1024 multiply-adds at 1830 MHz; 128 FP32 lanes,
-# L2 of 50 MB, 3.35 TB/s. No bandwidth of L2 is given there: A100's is taken.
-# HMMA on Hopper: 62.9 % of the peak, as measured in arXiv 2402.13499; HGMMA: all of it.
-# NVIDIA H200 Tensor Core GPU (data sheet, 2024), SXM: H100's multiprocessors, 4.8 TB/s.
-_MMA_SHARE = 0.629
-_HOPPER = {
-    "HGMMA.BF16": 2048, "HGMMA.F16": 2048, "HGMMA.TF32": 1024,
-    "HMMA.BF16": 2048 * _MMA_SHARE, "HMMA.F16": 2048 * _MMA_SHARE, "HMMA.TF32": 1024 * _MMA_SHARE,
-}  # fmt: skip
-_AMPERE = {"HMMA.BF16": 1024, "HMMA.F16": 1024, "HMMA.TF32": 512}
-GPUS = {
-    "a100": Gpu("sm_80", 108, 1.410, _AMPERE, 64, 5120, 40 << 20, 2039, 192 << 10),
-    "h100": Gpu("sm_90", 132, 1.830, _HOPPER, 128, 5120, 50 << 20, 3350, 256 << 10),
-    "h200": Gpu("sm_90", 132, 1.830, _HOPPER, 128, 5120, 50 << 20, 4800, 256 << 10),
-}
-# CUDA C++ Programming Guide, throughput of native arithmetic instructions, 8.0 and 9.0: results of
-# a multiprocessor for each clock
-SPECIAL, INTEGER, SHUFFLE = 16, 64, 32
-ISSUE = 4  # warps' instructions for each clock: one of each scheduler
-L1_BYTES = 128  # bytes of L1 and shared memory for each clock, both white papers
 _FLOAT = ("FFMA", "FADD", "FMUL", "PACKED")
 _MEMORY = (
-    "LDG",
-    "STG",
-    "LDS",
-    "STS",
-    "LDSM",
-    "STSM",
-    "LDL",
-    "STL",
-    "RED",
-    "ATOM",
-    "ATOMG",
-    "ATOMS",
-)
+    "LDG", "STG", "LDS", "STS", "LDSM", "STSM", "LDL", "STL", "RED", "ATOM", "ATOMG", "ATOMS",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,7 +55,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What is predicted of a kernel on a GPU.
+    """What is predicted of a pass on a GPU.
 
     Attributes
     ----------
@@ -119,7 +63,11 @@ class Prediction:
     l2_bytes, hbm_bytes : for each edge
     limit : the busiest unit
     ns_per_edge : its time, of the whole GPU
-    ms : its time for all edges of the problem; ms_in_turn : if no two units worked at once
+    ms_least : its time for all edges of the problem
+    ms_likely_most : with what :mod:`bench.stalls` assumes of waits and rates
+    ms_in_turn : if no two units worked at once
+    launches : of Triton's kernels and of PyTorch's operations
+    host_ms : the host's time for these; the pass takes the longer of the two times
     """
 
     cycles: dict[str, float]
@@ -127,8 +75,16 @@ class Prediction:
     hbm_bytes: float
     limit: str
     ns_per_edge: float
-    ms: float
+    ms_least: float
+    ms_likely_most: float
     ms_in_turn: float
+    launches: dict[str, int]
+    host_ms: float
+
+    @property
+    def total_ms(self) -> tuple[float, float]:
+        """The least and likely most of the pass, the host's time considered."""
+        return max(self.ms_least, self.host_ms), max(self.ms_likely_most, self.host_ms)
 
 
 def rows_of_block(edges: int, degree: float) -> float:
@@ -145,14 +101,18 @@ def trips(kind: str, rows: float) -> int:
     return 1 if kind == "block" else 0  # waiting costs what is waited for
 
 
+def trips_of(loops: Sequence[Loop], rows: float) -> list[int]:
+    """The same for each of them."""
+    return [trips(loop.kind, rows) for loop in loops]
+
+
 def unit_cycles(
     loops: Sequence[Loop], gpu: Gpu, warps: int, edges: int, rows: float
 ) -> dict[str, float]:
     """Cycles of each unit of a multiprocessor for each edge."""
     counts: Counter[str] = Counter()
     macs: Counter[str] = Counter()
-    for loop in loops:
-        times = trips(loop.kind, rows)
+    for loop, times in zip(loops, trips_of(loops, rows), strict=True):
         counts.update({name: times * n for name, n in loop.counts.items()})
         macs.update({name: times * n for name, n in loop.macs.items()})
     if counts["UTCMMA"]:
@@ -164,7 +124,7 @@ def unit_cycles(
         "alu": counts["ALU"] * WARP / INTEGER,
         "l1": (counts["SHFL"] + counts["REDUX"]) * WARP / SHUFFLE
         + sum(n * _bytes(name) / L1_BYTES for name, n in counts.items() if _is_memory(name)),
-        "issue": sum(counts.values()) / ISSUE,
+        "issue": sum(counts.values()) / SCHEDULERS,
         "matrix": sum(n / gpu.macs[name] for name, n in macs.items()),
     }
     return {unit: busy * warps / edges for unit, busy in lanes.items()}
@@ -237,22 +197,47 @@ def _missed(size: int, gpu: Gpu) -> float:
 
 
 def predict(record: Record, gpu: Gpu, problem: Problem) -> Prediction:
-    """Cycles, bytes and time of a compiled kernel."""
+    """Cycles, bytes and time of a pass that is one kernel."""
     if not record.loops:
         raise ValueError(f"{record.configuration.label}: no loop with matrix instructions")
     rows = rows_of_block(record.edges, problem.degree)
     cycles = unit_cycles(record.loops, gpu, record.warps, record.edges, rows)
     l2_bytes, hbm_bytes = traffic(record, gpu, problem)
-    l2_bytes += spilled_traffic(record, gpu, rows)
-    # as if each multiprocessor had its share of what all have together
-    cycles["l2"] = l2_bytes * gpu.multiprocessors / gpu.l2_bytes_per_clock
-    cycles["hbm"] = hbm_bytes * gpu.multiprocessors * gpu.ghz / gpu.hbm_gb
+    cycles |= memory_cycles(l2_bytes + spilled_traffic(record, gpu, rows), hbm_bytes, gpu)
+    most = stalls.stalled(record, gpu, trips_of(record.loops, rows), cycles)
+    return _prediction(record.configuration, gpu, problem, [cycles], [most])
+
+
+def memory_cycles(l2_bytes: float, hbm_bytes: float, gpu: Gpu) -> dict[str, float]:
+    """Cycles for so many bytes, as if each multiprocessor had its share of what all have."""
+    return {
+        "l2": l2_bytes * gpu.multiprocessors / gpu.l2_bytes_per_clock,
+        "hbm": hbm_bytes * gpu.multiprocessors * gpu.ghz / gpu.hbm_gb,
+    }
+
+
+def _prediction(
+    c: Configuration, gpu: Gpu, problem: Problem,
+    stages: Sequence[Mapping[str, float]], stalled: Sequence[Mapping[str, float]],
+) -> Prediction:  # fmt: skip
+    """Of what runs one after the other, given cycles of its units for each edge."""
+    units = {unit: None for stage in reversed(stages) for unit in stage}
+    cycles = {unit: sum(stage.get(unit, 0.0) for stage in stages) for unit in units}
+    least = sum(max(stage.values()) for stage in stages)
     limit = max(cycles, key=lambda unit: cycles[unit])
     ns = 1 / (gpu.multiprocessors * gpu.ghz)
     ms = problem.edges * ns * 1e-6
+    found = launches.launches_of(
+        c.direction, c.hidden, c.precision, problem.edges, arch=c.arch
+    )  # fmt: skip
     return Prediction(
-        cycles=cycles, l2_bytes=l2_bytes, hbm_bytes=hbm_bytes, limit=limit,
-        ns_per_edge=cycles[limit] * ns, ms=cycles[limit] * ms, ms_in_turn=sum(cycles.values()) * ms,
+        cycles=cycles,
+        l2_bytes=cycles["l2"] * gpu.l2_bytes_per_clock / gpu.multiprocessors,
+        hbm_bytes=cycles["hbm"] * gpu.hbm_gb / gpu.multiprocessors / gpu.ghz,
+        limit=limit if len(stages) == 1 else "stages",
+        ns_per_edge=least * ns, ms_least=least * ms,
+        ms_likely_most=sum(map(stalls.longest, stalled)) * ms,
+        ms_in_turn=sum(cycles.values()) * ms, launches=asdict(found), host_ms=found.seconds * 1e3,
     )  # fmt: skip
 
 
@@ -271,36 +256,45 @@ _TILES = {
 
 
 def predict_stages(records: Sequence[Record], gpu: Gpu, problem: Problem) -> Prediction:
-    """A pass in stages, one after the other; the products between them at the BLAS's peak."""
-    c, rows = records[0].configuration, rows_of_block(records[0].edges, problem.degree)
-    backward = records[-1].configuration.kernel.endswith("backward")
-    per_byte = gpu.multiprocessors / gpu.l2_bytes_per_clock
-    tile = c.hidden * (2 if c.precision in ("bf16", "fp16") else 4) * per_byte
+    """A pass in stages, one after the other, with products of the BLAS between them.
+
+    At least the products run at the matrix units' peak, and what L2 holds of a chunk's tiles is not
+    read from HBM; likely at most, all tiles are, and the products reach a share of the peak.
+    """
+    c, rows = records[-1].configuration, rows_of_block(records[0].edges, problem.degree)
+    backward = c.direction == "backward"
+    number = c.width * launches.operand_bytes(c.precision)
+    held = launches.held_bytes(c.direction, c.hidden, c.precision, staged_pass=True)
+    missed = _missed(min(call.CHUNK_BYTES, held * problem.edges), gpu)
     kind = {"bf16": "BF16", "fp16": "F16", "high": "TF32"}.get(c.precision)
     rate = max((n for name, n in gpu.macs.items() if name.endswith(f".{kind}")), default=gpu.fma)
-    # backward: two products again, two back, two outer ones
-    products = {
-        "matrix": (6 if backward else 2) * c.hidden**2 / rate,
-        "l2": (12 if backward else 4) * tile,
-    }
-    stages = [products]
-    for record in records:
-        cycles = unit_cycles(record.loops, gpu, record.warps, record.edges, rows)
-        stages.append(cycles | {"l2": _TILES[record.configuration.kernel] * tile})
-    whole = replace(c, kernel="edge_backward" if backward else "edge_forward")
+    whole = replace(
+        records[0].configuration, kernel="edge_backward" if backward else "edge_forward"
+    )
     l2_bytes, hbm_bytes = traffic(replace(records[0], configuration=whole), gpu, problem)
-    stages.append({"l2": l2_bytes * per_byte})
-    cycles = {unit: sum(s.get(unit, 0.0) for s in stages) for unit in stages[1] | stages[-1]}
-    cycles["hbm"] = hbm_bytes * gpu.multiprocessors * gpu.ghz / gpu.hbm_gb
-    in_turn = sum(max(s.values()) for s in stages)
-    limit = "stages" if in_turn > cycles["hbm"] else "hbm"
-    ns = 1 / (gpu.multiprocessors * gpu.ghz)
-    least = max(in_turn, cycles["hbm"])
-    return Prediction(
-        cycles=cycles, l2_bytes=cycles["l2"] / per_byte, hbm_bytes=hbm_bytes, limit=limit,
-        ns_per_edge=least * ns, ms=least * problem.edges * ns * 1e-6,
-        ms_in_turn=sum(cycles.values()) * problem.edges * ns * 1e-6,
-    )  # fmt: skip
+
+    def of_tiles(tiles: float, share: float) -> tuple[float, float]:
+        return tiles * number, tiles * number * share
+
+    # backward: two products again, two back, two outer ones
+    products = {"matrix": (6 if backward else 2) * c.hidden**2 / rate}
+    tiles = 12 if backward else 4
+    stages = [products | memory_cycles(*of_tiles(tiles, missed), gpu)]
+    stalled = [
+        {"matrix": products["matrix"] / stalls.BLAS_SHARE}
+        | stalls.slower_memory(memory_cycles(*of_tiles(tiles, 1.0), gpu))
+    ]
+    for k, record in enumerate(records):
+        cycles = unit_cycles(record.loops, gpu, record.warps, record.edges, rows)
+        for share, found in ((missed, stages), (1.0, stalled)):
+            l2, hbm = of_tiles(_TILES[record.configuration.kernel], share)
+            if k == 0:  # what is gathered and summed, all of it counted here
+                l2, hbm = l2 + l2_bytes, hbm + hbm_bytes
+            own = cycles | memory_cycles(l2, hbm, gpu)
+            if found is stalled:
+                own = stalls.stalled(record, gpu, trips_of(record.loops, rows), own)
+            found.append(own)
+    return _prediction(c, gpu, problem, stages, stalled)
 
 
 def kernels_of(direction: str, arch: str, hidden: int, precision: str) -> list[Configuration]:
@@ -324,7 +318,8 @@ def table_of(rows: Sequence[tuple[str, Record, Prediction]], problem: Problem) -
     units = list(rows[0][2].cycles)
     for name in ("GPU", "kernel", "H", "precision", "block", "stack"):
         table.add_column(name)
-    for name in (*units, "limit", "ns/edge", "ms", "in turn"):
+    last = ("limit", "ns/edge", "ms, least", "likely most", "in turn", "launches", "host ms")
+    for name in (*units, *last):
         table.add_column(name, justify="right")
     for gpu, record, found in rows:
         c = record.configuration
@@ -332,8 +327,30 @@ def table_of(rows: Sequence[tuple[str, Record, Prediction]], problem: Problem) -
         table.add_row(
             gpu, _name(c.kernel), str(c.hidden), c.precision, block,
             str(record.stack), *(f"{found.cycles[unit]:.1f}" for unit in units), found.limit,
-            f"{found.ns_per_edge:.3f}", f"{found.ms:.2f}", f"{found.ms_in_turn:.2f}",
+            f"{found.ns_per_edge:.3f}", f"{found.ms_least:.2f}", f"{found.ms_likely_most:.2f}",
+            f"{found.ms_in_turn:.2f}", str(sum(found.launches.values())), f"{found.host_ms:.2f}",
         )  # fmt: skip
+    return table
+
+
+def both_table(rows: Sequence[tuple[str, Record, Prediction]]) -> Table:
+    """Forward and backward together; each takes the longer of the GPU's and the host's time."""
+    table = Table(title="Forward and backward together")
+    for name in ("GPU", "H", "precision"):
+        table.add_column(name)
+    for name in ("launches", "host ms", "ms, least", "likely most"):
+        table.add_column(name, justify="right")
+    found: dict[tuple[str, int, str], list[Prediction]] = {}
+    for gpu, record, prediction in rows:
+        c = record.configuration
+        found.setdefault((gpu, c.hidden, c.precision), []).append(prediction)
+    for (gpu, hidden, precision), passes in found.items():
+        if len(passes) == 2:
+            number = sum(sum(p.launches.values()) for p in passes)
+            host = sum(p.host_ms for p in passes)
+            least, most = (sum(p.total_ms[k] for p in passes) for k in range(2))
+            table.add_row(gpu, str(hidden), precision, f"{number:,}", f"{host:.2f}", f"{least:.2f}",
+                          f"{most:.2f}")  # fmt: skip
     return table
 
 
@@ -374,15 +391,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for records in passes
         if records[0].configuration.arch == GPUS[name].arch
     ]
-    Console(width=200).print(table_of(rows, problem))
+    console = Console(width=240)
+    console.print(table_of(rows, problem))
+    console.print(both_table(rows))
     if args.json is not None:
         found = [
             {"gpu": name, **asdict(record.configuration), "block_edges": record.edges,
              "warps": record.warps, "registers": record.registers, "stack": record.stack,
-             **asdict(prediction)}
+             "programs": stalls.programs_that_fit(record, GPUS[name]),
+             **asdict(prediction), "total_ms": prediction.total_ms}
             for name, record, prediction in rows
         ]  # fmt: skip
-        content = {"schema": 1, "prediction": True, **asdict(problem), "rows": found}
+        content = {"schema": 2, "prediction": True, **asdict(problem), "rows": found}
         args.json.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -12,21 +12,23 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("Triton is for Linux", allow_module_level=True)
 
+from egnn_fast._triton import call
 from egnn_fast.kernels.blocks import Blocks
 from egnn_fast.kernels.configurations import Configuration
 from egnn_fast.kernels.disassembly import Loop
 from egnn_fast.kernels.offline import Record
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from bench import model  # the checkout's own folder, not installed
-from bench.model import GPUS, Problem
+from bench import model, stalls  # the checkout's own folder, not installed
+from bench.chips import GPUS, Gpu
+from bench.model import Problem
 
 A100, H200 = GPUS["a100"], GPUS["h200"]
 WARPS, EDGES = 4, 64
 UNIFORM = Problem(nodes=1_000_000, edges=32_000_000)
 
 
-def cycles(counts: dict[str, int], gpu: model.Gpu = H200, **macs: int) -> dict[str, float]:
+def cycles(counts: dict[str, int], gpu: Gpu = H200, **macs: int) -> dict[str, float]:
     loop = Loop("block", counts, {name.replace("_", "."): n for name, n in macs.items()})
     return model.unit_cycles([loop], gpu, WARPS, EDGES, rows=3)
 
@@ -132,8 +134,8 @@ def test_prediction() -> None:
     found = model.predict(record(), H200, UNIFORM)
     assert found.limit == "special"
     assert found.ns_per_edge == pytest.approx(18 / 132 / 1.83)
-    assert found.ms == pytest.approx(32e6 * 18 / 132 / 1.83e6)
-    assert found.ms_in_turn > found.ms
+    assert found.ms_least == pytest.approx(32e6 * 18 / 132 / 1.83e6)
+    assert found.ms_least < found.ms_likely_most < found.ms_in_turn
     # HBM's time does not depend on the clock
     ns = found.cycles["hbm"] / 132 / 1.83
     assert ns == pytest.approx(found.hbm_bytes / 4800)
@@ -142,20 +144,87 @@ def test_prediction() -> None:
 def test_a_pass_in_stages_takes_the_sum_of_its_stages() -> None:
     stages = [record(f"staged_{name}", hidden=256) for name in ("first", "messages", "shifts")]
     tile = 256 * 2 * 132 / 5120  # cycles of L2
+    # of what L2 does not hold of a chunk, cycles of HBM
+    missed = 1 - (50 << 20) / call.CHUNK_BYTES
+    far = 256 * 2 * missed * 132 * 1.83 / 4800
     found = model.predict_stages(stages, H200, UNIFORM)
     products = 2 * 256**2 / 2048
-    assert products > 4 * tile
-    gathered = model.traffic(record(hidden=256), H200, UNIFORM)[0] * 132 / 5120
-    least = products + 18 + 2 * tile + 18 + gathered
+    assert products > 4 * far > 4 * tile
+    l2, hbm = model.traffic(record(hidden=256), H200, UNIFORM)
+    first = max(l2 * 132 / 5120 + tile, hbm * 132 * 1.83 / 4800 + far)
+    assert 2 * far > 2 * tile > 18 > far
+    least = products + first + 2 * far + 18
     assert found.ns_per_edge == pytest.approx(least / 132 / 1.83)
     assert found.limit == "stages"
     assert found.cycles["special"] == pytest.approx(3 * 18)
-    assert found.cycles["l2"] == pytest.approx((4 + 4) * tile + gathered)
+    assert found.cycles["l2"] == pytest.approx((4 + 4) * tile + l2 * 132 / 5120)
+    assert found.cycles["hbm"] == pytest.approx((4 + 4) * far + hbm * 132 * 1.83 / 4800)
     # float32's own products have no matrix units; those of the stages themselves are 4 cycles each
     exact = [replace(r, configuration=replace(r.configuration, precision="highest"))
              for r in stages]  # fmt: skip
     matrix = model.predict_stages(exact, H200, UNIFORM).cycles["matrix"]
     assert matrix == pytest.approx(2 * 256**2 / 128 + 3 * 4)
+
+
+def test_chunks_that_fit_into_l2_are_not_read_from_hbm(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = [record(f"staged_{name}", hidden=256) for name in ("first", "messages", "shifts")]
+    gathered = model.traffic(record(hidden=256), H200, UNIFORM)[1]
+    monkeypatch.setattr(call, "CHUNK_BYTES", 24 << 20)
+    small = model.predict_stages(stages, H200, UNIFORM)
+    assert small.hbm_bytes == pytest.approx(gathered)
+    monkeypatch.setattr(call, "CHUNK_BYTES", 128 << 20)
+    large = model.predict_stages(stages, H200, UNIFORM)
+    assert large.ms_least > small.ms_least
+    assert large.host_ms < small.host_ms / 5
+    # likely at most, tiles of any chunk come from HBM
+    assert large.ms_likely_most == pytest.approx(small.ms_likely_most)
+
+
+def test_waits_of_the_upper_end() -> None:
+    """One reads in turn 3 times and waits at 10 barriers: beside its programs, nothing else."""
+    loops = [Loop("block", {"BAR": 4, "FFMA": 640}, {}), Loop("window", {"BAR": 6}, {})]
+    one = replace(record(), loops=loops)
+    units = {"issue": 10.0, "fma": 9.0, "l2": 3.0, "hbm": 4.5}
+    found = stalls.stalled(one, H200, [1, 1], units)
+    programs = stalls.programs_that_fit(one, H200)
+    assert programs == 2
+    assert found["waits"] == pytest.approx((3 * 800 + 10 * 30) / (2 * EDGES))
+    # two warps to a scheduler, each of which issues at every fourth clock
+    assert found["issue"] == pytest.approx(20)
+    assert found["l2"] == pytest.approx(6)
+    assert found["hbm"] == pytest.approx(5)
+    assert stalls.longest(found) == pytest.approx(20 + found["waits"])
+    # a window that runs twice has its barriers twice
+    again = stalls.stalled(one, H200, [1, 2], units)
+    assert again["waits"] - found["waits"] == pytest.approx(6 * 30 / (2 * EDGES))
+
+
+@pytest.mark.parametrize(
+    ("fields", "programs"),
+    [({}, 2), ({"registers": 255}, 2), ({"shared": 113 << 10}, 2), ({"shared": 114 << 10}, 1),
+     ({"warps": 8, "registers": 160}, 1), ({"registers": 250, "warps": 16}, 1)],
+)  # fmt: skip
+def test_programs_that_fit(fields: dict[str, int], programs: int) -> None:
+    assert stalls.programs_that_fit(replace(record(), **fields), H200) == programs  # type: ignore[arg-type]
+
+
+def test_what_does_not_fit_comes_afterwards() -> None:
+    both, one = record(), replace(record(), shared=114 << 10)
+    units = {"issue": 10.0, "fma": 90.0}
+    assert stalls.stalled(both, H200, [1], units)["fma"] == 90
+    # one program at a time is as fast as two for a unit that is always busy
+    assert stalls.stalled(one, H200, [1], units)["fma"] == 90
+    blocks = both.configuration.row._replace(programs=3)
+    three = replace(both, registers=255, configuration=replace(both.configuration, blocks=blocks))
+    assert stalls.programs_that_fit(three, H200) == 2
+    assert stalls.stalled(three, H200, [1], units)["fma"] == pytest.approx(90 * 4 / 3)
+
+
+def test_the_host_may_take_longer() -> None:
+    found = replace(model.predict(record(), H200, UNIFORM), host_ms=1e3)
+    assert found.total_ms == (1e3, 1e3)
+    found = replace(found, host_ms=1e-3)
+    assert found.total_ms == (found.ms_least, found.ms_likely_most)
 
 
 def test_which_kernels_a_pass_has() -> None:
@@ -190,6 +259,9 @@ def test_command(
         # three activations of 64 channels, an exponential and half a reciprocal each
         assert row["cycles"]["special"] >= 18
         assert row["cycles"]["matrix"] >= 4
-        assert row["ms"] == pytest.approx(32e6 * max(row["cycles"].values()) / 132 / 1.83e6)
+        assert row["ms_least"] == pytest.approx(32e6 * max(row["cycles"].values()) / 132 / 1.83e6)
+        assert row["total_ms"][0] == row["ms_least"] < row["ms_likely_most"] < row["ms_in_turn"]
+        assert row["launches"] == {"triton": 3, "torch": 2}
+        assert 0 < row["host_ms"] < 1
         assert row["limit"] in row["cycles"]
     assert h100["cycles"]["hbm"] == pytest.approx(h200["cycles"]["hbm"] * 4800 / 3350)

@@ -27,6 +27,7 @@ from bench.gpu import (
     graphs,
     items,
     large,
+    problems,
     system,
     tune,
 )
@@ -251,6 +252,32 @@ def test_chunks_of_the_reference_add_up(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(large, "CHUNK_NUMBERS", 8 * 11)
     for name, value in problem.reference(None).items():
         torch.testing.assert_close(value, whole[name], rtol=1e-12, atol=1e-12)
+
+
+def test_p_and_q_of_an_edge_pass_are_those_of_a_layer() -> None:
+    """In autocast's dtype, where they are timed and where they are checked."""
+    setting, low = Setting("cpu"), torch.bfloat16
+    by_name = {case.name: case for case in cases.timed(setting)}
+    problem = problems.build(by_name["edges-random-64"], setting)
+    assert problems.at(problem, "highest", "cpu").inputs is problem.inputs
+    found = problems.at(problem, "bf16", "cpu")
+    dtypes = {name: t.dtype for name, t in found.inputs.items()}
+    assert dtypes == {"p": low, "q": low, "x": torch.float32}
+    m, x = found.forward(found.module)
+    assert m.dtype == x.dtype == torch.float32
+    leaves = list(found.inputs.values())
+    grads = torch.autograd.grad(m.sum() + x.sum(), leaves)
+    assert [g.dtype for g in grads] == [t.dtype for t in leaves]
+    layer = problems.build(by_name["random-64"], setting)
+    assert problems.at(layer, "bf16", "cpu").inputs is layer.inputs
+
+    own = large.Pass(graphs.random_graph(7, 50, "cpu"), 8)
+    assert own.at("high").leaves == own.leaves
+    rounded = own.at("bf16")
+    assert {k for k, t in rounded.leaves.items() if t.dtype == low} == {"P", "Q"}
+    gradients = rounded.reference("bf16")
+    assert {k for k, t in gradients.items() if t.dtype == low} == {"gradient of P", "gradient of Q"}
+    assert {t.dtype for t in rounded.reference(None).values()} == {torch.float64}
 
 
 def test_radius_graph_is_that_of_all_pairs() -> None:

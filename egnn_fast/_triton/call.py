@@ -41,9 +41,9 @@ from egnn_fast.kernels.sums import finish_rows
 
 # differentiable inputs of the operator: pq, x, edge_attr, edge_mask; these and EdgeWeights
 _N_INPUTS, N_DIFF = 4, 13
-# bytes of what is held for the edges of a chunk. More than L2 has, so that a wide layer's tiles go to
-# HBM: 4 KB an edge forward, 11 backward at H = 256 in 16 bits. Chunks that stay in L2 would save
-# that, and have the host launch for longer than the GPU works (bench/results/NOTES.md)
+# bytes of what is held for the edges of a chunk. More than L2 has: a wide layer's tiles go to HBM,
+# 4 KB an edge forward and 11 backward at H = 256 in 16 bits. Chunks that stay in L2 save that, but
+# have the host launch for longer than the GPU works (bench/results/NOTES.md)
 CHUNK_BYTES = 128 << 20
 # chunks after which the rows that programs share are brought to their places, in one launch
 FINISHED_TOGETHER = 16
