@@ -274,17 +274,6 @@ def _node_arguments(c: Configuration, spec: Spec) -> tuple[Any, tuple[Any, ...],
         wider, changed = own != width, operand if operand.dtype != f32.dtype else None
         if spec.ROUND.value:
             changed = f32
-        given = Weights(
-            w_r=None,
-            w_a=None,
-            w2=f32,
-            b2=f32,
-            w_g=None,
-            b_g=None,
-            w3=head,
-            b3=head,
-            w_x=head,
-        )
         columns = (f32, first, *((f32, first) if c.attrs else (None, 0)))
         padding = f32 if wider else None
         out = Weights(
@@ -292,6 +281,8 @@ def _node_arguments(c: Configuration, spec: Spec) -> tuple[Any, tuple[Any, ...],
             w3=changed if c.head else None, b3=padding if c.head else None,
             w_x=padding if c.head else None,
         )  # fmt: skip
+        # those that are packed; w_r and w_a come beside them
+        given = Weights(*(None if t is None else f32 for t in out))._replace(w_r=None, w_a=None)
         sizes = (own, width, c.attrs)
         keywords = {"spec": read, "ROWS": PACKED_ROWS}
         return pack_weights, (given, *columns, out, *sizes), keywords

@@ -221,10 +221,9 @@ def _pack_operand(given, out, row, H, W, spec):
 def pack_weights(given, w_r, w_r_stride, w_a, w_a_stride, out, H, W, A, spec, ROWS: tl.constexpr):
     """Weights of H channels as the edge kernels take them, of W: padding is 0.
 
-    Matrices of the products are rounded to the operands' type. What is None in ``out`` stays as it
-    is. ``w_r`` and ``w_a [H, A]``, given beside the others, may be columns of another matrix, whose
-    row strides are given.
-    Sizes are no constants: one compiled kernel serves many layers.
+    Matrices of the products are rounded to the operands' type. What is None, in ``out`` too, stays
+    as it is. ``w_r`` and ``w_a [H, A]``, given beside the others, may be columns of another matrix,
+    whose row strides are given. Sizes are no constants: one compiled kernel serves many layers.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     _pack_vector(w_r, w_r_stride, out.w_r, row, H, W)

@@ -29,11 +29,14 @@ def packed(weights: Weights, spec: Spec, operand: torch.dtype) -> Weights:
             dtype = operand if square else torch.float32
             found[name] = t.new_empty((width, *columns), dtype=dtype)
     if found:
-        w_r, w_a = given.w_r, given.w_a
+        # what is not packed is not told of: with or without it the same compiled kernel does
+        read = Weights(*(t if n in found else None for n, t in given._asdict().items()))
+        w_r, w_a = read.w_r, read.w_a
+        r_stride = 0 if w_r is None else w_r.stride(0)
         a_stride, attrs = (0, 0) if w_a is None else (w_a.stride(0), w_a.shape[1])
         out = Weights(*map(found.get, Weights._fields))
         pack_weights[(-(-width // PACKED_ROWS),)](
-            given._replace(w_r=None, w_a=None), w_r, w_r.stride(0), w_a, a_stride, out,
+            read._replace(w_r=None, w_a=None), w_r, r_stride, w_a, a_stride, out,
             channels, width, attrs, spec=spec.read_by("pack_weights"), ROWS=PACKED_ROWS,
         )  # fmt: skip
     return given._replace(**found)
