@@ -94,7 +94,8 @@ def items(setting: Setting) -> Iterator[Item]:
     for case in cases:
         for precision in case.compiled:
             run = partial(_against_compile, case, precision)
-            yield Item(f"torch.compile: {case.name}: {precision}", "times", run, 60, 150, True)
+            name = f"times: {case.name} beside torch.compile: {precision}"
+            yield Item(name, "times", run, 60, 150, True)
 
 
 def _times(case: TimedCase, precision: str, setting: Setting) -> Outcome:
@@ -280,8 +281,8 @@ def _kernels(precision: str, setting: Setting) -> Outcome:
     return outcome
 
 
-def profiled(run: Run, setting: Setting) -> list[tuple[str, float, float]]:
-    """``(kernel, calls, seconds)`` of a run, those that take longest first."""
+def profiled(run: Run, setting: Setting, most: int = 20) -> list[tuple[str, float, float]]:
+    """``(kernel, calls, seconds)`` of a run, those that take longest first, at most so many."""
     from torch.profiler import ProfilerActivity, profile
 
     kind = ProfilerActivity.CUDA if setting.on_gpu else ProfilerActivity.CPU
@@ -296,7 +297,7 @@ def profiled(run: Run, setting: Setting) -> list[tuple[str, float, float]]:
         for event in profiler.key_averages()
     ]
     found = sorted((row for row in found if row[2] > 0), key=lambda row: -row[2])
-    return found[:20]
+    return found[:most]
 
 
 def _reach(setting: Setting) -> Outcome:
