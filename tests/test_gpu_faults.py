@@ -262,8 +262,9 @@ def test_what_runs_out_of_memory_is_tried_again_alone(tmp_path: Path) -> None:
         command=[sys.executable, "-c", CHILD, str(tmp_path / "mark")],
         done=lambda i, outcome, s: told.append((i.name, outcome.status, outcome.reason)),
     )  # fmt: skip
-    assert told == [
-        ("fits", PASS, ""), ("once", PASS, ""), ("always", LEFT_OUT, "out of memory, alone too: ")
+    assert told[0] == ("fits", PASS, "")
+    assert sorted(told[1:]) == [
+        ("always", LEFT_OUT, "out of memory, alone too: "), ("once", PASS, "")
     ]  # fmt: skip
 
 
@@ -340,7 +341,8 @@ def test_variants_choose_their_assembler(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("version", "told"), [("13.0.88", "got version 13.0.88"), ("x", "a file that tells no version")]
+    ("version", "told"),
+    [("13.0.88", "got version 13.0.88"), ("x", "got a file that tells no version")],
 )
 def test_an_assembler_that_is_too_old_is_refused(tmp_path: Path, version: str, told: str) -> None:
     path = assembler(tmp_path / "ptxas", version)
