@@ -21,8 +21,8 @@ _NODES, _DEGREE, _HIDDEN = 20, 4, 64
 
 def items(setting: Setting) -> Iterator[Item]:
     """A tiny layer, and the n-body batch."""
-    yield Item("host: layer", "times", _layer, 8, alone=True)
-    yield Item("host: nbody", "times", _nbody, 8, alone=True)
+    yield Item("host: layer", "times", _layer, 6, alone=True)
+    yield Item("host: nbody", "times", _nbody, 6, alone=True)
 
 
 def _layer(setting: Setting) -> Outcome:

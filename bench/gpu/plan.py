@@ -24,14 +24,18 @@ class Phase(NamedTuple):
 
 
 PHASES = (
-    Phase("smoke", 100, ("smoke: *", "memcheck: *", "racecheck: *", "speed: *")),
+    Phase("smoke", 100, (
+        "smoke: *: H 64: *", "memcheck: *", "racecheck: *", "smoke: *", "speed: *",
+    )),
+    Phase("compile", 125, ("compile: random-64: *", "compile: edges-random-64: *",
+                           "compile: nbody: *")),
     Phase("first times", 260, (
-        "rates", "times: random-64: *", "times: edges-random-64: *", "host: *", "times: nbody: *",
+        "rates", "host: *", "times: random-64: *", "times: edges-random-64: *", "times: nbody: *",
         "kernels: *",
     )),
     Phase("full size", 330, ("at full size: *-64: *", "at full size: *")),
     Phase("used most", 410, (
-        "layer: *: bf16", "layer: *: highest", "edge pass: H 64, D 3, A 0: *",
+        "compile: *", "layer: *: bf16", "layer: *: highest", "edge pass: H 64, D 3, A 0: *",
         "edge pass: H 128, D 3, A 0: *", "CUDA graph: *", "graphed: *",
         "capture before any other call: *", "no host synchronisation: *", "same bits: *",
         "torch.compile: *", "NaN stays in its row: *", "equivariance: D 3: *",
