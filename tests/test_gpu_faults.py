@@ -311,6 +311,26 @@ def test_every_item_has_its_phase_and_what_matters_comes_first() -> None:
     assert plan.PHASES[1].end + seconds <= plan.PHASES[2].end
 
 
+HANGS = "import sys, time; sys.stdin.readline(); time.sleep(60)"
+
+
+@pytest.mark.parametrize(
+    ("limit", "status", "told"),
+    [(1.0, FAIL, "not done after 1 s, so it was ended"),
+     (90.0, LEFT_OUT, "not done after 1 s, when the time was over, so it was ended")],
+)  # fmt: skip
+def test_only_what_had_all_its_time_has_failed(
+    limit: float, status: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(children, "GRACE", -1e6)
+    found: list[Outcome] = []
+    children.run(
+        [item("slow", seconds=1, limit=limit)], GPU, jobs=1, deadline=time.monotonic() + 5,
+        command=[sys.executable, "-c", HANGS], done=lambda i, outcome, s: found.append(outcome),
+    )  # fmt: skip
+    assert [(o.status, o.reason) for o in found] == [(status, told)]
+
+
 def test_a_short_run_is_the_first_part_of_a_long_one() -> None:
     assert plan.ends(560, True) == [100, 125, 260, 330, 410, 500, 560]
     assert plan.ends(240, True) == [100, 125, 240, 240, 240, 240, 240]
@@ -341,6 +361,9 @@ def test_variants_choose_their_assembler(tmp_path: Path, monkeypatch: pytest.Mon
     # one that is carried along is found, but none that is too old
     monkeypatch.setattr(variants, "places", lambda: [newer])
     assert variants.known(None, tmp_path)[variants.NEWER].version == "13.1.80"
+    newer.chmod(0o644)  # it lost the right to be executed on its way
+    moved = variants.known(None, tmp_path / "cache")[variants.NEWER]
+    assert (moved.version, moved.ptxas) == ("13.1.80", str(tmp_path / "cache" / "ptxas"))
     assembler(newer, "13.0.88")
     assert "no ptxas 13.1.80 or newer" in variants.known(None, tmp_path)[variants.NEWER].missing
 

@@ -118,8 +118,11 @@ class _Child:
                 self.lines.put(line[len(MARK) :])
         self.lines.put(None)
 
-    def ask(self, name: str, limit: float) -> tuple[Outcome, bool]:
-        """The outcome of an item, and whether this child can run another."""
+    def ask(self, name: str, limit: float, whole: bool = True) -> tuple[Outcome, bool]:
+        """The outcome of an item, and whether this child can run another.
+
+        What takes longer than the limit has failed, if that is the ``whole`` time that it may take.
+        """
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(name + "\n")
@@ -128,10 +131,11 @@ class _Child:
         except OSError:
             line = None
         except queue.Empty:
-            return Outcome(FAIL, f"not done after {limit:.0f} s, so it was ended"), False
+            status, why = (FAIL, "") if whole else (LEFT_OUT, ", when the time was over")
+            return Outcome(status, f"not done after {limit:.0f} s{why}, so it was ended"), False
         if line is None:
-            status = self.process.wait()
-            return Outcome(FAIL, f"its process ended with status {status}: {self._said()}"), False
+            code = self.process.wait()
+            return Outcome(FAIL, f"its process ended with status {code}: {self._said()}"), False
         return Outcome(**json.loads(line)), self.process.poll() is None
 
     def _said(self) -> str:
@@ -240,7 +244,8 @@ class _Work:
                             if child is not None:
                                 child.end()
                             child = _Child(self.command, self.environment(item))
-                        outcome, alive = child.ask(item.name, self._limit(item, begin))
+                        limit, whole = self._limit(item, begin)
+                        outcome, alive = child.ask(item.name, limit, whole)
                     else:
                         outcome = run_here(item, self.setting)
                 finally:
@@ -257,10 +262,12 @@ class _Work:
             if child is not None:
                 child.end()
 
-    def _limit(self, item: Item, begin: float) -> float:
+    def _limit(self, item: Item, begin: float) -> tuple[float, bool]:
+        """Seconds that an item may take, and whether that is all that it ever may."""
         if not self.setting.on_gpu:  # limits are those of a GPU
-            return PATIENCE * item.limit
-        return min(item.limit, max(item.seconds, self.deadline - begin + GRACE))
+            return PATIENCE * item.limit, True
+        limit = max(item.seconds, self.deadline - begin + GRACE)
+        return min(item.limit, limit), item.limit <= limit
 
     def _tell(self, item: Item, outcome: Outcome, seconds: float) -> None:
         with self.lock:

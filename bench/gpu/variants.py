@@ -6,9 +6,9 @@ Others met wrong results on Hopper that came from the assembler (ptxas) and not 
 
 from __future__ import annotations
 
-import getpass
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -88,14 +88,15 @@ def known(ptxas: Path | None, cache: Path) -> dict[str, Variant]:
     own_version = version_of(own)
     return {
         OWN: Variant(OWN, own, own_version, caches[OWN]),
-        NEWER: _newer(ptxas, caches[NEWER]),
+        NEWER: _newer(ptxas, cache, caches[NEWER]),
         NO_WGMMA: Variant(NO_WGMMA, own, own_version, caches[NO_WGMMA] | {_NO_WGMMA: "1"}),
     }
 
 
-def _newer(ptxas: Path | None, settings: Mapping[str, str]) -> Variant:
+def _newer(ptxas: Path | None, cache: Path, settings: Mapping[str, str]) -> Variant:
     least = ".".join(map(str, LEAST))
-    for path in [ptxas] if ptxas is not None else places():
+    for place in [ptxas] if ptxas is not None else places():
+        path = _executable(place, cache)
         version = version_of(str(path))
         if version and _numbers(version) >= LEAST:
             return Variant(NEWER, str(path), version, {**settings, _PATH: str(path)})
@@ -104,6 +105,17 @@ def _newer(ptxas: Path | None, settings: Mapping[str, str]) -> Variant:
             raise ValueError(f"--ptxas: expected ptxas {least} or newer, got {got}: {path}")
     missing = f"no ptxas {least} or newer: give --ptxas FILE, or install nvidia-cuda-nvcc"
     return Variant(NEWER, missing=missing)
+
+
+def _executable(path: Path, cache: Path) -> Path:
+    """The file, or a copy that may be executed: what is carried along may have lost that right."""
+    if not path.is_file() or os.access(path, os.X_OK):
+        return path
+    cache.mkdir(parents=True, exist_ok=True)
+    copy = cache / "ptxas"
+    shutil.copy(path, copy)
+    copy.chmod(0o755)
+    return copy
 
 
 def places() -> list[Path]:
@@ -142,7 +154,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def default_cache() -> Path:
     """Where the caches lie unless ``--cache`` names another folder: a later run finds them."""
-    return Path(tempfile.gettempdir()) / f"egnn-fast-gpu-suite-{getpass.getuser()}"
+    return Path(tempfile.gettempdir()) / f"egnn-fast-gpu-suite-{os.getuid()}"
 
 
 def standing(rows: Sequence[Row], items: Mapping[str, Row], able: Sequence[str]) -> list[Row]:
