@@ -458,6 +458,6 @@ def test_the_kernels_of_a_wrong_result_are_named(tmp_path: Path) -> None:
     assert first == again  # forgotten kernels come from the cache, as they were
     (kernel,) = first
     assert kernel["kernel"] == "finish_rows"
-    assert len(kernel["hash"]) == len(kernel["ptx_hash"]) == 16
+    assert len(kernel["hash"]) == len(kernel["ttgir_hash"]) == 16
     assert kernel["ptxas"].split(":")[0] == variants.version_of(variants.own_ptxas())
     assert len(kernel["code"]) > 1000

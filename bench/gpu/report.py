@@ -86,7 +86,7 @@ def _code_lines(results: Results) -> list[str]:
     for row in results.sections.get("triage_kernels", []):
         found.setdefault((row["kernel"], row["hash"]), row)
     return [
-        f"code of a wrong result: {row['kernel']} {row['hash']} (PTX {row['ptx_hash']}, "
+        f"code of a wrong result: {row['kernel']} {row['hash']} (TTGIR {row['ttgir_hash']}, "
         f"{row['wgmma']} wgmma), ptxas {row['ptxas']}"
         for row in list(found.values())[:TENSORS]
     ]

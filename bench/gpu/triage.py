@@ -1,8 +1,9 @@
 """What is written down of a wrong result, so that its cause can be found without the GPU.
 
 A layout's mistake hits the same rows and columns each time and with every assembler; a race differs
-from run to run; an assembler's mistake is there with one assembler and not with another, from the
-same assembly (the PTX's hash), and can be read in the machine code, which is kept.
+from run to run; an assembler's mistake is there with one assembler and not with another, from what
+Triton made alike for both (the hash of its TTGIR), and can be read in the machine code, which is
+kept.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import base64
 import gzip
 import hashlib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -157,13 +159,20 @@ def _about(name: str, made: Any) -> dict[str, Any]:
     assembly = made.asm.get("ptx", "").encode()
     metadata = made.metadata
     return {
-        "kernel": name, "hash": digest(code), "ptx_hash": digest(assembly),
+        "kernel": name, "hash": digest(code), "ttgir_hash": digest(_without_places(made)),
         "ptxas": _assembler(), "triton_hash": made.hash,
         "registers": getattr(made, "n_regs", None), "spills": getattr(made, "n_spills", None),
         "shared": getattr(metadata, "shared", None), "warps": getattr(metadata, "num_warps", None),
         "wgmma": assembly.count(b"wgmma.mma_async"),
         "code": base64.b64encode(gzip.compress(code + b"\0PTX\0" + assembly)).decode(),
     }  # fmt: skip
+
+
+def _without_places(made: Any) -> bytes:
+    """Triton's own code, with its layouts, without the lines of the source that it came from."""
+    text = str(made.asm.get("ttgir", ""))
+    lines = (line for line in text.splitlines() if not line.startswith("#loc"))
+    return "\n".join(re.sub(r" loc\(#loc\d*\)", "", line) for line in lines).encode()
 
 
 def digest(code: bytes) -> str:
