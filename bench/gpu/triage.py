@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from bench.gpu.setting import Outcome
-from bench.gpu.variants import version_of
 from egnn_fast import checks
 from egnn_fast._cases import Problem
+from egnn_fast.kernels.assembler import code_hash, in_use
 
 PLACES = 8  # of wrong numbers, rows and columns that are named
 PERIOD = 64  # rows of a warpgroup's tile: a layout's mistake shows in the row's number modulo it
@@ -159,7 +159,7 @@ def _about(name: str, made: Any) -> dict[str, Any]:
     assembly = made.asm.get("ptx", "").encode()
     metadata = made.metadata
     return {
-        "kernel": name, "hash": digest(code), "ttgir_hash": digest(_without_places(made)),
+        "kernel": name, "hash": code_hash(code) if code else digest(assembly), "ttgir_hash": digest(_without_places(made)),
         "ptxas": _assembler(), "triton_hash": made.hash,
         "registers": getattr(made, "n_regs", None), "spills": getattr(made, "n_spills", None),
         "shared": getattr(metadata, "shared", None), "warps": getattr(metadata, "num_warps", None),
@@ -181,13 +181,13 @@ def digest(code: bytes) -> str:
 
 
 def _assembler() -> str:
-    import triton
-
+    """Version and path of the one that Triton calls for this GPU; for Hopper where there is none."""
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
     try:
-        path = str(triton.knobs.nvidia.ptxas.path)
-    except (AttributeError, RuntimeError):
-        return "unknown"
-    return f"{version_of(path) or 'unknown'}: {path}"
+        found = in_use(10 * major + minor)
+    except RuntimeError as error:
+        return str(error)
+    return "none" if found is None else f"{found.version}: {found.path}"
 
 
 def lines(rows: Sequence[Mapping[str, Any]], most: int) -> list[str]:

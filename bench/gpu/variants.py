@@ -21,11 +21,12 @@ from bench.gpu import ROOT
 
 OWN, NEWER, NO_WGMMA = "own ptxas", "newer ptxas", "no wgmma"
 NAMES = (OWN, NEWER, NO_WGMMA)
-LEAST = (13, 1, 80)  # of a newer ptxas: 12.9 and 13.0 are those that others saw fail
-_PATH, _NO_WGMMA, _CACHE = "TRITON_PTXAS_PATH", "DISABLE_MMA_V3", "TRITON_CACHE_DIR"
-# the kernels run with an assembler that the package would refuse: to judge it is the purpose
-_ANY = "EGNN_FAST_ANY_ASSEMBLER"
-CONTROLLED = (_PATH, _NO_WGMMA, _CACHE)
+# of a newer ptxas; egnn_fast.kernels.assembler tells what others saw of older ones
+LEAST = (13, 1, 80)
+# which of the two paths counts for Hopper depends on Triton's version
+_PATHS = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
+_NO_WGMMA, _CACHE = "DISABLE_MMA_V3", "TRITON_CACHE_DIR"
+CONTROLLED = (*_PATHS, _NO_WGMMA, _CACHE)
 # where a newer ptxas may lie: a folder that git ignores, or the package nvidia-cuda-nvcc
 CARRIED = ROOT / ".ptxas" / "ptxas"
 _IN_PACKAGE = ("cu13/bin/ptxas", "cuda_nvcc/bin/ptxas")
@@ -64,7 +65,7 @@ class Variant:
     def environment(self) -> dict[str, str]:
         """The environment of its processes."""
         kept = {k: v for k, v in os.environ.items() if k not in CONTROLLED}
-        return {**kept, _ANY: "1", **self.settings}
+        return {**kept, **self.settings}
 
 
 def known(ptxas: Path | None, cache: Path) -> dict[str, Variant]:
@@ -98,8 +99,9 @@ def _newer(ptxas: Path | None, cache: Path, settings: Mapping[str, str]) -> Vari
     for place in [ptxas] if ptxas is not None else places():
         path = _executable(place, cache)
         version = version_of(str(path))
+        chosen = dict.fromkeys(_PATHS, str(path))
         if version and _numbers(version) >= LEAST:
-            return Variant(NEWER, str(path), version, {**settings, _PATH: str(path)})
+            return Variant(NEWER, str(path), version, {**settings, **chosen})
         if ptxas is not None:
             got = f"version {version}" if version else "a file that tells no version"
             raise ValueError(f"--ptxas: expected ptxas {least} or newer, got {got}: {path}")
