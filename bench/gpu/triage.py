@@ -159,7 +159,8 @@ def _about(name: str, made: Any) -> dict[str, Any]:
     assembly = made.asm.get("ptx", "").encode()
     metadata = made.metadata
     return {
-        "kernel": name, "hash": code_hash(code) if code else digest(assembly), "ttgir_hash": digest(_without_places(made)),
+        "kernel": name, "hash": code_hash(code) if code else digest(assembly),
+        "ttgir_hash": digest(_without_places(made)),
         "ptxas": _assembler(), "triton_hash": made.hash,
         "registers": getattr(made, "n_regs", None), "spills": getattr(made, "n_spills", None),
         "shared": getattr(metadata, "shared", None), "warps": getattr(metadata, "num_warps", None),
@@ -181,7 +182,7 @@ def digest(code: bytes) -> str:
 
 
 def _assembler() -> str:
-    """Version and path of the one that Triton calls for this GPU; for Hopper where there is none."""
+    """Version and path of the one that Triton calls for this GPU, or for Hopper without one."""
     major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
     try:
         found = in_use(10 * major + minor)
