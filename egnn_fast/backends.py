@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from egnn_fast import _native
-from egnn_fast.kernels import MAX_DIM, MAX_HIDDEN, PROVEN, interpreting
+from egnn_fast.kernels import MAX_DIM, MAX_HIDDEN, PROVEN, assembler, interpreting
 from egnn_fast.settings import Blocks, Entry
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -134,9 +134,29 @@ def unavailable(backend: str) -> str | None:
 def _no_triton() -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed: pip install 'egnn-fast[triton]'"
-    if torch.cuda.is_available() or interpreting():
+    if interpreting():
         return None
-    return "PyTorch sees no GPU; TRITON_INTERPRET=1 runs the kernels on the CPU, to check them"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no GPU; TRITON_INTERPRET=1 runs the kernels on the CPU, to check them"
+    found = _doubt()
+    return found.reason if found is not None and found.level == "refuse" else None
+
+
+def _doubt() -> assembler.Doubt | None:
+    """What speaks against the assembler of Triton's kernels on this GPU."""
+    if interpreting() or not _on_nvidia():
+        return None
+    try:
+        return assembler.doubt_here(_arch())
+    except RuntimeError as error:  # there is none
+        return assembler.Doubt("refuse", f"Triton has no assembler: {error}")
+
+
+@torch.compiler.assume_constant_result
+def _warning() -> str | None:
+    """What to warn of before Triton's kernels run."""
+    found = _doubt()
+    return None if found is None else found.reason
 
 
 def unproven(backend: str) -> str | None:
@@ -156,6 +176,11 @@ def _on_nvidia() -> bool:
 @torch.compiler.assume_constant_result
 def _architecture() -> tuple[int, int]:
     return torch.cuda.get_device_capability()
+
+
+def _arch() -> int:
+    major, minor = _architecture()
+    return 10 * major + minor
 
 
 def refusal(backend: str, call: Call) -> str | None:
@@ -202,6 +227,13 @@ def select(argument: str | None, call: Call) -> str:
     BackendError
         A backend was named, by argument, context or environment, that cannot run the call.
     """
+    chosen = _select(argument, call)
+    if chosen == "triton" and (warning := _warning()) is not None:
+        warn_once(warning)
+    return chosen
+
+
+def _select(argument: str | None, call: Call) -> str:
     name = requested(argument)
     # in every layer of every step: the usual case must be quick
     if name == "auto" and call.device == "cpu" and refusal("cpu", call) is None:
@@ -260,8 +292,8 @@ def instruction_set(backend: str) -> str:
     if backend == "triton" and unavailable(backend) is None:
         if interpreting():
             return "interpreted on the CPU"
-        major, minor = _architecture()
-        return f"sm_{major}{minor}"
+        found = assembler.in_use(_arch())
+        return f"sm_{_arch()}" + (f", {found.label}" if found is not None else "")
     return "PyTorch's own"
 
 

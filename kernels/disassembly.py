@@ -29,12 +29,30 @@ _CONTROL = (
 
 
 class Instruction(NamedTuple):
-    """One line of SASS: where it stands, whether it has a predicate, its name, where it may go."""
+    """One line of SASS.
+
+    Attributes
+    ----------
+    at : where it stands
+    conditional : whether it has a predicate
+    name : with its modifiers
+    target : where it may go; None if it is no jump
+    operands : what follows the name
+    """
 
     at: int
     conditional: bool
     name: str
     target: int | None
+    operands: tuple[str, ...] = ()
+
+
+class Flow(NamedTuple):
+    """Basic blocks: the numbers of their first instructions, their ends, the blocks after each."""
+
+    starts: list[int]
+    ends: list[int]
+    successors: list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -61,11 +79,13 @@ def instructions_of(sass: str) -> list[Instruction]:
         name, rest = line["name"], line["rest"]
         if name == "NOP":
             continue
-        goes = _TARGET.search(rest) if name.split(".")[0] in _JUMPS else None
+        jumps = name.split(".")[0] in _JUMPS
+        goes = _TARGET.search(rest) if jumps else None
         # BRA.U has its condition among the operands
-        conditional = line["when"] is not None or "UP" in rest
+        conditional = line["when"] is not None or (jumps and "UP" in rest)
         target = int(goes[1], 16) if goes else None
-        found.append(Instruction(int(line["at"], 16), conditional, name, target))
+        operands = tuple(operand.strip() for operand in rest.split(",") if operand.strip())
+        found.append(Instruction(int(line["at"], 16), conditional, name, target, operands))
     return found
 
 
@@ -181,8 +201,8 @@ def block_loops(instructions: list[Instruction]) -> list[Loop]:
     return found
 
 
-def _natural_loops(instructions: list[Instruction]) -> list[frozenset[int]]:
-    """The loops of the flow graph, each as the numbers of its instructions."""
+def flow_of(instructions: list[Instruction]) -> Flow:
+    """The flow graph."""
     place = {instruction.at: i for i, instruction in enumerate(instructions)}
     at = sorted(place)
 
@@ -206,7 +226,12 @@ def _natural_loops(instructions: list[Instruction]) -> list[frozenset[int]]:
     number = {start: n for n, start in enumerate(leaders)}
     bounds = [*leaders[1:], len(instructions)]
     successors = [[number[n] for n in leads_to(end - 1)] for end in bounds]
+    return Flow(leaders, bounds, successors)
 
+
+def _natural_loops(instructions: list[Instruction]) -> list[frozenset[int]]:
+    """The loops of the flow graph, each as the numbers of its instructions."""
+    leaders, bounds, successors = flow_of(instructions)
     loops: dict[int, set[int]] = {}
     dominators = _dominators(successors)
     predecessors: dict[int, list[int]] = {n: [] for n in dominators}

@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from egnn_fast.kernels import interpreting
+from egnn_fast.kernels.assembler import code_hash, in_use
 from egnn_fast.kernels.configurations import TARGETS, Configuration, arguments
 from egnn_fast.kernels.disassembly import (
     Loop,
@@ -37,6 +38,7 @@ from egnn_fast.kernels.disassembly import (
     instructions_of,
     macs_by_type,
 )
+from egnn_fast.kernels.hazards import hazards
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,9 @@ class Record:
     loops : the loop over blocks, and those in it; none for AMD
     spilled_registers : AMD's; NVIDIA tells the stack alone
     triton : the compiler's version
+    assembler : that of ptxas, in full; none for AMD
+    code : :func:`~egnn_fast.kernels.assembler.code_hash` of the machine code; none for AMD
+    hazards : :func:`~egnn_fast.kernels.hazards.hazards` of it
     """
 
     configuration: Configuration
@@ -67,6 +72,9 @@ class Record:
     loops: list[Loop] = field(default_factory=list)
     spilled_registers: int = 0
     triton: str = triton.__version__
+    assembler: str = ""
+    code: str = ""
+    hazards: list[str] = field(default_factory=list)
 
     @classmethod
     def read(cls, found: dict[str, Any]) -> Record:
@@ -99,18 +107,21 @@ def compile_here(c: Configuration) -> Record:
     """Compile a configuration in this process, whose Triton can then no longer launch kernels."""
     if interpreting():
         raise RuntimeError("TRITON_INTERPRET is set: kernels are not compiled in this process")
-    driver.set_active(_NoDevice(TARGETS[c.arch]))
+    target = TARGETS[c.arch]
+    driver.set_active(_NoDevice(target))
     kernel, args, keywords = arguments(c)
     found = kernel.warmup(*args, grid=(1,), **keywords)
     shape: dict[str, Any] = {"configuration": c, "warps": c.warps, "edges": c.edges}
     if "amdgcn" in found.asm:
         return Record(**shape, shared=found.metadata.shared, **amdgcn_record(found.asm["amdgcn"]))
-    usage, sass = _dump(found.asm["cubin"])
-    lines = instructions_of(sass)
+    cubin = found.asm["cubin"]
+    usage, sass = _dump(cubin)
+    lines, assembler = instructions_of(sass), in_use(target.arch)
     return Record(
         **shape, registers=_stated("REG", usage), stack=_stated("STACK", usage),
         shared=found.metadata.shared, counts=counts_of(lines), macs=macs_by_type(lines),
-        loops=block_loops(lines),
+        loops=block_loops(lines), assembler=assembler.version if assembler else "",
+        code=code_hash(cubin), hazards=hazards(lines),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from bench.gpu import derive, floor, plots
 from bench.gpu.results import Results, environment
-from bench.gpu.setting import FAIL, Item, Outcome, Setting
+from bench.gpu.setting import FAIL, LEFT_OUT, PASS, Item, Outcome, Setting
 from egnn_fast.bench.cases import FUSED, INFERENCE, TRAINING
 from egnn_fast.experiments.errors import UsageError
 
@@ -61,7 +61,7 @@ def time_row(peer: str, seconds: float, case: str = "random-64", **more: Any) ->
     row: dict[str, Any] = {
         "item": "i", "case": case, "kind": "layer", "nodes": 1_000_000, "edges": 32_000_000,
         "hidden": 64, "layers": 1, "precision": "bf16", "measured": INFERENCE, "peer": peer,
-        "median_s": seconds,
+        "median_s": seconds, "variant": "own ptxas",
     }  # fmt: skip
     return row | more
 
@@ -97,19 +97,45 @@ def test_ratios_floors_and_goals() -> None:
     assert met["peak memory of eager over ours, bf16"] == (12.5, False)
 
 
+FULL_SIZE = "at full size: random-64: bf16"
+
+
+def known(*items: tuple[str, str, str]) -> dict[str, dict[str, Any]]:
+    return {
+        f"{name} {variant}": {"name": name, "status": status, "variant": variant}
+        for name, status, variant in items
+    }
+
+
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("items", "checked"),
     [
-        ("edge pass: H 64: bf16", False),
-        ("at full size: random-64: bf16", False),
-        ("edge pass: H 64: highest", True),
-        ("memcheck", True),
+        ([(FULL_SIZE, PASS, "own ptxas")], True),
+        ([], False),  # it did not run
+        ([(FULL_SIZE, FAIL, "own ptxas")], False),
+        ([(FULL_SIZE, LEFT_OUT, "own ptxas")], False),
+        ([(FULL_SIZE, PASS, "no wgmma")], False),  # another variant's code
+        # another case in the same precision is wrong, in another precision, with another variant
+        ([(FULL_SIZE, PASS, "own ptxas"), ("edge pass: a: bf16", FAIL, "own ptxas")], False),
+        ([(FULL_SIZE, PASS, "own ptxas"), ("edge pass: a: high", FAIL, "own ptxas")], True),
+        ([(FULL_SIZE, PASS, "own ptxas"), ("smoke: a: bf16", FAIL, "no wgmma")], True),
+        ([(FULL_SIZE, PASS, "own ptxas"), ("racecheck: a: bf16", FAIL, "own ptxas")], True),
     ],
 )
-def test_no_speed_up_of_what_is_wrong(name: str, told: bool) -> None:
-    known = {name: {"name": name, "section": "checks", "status": FAIL}}
-    found = derive.times(WHERE, sections(), known)
-    assert [row["ratio"] is not None for row in found[:3]] == [told] * 3
+def test_a_ratio_stands_whatever_is_checked(items: Any, checked: bool) -> None:
+    found = derive.times(WHERE, sections(), known(*items))
+    assert [row["ratio"] for row in found] == [1, 20, 25, 1, None]
+    assert {row["checked"] for row in found} == {checked}
+    goals = list(derive.goals(found, []))
+    assert {row["checked"] for row in goals} == {checked}
+
+
+def test_a_network_rests_on_the_smoke_of_its_precision() -> None:
+    rows = {"times": [time_row(FUSED, 1.0, "nbody", kind="nbody")]}
+    for status, checked in ((PASS, True), (LEFT_OUT, False), (FAIL, False)):
+        items = known(("smoke: own ptxas: H 64: bf16", status, "own ptxas"))
+        (found,) = derive.times(WHERE, rows, items)
+        assert found["checked"] is checked
 
 
 def test_without_rates_there_is_no_floor() -> None:

@@ -28,10 +28,11 @@ from bench.gpu import (
     items,
     large,
     problems,
-    system,
+    sanitizer,
+    smoke,
     tune,
 )
-from bench.gpu.setting import FAIL, PASS, PRECISIONS, SKIP, Item, Outcome, Setting
+from bench.gpu.setting import FAIL, LEFT_OUT, PASS, PRECISIONS, Item, Outcome, Setting
 from egnn_fast.bench.cases import FUSED, INFERENCE
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(600)]
@@ -70,13 +71,13 @@ def test_a_run_through_the_interpreter(run: tuple[Path, str]) -> None:
     assert status == {
         "edge pass: 17 edges of one row: highest": PASS,
         "torch.compile: complete: highest": PASS,
-        "CUDA graph: complete: highest": SKIP,
+        "CUDA graph: complete: highest": LEFT_OUT,
         "2 N H beyond 2^31": PASS,
         "rates": PASS,
         "times: nbody: highest": PASS,
     }
     assert content["passed"] is True
-    assert content["counts"] == {PASS: 5, FAIL: 0, SKIP: 1}
+    assert content["counts"] == {PASS: 5, FAIL: 0, LEFT_OUT: 1}
     rows = [row for row in content["found"]["checks"] if row["case"] == "17 edges of one row"]
     assert [row["quantity"] for row in rows] == ["outputs", "gradients", "second order"]
     assert all(0 < row["error"] <= row["bound"] < 1e-4 for row in rows)
@@ -95,7 +96,7 @@ def test_a_run_through_the_interpreter(run: tuple[Path, str]) -> None:
     with (folder / "results.csv").open() as file:
         table = list(csv.DictReader(file))
     assert {row["section"] for row in table} == {"item", "checks", "rates", "times"}
-    assert "5 pass, 0 fail, 1 skip" in said
+    assert "5 pass, 0 fail, 1 left out" in said
 
 
 def test_a_run_is_continued(run: tuple[Path, str]) -> None:
@@ -116,7 +117,11 @@ def test_a_run_is_continued(run: tuple[Path, str]) -> None:
     ("arguments", "message"),
     [
         ([], "--out: needed"),
-        (["--out", "x", "--budget", "0"], "--budget: expected more than 0"),
+        (["--out", "x", "--minutes", "0"], "--minutes: expected more than 0"),
+        (["--out", "x", "--minutes", "nan"], "--minutes: expected more than 0"),
+        (["--out", "x", "--variant", "best"], "--variant: expected one of own ptxas, newer"),
+        (["--out", "x", "--plant", "odd=*"], "--plant: expected KIND=PATTERN, KIND one of wrong"),
+        (["--out", "x", "--plant", "wrong"], "--plant: expected KIND=PATTERN"),
         (["--out", "x", "--jobs", "-1"], "--jobs: expected at least 0"),
     ],
 )
@@ -157,10 +162,11 @@ def test_the_items_of_a_gpu() -> None:
     names = list(items.all_items(GPU))
     assert len(set(names)) == len(names)
     for wanted in (
-        "same bits: edge pass: bf16", "CUDA graph: complete: highest", "memcheck",
+        "same bits: edge pass: bf16", "CUDA graph: complete: highest", "racecheck: H 64: bf16",
+        "memcheck: all options: bf16", "speed: newer ptxas", "host: layer",
         "torch.compile: edge list: bf16", "E H beyond 2^31", "times: random-64: bf16",
         "times: radius-128: bf16", "times: fluid: bf16", "times: nbody: highest",
-        "times: qm9: bf16", "kernels: bf16", "reach", "torch.compile: random-64: bf16",
+        "times: qm9: bf16", "kernels: bf16", "reach", "times: random-64 beside torch.compile: bf16",
         "no host synchronisation: complete: bf16", "equivariance: D 8: fp16",
         "NaN stays in its row: H 160: bf16", "approximate activations: bf16",
     ):  # fmt: skip
@@ -348,18 +354,31 @@ def test_what_dies_or_hangs_takes_one_item_with_it(jobs: int) -> None:
     assert told["hang"] == (FAIL, "not done after 2 s, so it was ended")
 
 
+RACES = "RACECHECK SUMMARY: 3 hazards displayed (2 errors, 1 warning)"
+NO_RACES = "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
+
+
 @pytest.mark.parametrize(
-    ("status", "said", "expected"),
+    ("tool", "status", "said", "expected"),
     [
-        (0, f"{system.MEMCHECK_DONE}\n=== ERROR SUMMARY: 0 errors", PASS),
-        (1, "=== Invalid __global__ read of size 4\n=== ERROR SUMMARY: 2 errors", FAIL),
-        (1, "Traceback\n=== ERROR SUMMARY: 0 errors", FAIL),
-        (0, "=== ERROR SUMMARY: 0 errors", FAIL),
-        (1, "unable to attach", SKIP),
+        ("memcheck", 0, f"{sanitizer.DONE}\n=== ERROR SUMMARY: 0 errors", PASS),
+        ("memcheck", 1, "=== Invalid __global__ read of size 4\n=== ERROR SUMMARY: 2 errors", FAIL),
+        ("memcheck", 1, "Traceback\n=== ERROR SUMMARY: 0 errors", FAIL),
+        ("memcheck", 0, "=== ERROR SUMMARY: 0 errors", FAIL),
+        ("memcheck", 1, "unable to attach", LEFT_OUT),
+        ("racecheck", 0, f"{sanitizer.DONE}\n=== {NO_RACES}", PASS),
+        ("racecheck", 0, f"{sanitizer.DONE}\n=== {RACES}", FAIL),
+        ("racecheck", 1, f"Traceback\n=== {NO_RACES}", FAIL),
     ],
 )
-def test_what_compute_sanitizer_says(status: int, said: str, expected: str) -> None:
-    assert system.memcheck_outcome(status, said).status == expected
+def test_what_compute_sanitizer_says(tool: str, status: int, said: str, expected: str) -> None:
+    assert sanitizer.outcome_of(tool, status, said).status == expected
+
+
+def test_sanitized_cases_are_among_those_whose_kernels_the_smoke_compiles() -> None:
+    smoked = {(s.name, s.precision) for s in smoke.cases(GPU)}
+    for check in sanitizer.CHECKS:
+        assert (check.case, check.precision) in smoked
 
 
 def test_tuning(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 SOURCE_FILES = [
-    *(p for folder in ("egnn_fast", "tests") for p in (ROOT / folder).rglob("*.py")),
+    *(p for folder in ("egnn_fast", "kernels", "tests") for p in (ROOT / folder).rglob("*.py")),
     *(p for p in (ROOT / "csrc").rglob("*") if p.is_file()),
     *(ROOT / name for name in ("setup.py", "CMakeLists.txt", "Makefile")),
 ]

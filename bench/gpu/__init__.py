@@ -1,8 +1,12 @@
 """What ``bench/gpu_suite.py`` runs.
 
-``command`` reads the options, ``items`` lists all that can be run, ``children`` runs it in
-processes of their own, ``checks``, ``system``, ``large``, ``times`` and ``tune`` are what is run,
-``results``, ``derive`` and ``plots`` are what is made of it.
+``command`` reads the options, ``items`` lists all that can be run, ``plan`` says in which order,
+``run`` does it: ``children`` in processes of their own, taken from ``waiting``, with the variant
+of the compiler that ``variants`` knows.
+
+What is run: ``smoke``, ``sanitizer``, ``checks``, ``system``, ``large``, ``times``, ``host`` and
+``tune``. What is made of it: ``results``, ``triage``, ``derive``, ``report`` and ``plots``.
+``plant`` breaks things on purpose.
 """
 
 from __future__ import annotations

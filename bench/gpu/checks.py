@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from bench.gpu import triage
 from bench.gpu.setting import (
     PRECISIONS,
     Item,
@@ -176,7 +177,33 @@ def _case(face: str, case: Case, precision: str, setting: Setting) -> Outcome:
         )
         synchronize(setting)
     judge(outcome, precision, face, rows)
+    if not all(row.passed for row in rows):
+        _look(outcome, problem, case.name, precision)
     return outcome
+
+
+def _look(outcome: Outcome, problem: Problem, case: str, precision: str) -> None:
+    """Write down where outputs and first gradients are wrong."""
+    exact = Problem({k: t.double() for k, t in problem.leaves.items()}, problem.run)
+    with matmul(precision):
+        found, plain = (triage.first_order(problem, name) for name in ("triton", "reference"))
+        truth = triage.first_order(exact, "reference")
+        bounds = _bounds(precision, [plain], truth)
+        again = partial(triage.first_order, problem, "triton")
+        triage.examine(outcome, case, precision, found, truth, bounds, again)
+
+
+def _bounds(
+    precision: str, plain: Sequence[dict[str, Tensor]], truth: dict[str, Tensor]
+) -> dict[str, float]:
+    """What each tensor may be off by."""
+    return {
+        name: checks.bound(
+            torch.float32, [checks.relative_error(p[name], right) for p in plain],
+            rounding(precision),
+        )
+        for name, right in truth.items()
+    }  # fmt: skip
 
 
 def _equivariance(precision: str, dim: int, setting: Setting) -> Outcome:
@@ -213,17 +240,22 @@ def judge_tensors(
     found: dict[str, Tensor],
     plain: Sequence[dict[str, Tensor]],
     truth: dict[str, Tensor],
+    again: Callable[[], dict[str, Tensor]] | None = None,
 ) -> None:
-    """The same for tensors by name: the one nearest to its bound stands for all."""
-    rows = []
+    """The same for tensors by name: the one nearest to its bound stands for all.
+
+    Where one fails, ``again`` computes what was found once more, to find out why.
+    """
     if found.keys() != truth.keys():
         outcome.fail(f"expected {sorted(truth)}, got {sorted(found)}")
         return
-    for name, right in truth.items():
-        errors = [checks.relative_error(p[name], right) for p in plain]
-        allowed = checks.bound(torch.float32, errors, rounding(precision))
-        error = checks.relative_error(found[name], right)
-        rows.append(
-            checks.Row("triton", "float32", case, "outputs and gradients", error, allowed, name)
-        )
-    judge(outcome, precision, face, [max(rows, key=lambda row: row.error / row.bound)])
+    bounds = _bounds(precision, plain, truth)
+    rows = [
+        checks.Row("triton", "float32", case, "outputs and gradients",
+                   checks.relative_error(found[name], right), bounds[name], name)
+        for name, right in truth.items()
+    ]  # fmt: skip
+    worst = max(rows, key=lambda row: row.error / row.bound)
+    judge(outcome, precision, face, [worst])
+    if not worst.passed and again is not None:
+        triage.examine(outcome, case, precision, found, truth, bounds, again)

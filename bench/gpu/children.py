@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 import queue
 import subprocess
 import sys
@@ -22,24 +23,32 @@ from typing import IO
 
 import torch
 
-from bench.gpu.setting import FAIL, SKIP, Item, Outcome, Setting
+from bench.gpu import plant
+from bench.gpu.setting import FAIL, LEFT_OUT, Item, Outcome, Setting
+from bench.gpu.waiting import Queue
 
 MARK = "@@ "  # before an answer: whatever else is printed is not one
 BROKEN = 3  # exit status of a child whose CUDA context is
 GRACE = 20.0  # seconds beyond the deadline for what was begun before
 PATIENCE = 10.0  # with the interpreter
 _TAIL = 400  # characters of what a dying child said
+_OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 Done = Callable[[Item, Outcome, float], None]
+Environments = Callable[[Item], dict[str, str]]
 
 
 def run_here(item: Item, setting: Setting) -> Outcome:
-    """Run an item in this process; an exception is a failure."""
+    """Run an item in this process; an exception is a failure, but for want of memory."""
     try:
-        return item.run(setting)
+        with plant.planted(item.name, setting):
+            return item.run(setting)
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         line = " ".join(f"{type(error).__name__}: {error}".split())[:_TAIL]
-        return Outcome(FAIL, f"{line} ({Path(place.filename).name}:{place.lineno})")
+        line = f"{line} ({Path(place.filename).name}:{place.lineno})"
+        if out_of_memory(error):
+            return Outcome(LEFT_OUT, line, out_of_memory=True)
+        return Outcome(FAIL, line)
     finally:
         if setting.on_gpu and torch.cuda.is_available():
             if "torch._dynamo" in sys.modules:
@@ -48,8 +57,16 @@ def run_here(item: Item, setting: Setting) -> Outcome:
             torch.cuda.empty_cache()
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that the GPU's memory did not suffice."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
 def serve(items: Mapping[str, Item], setting: Setting, source: IO[str], target: IO[str]) -> int:
     """A child's life: names in, outcomes out; the exit status."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     for line in source:
         outcome = run_here(items[line.strip()], setting)
         broken = _broken(setting)
@@ -60,6 +77,13 @@ def serve(items: Mapping[str, Item], setting: Setting, source: IO[str], target: 
         if broken is not None:
             return BROKEN
     return 0
+
+
+def _end_with(parent: int) -> None:
+    """End this process with its parent, which may be killed while an item runs."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _broken(setting: Setting) -> str | None:
@@ -76,12 +100,13 @@ def _broken(setting: Setting) -> str | None:
 class _Child:
     """A process that runs one item after the other."""
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None) -> None:
         # open as long as the process runs
         self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self.environment = environment
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
-            encoding="utf-8", errors="replace",
+            encoding="utf-8", errors="replace", env=environment,
         )  # fmt: skip
         self.lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -93,8 +118,11 @@ class _Child:
                 self.lines.put(line[len(MARK) :])
         self.lines.put(None)
 
-    def ask(self, name: str, limit: float) -> tuple[Outcome, bool]:
-        """The outcome of an item, and whether this child can run another."""
+    def ask(self, name: str, limit: float, whole: bool = True) -> tuple[Outcome, bool]:
+        """The outcome of an item, and whether this child can run another.
+
+        What takes longer than the limit has failed, if that is the ``whole`` time that it may take.
+        """
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(name + "\n")
@@ -103,19 +131,22 @@ class _Child:
         except OSError:
             line = None
         except queue.Empty:
-            return Outcome(FAIL, f"not done after {limit:.0f} s, so it was ended"), False
+            status, why = (FAIL, "") if whole else (LEFT_OUT, ", when the time was over")
+            return Outcome(status, f"not done after {limit:.0f} s{why}, so it was ended"), False
         if line is None:
-            status = self.process.wait()
-            return Outcome(FAIL, f"its process ended with status {status}: {self._said()}"), False
+            code = self.process.wait()
+            return Outcome(FAIL, f"its process ended with status {code}: {self._said()}"), False
         return Outcome(**json.loads(line)), self.process.poll() is None
 
     def _said(self) -> str:
         self.errors.seek(0)
         return " ".join(self.errors.read()[-_TAIL:].split()) or "it said nothing"
 
-    def end(self) -> None:
+    def end(self, kill: bool = False) -> None:
         """Let it go; one that does not is killed."""
         assert self.process.stdin is not None
+        if kill:
+            self.process.kill()
         with contextlib.suppress(OSError):
             self.process.stdin.close()
         try:
@@ -134,94 +165,123 @@ def run(
     deadline: float,
     done: Done,
     command: Sequence[str] = (),
+    gigabytes: float = float("inf"),
+    environment: Environments | None = None,
 ) -> list[Item]:
     """Run items, those that must be alone after the others; those that time was too short for.
+
+    What runs out of memory beside others is run again alone.
 
     Parameters
     ----------
     items : sequence of Item
         In the order of their importance.
     jobs : int
-        Children at a time; 0 runs everything in this process.
+        Children at a time; 0 runs everything in this process, but for items with a variant.
     deadline : float
         By ``time.monotonic``: an item is begun only if it will probably end before.
     done : callable
         Told each outcome and its seconds, one at a time.
     command : sequence of str
         Starts a child.
+    gigabytes : float
+        What runs side by side takes no more GPU memory.
+    environment : callable, optional
+        The environment of an item's child.
     """
+    work = _Work(setting, deadline, done, command, gigabytes, environment)
     together = [item for item in items if not item.alone]
-    alone = [item for item in items if item.alone]
-    left: list[Item] = []
-    for group, count in ((together, jobs), (alone, min(jobs, 1))):
-        left += _run_group(group, setting, count, deadline, done, command)
-    return left
+    left = work.run(together, jobs)
+    again, work.again = work.again, None
+    return left + work.run([*(again or ()), *(i for i in items if i.alone)], min(jobs, 1))
 
 
-def _run_group(
-    items: Sequence[Item], setting: Setting, jobs: int, deadline: float, done: Done,
-    command: Sequence[str],
-) -> list[Item]:  # fmt: skip
-    waiting, left, lock = list(items), list[Item](), threading.Lock()
-    failures: list[BaseException] = []
+class _Work:
+    """Workers, each with a child of its own, that share a queue."""
 
-    def next_item() -> Item | None:
-        with lock:
-            while waiting and not failures:
-                item = waiting.pop(0)
-                if time.monotonic() + item.seconds <= deadline:
-                    return item
-                left.append(item)
-        return None
+    def __init__(
+        self, setting: Setting, deadline: float, done: Done, command: Sequence[str],
+        gigabytes: float, environment: Environments | None,
+    ) -> None:  # fmt: skip
+        self.setting, self.deadline, self.done, self.command = setting, deadline, done, command
+        self.gigabytes = gigabytes
+        self.environment: Environments = environment or (lambda item: dict(os.environ))
+        self.again: list[Item] | None = []  # what ran out of memory; None: it ran alone
+        self.lock = threading.Lock()
+        self.failures: list[BaseException] = []
 
-    def work() -> None:
-        child = None
+    def run(self, items: Sequence[Item], jobs: int) -> list[Item]:
+        """Run items; those that were left."""
+        waiting = Queue(items, self.deadline, self.gigabytes)
+        jobs = max(jobs, 1) if any(item.variant for item in items) else jobs
+        if jobs < 2:
+            self._worker(waiting, jobs > 0)
+        else:
+            count = min(jobs, len(items))
+            threads = [
+                threading.Thread(target=self._worker, args=(waiting, True)) for _ in range(count)
+            ]
+            for thread in threads:
+                thread.start()
+            try:
+                for thread in threads:
+                    thread.join()
+            finally:
+                waiting.close()  # after an interrupt nothing more is begun
+        if self.failures:
+            raise self.failures[0]
+        return waiting.left
+
+    def _worker(self, waiting: Queue, in_child: bool) -> None:
+        child: _Child | None = None
+        variant = ""
         try:
-            while (item := next_item()) is not None:
-                begin = time.monotonic()
-                if not jobs:
-                    outcome, alive = run_here(item, setting), True
-                else:
-                    child = child or _Child(command)
-                    limit = min(item.limit, max(item.seconds, deadline - begin + GRACE))
-                    if not setting.on_gpu:  # limits are those of a GPU
-                        limit = PATIENCE * item.limit
-                    outcome, alive = child.ask(item.name, limit)
-                with lock:
-                    done(item, outcome, time.monotonic() - begin)
+            while (item := waiting.take(variant)) is not None:
+                begin, alive = time.monotonic(), True
+                try:
+                    if in_child:
+                        if child is None or variant != item.variant:
+                            if child is not None:
+                                child.end()
+                            child = _Child(self.command, self.environment(item))
+                        limit, whole = self._limit(item, begin)
+                        outcome, alive = child.ask(item.name, limit, whole)
+                    else:
+                        outcome = run_here(item, self.setting)
+                finally:
+                    waiting.give_back(item)
+                variant = item.variant
+                self._tell(item, outcome, time.monotonic() - begin)
                 if not alive and child is not None:
-                    child.process.kill()
-                    child.end()
+                    child.end(kill=True)
                     child = None
         except BaseException as error:  # an interrupt, or results that cannot be written
-            failures.append(error)
+            self.failures.append(error)
+            waiting.close()
         finally:
             if child is not None:
                 child.end()
 
-    if jobs < 2:
-        work()
-    else:
-        threads = [threading.Thread(target=work) for _ in range(min(jobs, len(items)))]
-        for thread in threads:
-            thread.start()
-        try:
-            for thread in threads:
-                thread.join()
-        finally:
-            waiting.clear()  # after an interrupt nothing more is begun
-    if failures:
-        raise failures[0]
-    return left
+    def _limit(self, item: Item, begin: float) -> tuple[float, bool]:
+        """Seconds that an item may take, and whether that is all that it ever may."""
+        if not self.setting.on_gpu:  # limits are those of a GPU
+            return PATIENCE * item.limit, True
+        limit = max(item.seconds, self.deadline - begin + GRACE)
+        return min(item.limit, limit), item.limit <= limit
+
+    def _tell(self, item: Item, outcome: Outcome, seconds: float) -> None:
+        with self.lock:
+            if outcome.out_of_memory and self.again is not None:
+                self.again.append(item)
+                return
+            if outcome.out_of_memory:
+                outcome.reason = f"out of memory, alone too: {outcome.reason}"
+            self.done(item, outcome, seconds)
 
 
 def child_command(setting: Setting) -> list[str]:
     """What starts a child with this setting."""
     script = Path(__file__).resolve().parent.parent / "gpu_suite.py"
     quick = ["--quick"] if setting.quick else []
-    return [sys.executable, str(script), "--child", "--device", setting.device, *quick]
-
-
-def skipped(reason: str) -> Outcome:
-    """Of an item that was not run."""
-    return Outcome(SKIP, reason)
+    planted = [word for each in setting.planted for word in ("--plant", each)]
+    return [sys.executable, str(script), "--child", "--device", setting.device, *quick, *planted]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
@@ -9,7 +10,8 @@ import math
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,17 @@ import torch
 
 import egnn_fast
 from bench.gpu import derive
-from bench.gpu.setting import FAIL, PASS, SKIP, Item, Outcome, Setting
+from bench.gpu.setting import FAIL, LEFT_OUT, PASS, Item, Outcome, Setting
 from egnn_fast.bench.results import _commit, _cpu_model
 from egnn_fast.experiments.errors import UsageError
 from egnn_fast.experiments.io import write_atomic
 
-SCHEMA = 1
-RESULTS, TABLE = "results.json", "results.csv"
+SCHEMA = 2
+RESULTS, TABLE, TRIAGE, CODE = "results.json", "results.csv", "triage.json", "triage_code.zip"
+# sections that are written to files of their own
+_APART = ("triage", "triage_kernels")
+CODE_BYTES = 8 << 20  # of machine code that is kept of a run, compressed
+COMMIT = Path(__file__).resolve().parent / "commit.txt"  # filled by git archive
 # what must agree for results to be continued
 _SAME = ("gpu", "torch", "triton", "commit", "egnn_fast", "quick", "device")
 _CLOCK_QUERY = "clocks.max.sm"
@@ -35,7 +41,7 @@ def environment(setting: Setting, command: str, commit: str | None) -> Row:
     """Where and with what."""
     found: Row = {
         "device": setting.device, "quick": setting.quick, "command": command,
-        "commit": commit or _commit(), "egnn_fast": egnn_fast.__version__,
+        "commit": commit or _commit() or exported_commit(), "egnn_fast": egnn_fast.__version__,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "torch": torch.__version__, "triton": _version("triton"), "numpy": _version("numpy"),
         "cuda": torch.version.cuda, "hip": torch.version.hip, "cpu": _cpu_model(),
@@ -52,6 +58,15 @@ def environment(setting: Setting, command: str, commit: str | None) -> Row:
             "clock_mhz": _clock_mhz(gpu),
         }  # fmt: skip
     return found
+
+
+def exported_commit() -> str | None:
+    """The commit that this tree was exported from by ``git archive``; None where it was not."""
+    try:
+        found = COMMIT.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    return None if not found or "$" in found else found
 
 
 def _version(name: str) -> str | None:
@@ -98,13 +113,19 @@ class Results:
     items : dict
         By name: section, status, reason and seconds of each item.
     sections : dict
-        Rows of what the items found; each names its item.
+        Rows of what the items found; each names its item, and the variant that it ran with.
+    code : dict
+        Compressed machine code of kernels that were wrong, by hash.
     """
 
     def __init__(self, folder: Path, environment: Row) -> None:
         self.folder, self.environment = folder, environment
         self.items: dict[str, Row] = {}
         self.sections: dict[str, list[Row]] = {}
+        self.code: dict[str, str] = {}
+        # what the smoke items found of the variants, and which of them the rest runs with
+        self.variants: list[Row] = []
+        self.variant = ""
 
     def resume(self) -> int:
         """Take over what an earlier run with the same GPU and versions found: how many items.
@@ -133,23 +154,51 @@ class Results:
                     f"is {self.environment[name]!r}"
                 )
         # what was left out may fit now
-        self.items = {n: row for n, row in items.items() if row["status"] != SKIP}
+        self.items = {n: row for n, row in items.items() if row["status"] != LEFT_OUT}
+        self.sections = sections
+        self._read_triage()
+        self.drop(lambda row: False)
+        return len(self.items)
+
+    def _read_triage(self) -> None:
+        """What earlier runs found about wrong results."""
+        try:
+            content = json.loads((self.folder / TRIAGE).read_text(encoding="utf-8"))
+            self.sections |= {name: content[name] for name in _APART}
+            with zipfile.ZipFile(self.folder / CODE) as archive:
+                names = archive.namelist()
+                self.code = {
+                    Path(n).stem: base64.b64encode(archive.read(n)).decode() for n in names
+                }
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            return  # there was nothing wrong, or it was not written: the items say so anyway
+
+    def drop(self, which: Callable[[Row], bool]) -> int:
+        """Forget items, so that they run again, and the rows of what is not known: how many."""
+        before = len(self.items)
+        self.items = {name: row for name, row in self.items.items() if not which(row)}
         self.sections = {
             name: [row for row in rows if row["item"] in self.items]
-            for name, rows in sections.items()
+            for name, rows in self.sections.items()
         }
-        return len(self.items)
+        return before - len(self.items)
 
     def add(self, item: Item, outcome: Outcome, seconds: float) -> None:
         """Take an item's outcome in, and write the files."""
+        variant = item.variant or self.variant
         self.items[item.name] = {
             "name": item.name, "section": item.section, "status": outcome.status,
-            "reason": outcome.reason, "seconds": round(seconds, 2),
+            "reason": outcome.reason, "seconds": round(seconds, 2), "variant": variant,
         }  # fmt: skip
         for name in {*self.sections, *outcome.rows}:
             kept = [row for row in self.sections.get(name, []) if row["item"] != item.name]
-            new = [{"item": item.name, **row} for row in outcome.rows.get(name, [])]
+            new = [
+                {"item": item.name, "variant": variant, **row} for row in outcome.rows.get(name, [])
+            ]
             self.sections[name] = kept + new
+        for name, code in outcome.code.items():
+            if sum(map(len, self.code.values())) + len(code) <= CODE_BYTES * 4 / 3:
+                self.code[name] = code
         self.save()
 
     def derived(self) -> tuple[list[Row], list[Row]]:
@@ -173,15 +222,33 @@ class Results:
     def save(self) -> None:
         """Write ``results.json`` and ``results.csv``: the old ones or the new ones are there."""
         times, goals = self.derived()
+        told = {name: rows for name, rows in self.sections.items() if name not in _APART}
+        apart = {name: self.sections.get(name, []) for name in _APART}
         content = {
-            "schema": SCHEMA, "environment": self.environment, "passed": self.passed,
-            "counts": {status: self.count(status) for status in (PASS, FAIL, SKIP)},
-            "items": list(self.items.values()), "goals": goals, "times": times,
-            "found": self.sections,
+            "schema": SCHEMA, "environment": self.environment, "variant": self.variant,
+            "variants": self.variants, "passed": self.passed,
+            "counts": {status: self.count(status) for status in (PASS, FAIL, LEFT_OUT)},
+            "items": list(self.items.values()), "goals": goals, "times": times, "found": told,
         }  # fmt: skip
-        text = json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
-        write_atomic(self.folder / RESULTS, text)
-        write_atomic(self.folder / TABLE, _csv(list(self.items.values()), times, self.sections))
+        # what is wrong comes first: a kill between two files leaves more, not less
+        if any(apart.values()):
+            environment = {"schema": SCHEMA, "environment": self.environment}
+            write_atomic(self.folder / TRIAGE, _json(environment | apart))
+            self._save_code()
+        write_atomic(self.folder / RESULTS, _json(content))
+        write_atomic(self.folder / TABLE, _csv(list(self.items.values()), times, told))
+
+    def _save_code(self) -> None:
+        """``triage_code.zip``: for each hash, gzip of the machine code, a mark, and its PTX."""
+        content = io.BytesIO()
+        with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
+            for name, code in self.code.items():
+                archive.writestr(f"{name}.gz", base64.b64decode(code))
+        write_atomic(self.folder / CODE, content.getvalue())
+
+
+def _json(content: Row) -> str:
+    return json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-PASS, FAIL, SKIP = "pass", "fail", "skip"
+PASS, FAIL, LEFT_OUT = "pass", "fail", "left out"
 PRECISIONS = ("highest", "high", "bf16", "fp16")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # half a unit in the last place of what products take: tf32 has ten bits behind the point
@@ -26,10 +26,13 @@ class Setting:
         On the CPU Triton interprets the kernels, times are wall clock, sizes are tiny.
     quick : bool
         A subset of the items.
+    planted : tuple of str
+        Faults to plant on purpose: see :mod:`bench.gpu.plant`.
     """
 
     device: str = "cuda"
     quick: bool = False
+    planted: tuple[str, ...] = ()
 
     @property
     def on_gpu(self) -> bool:
@@ -39,11 +42,26 @@ class Setting:
 
 @dataclass
 class Outcome:
-    """What an item found: its status, why, and rows for sections of the results."""
+    """What an item found.
+
+    Attributes
+    ----------
+    status : {"pass", "fail", "left out"}
+    reason : str
+        Why it is not "pass".
+    rows : dict
+        Rows for the results, by section.
+    code : dict
+        Machine code of kernels that were wrong, by its hash: see :mod:`bench.gpu.triage`.
+    out_of_memory : bool
+        Whether it ran out of GPU memory, beside other items maybe.
+    """
 
     status: str = PASS
     reason: str = ""
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    code: dict[str, str] = field(default_factory=dict)
+    out_of_memory: bool = False
 
     def add(self, section: str, **row: Any) -> None:
         """One more row."""
@@ -67,7 +85,7 @@ class Item:
     ----------
     name : str
         Unique.
-    section : {"checks", "times", "tune"}
+    section : {"smoke", "checks", "times", "tune"}
         What ``--only`` chooses by.
     run : callable
         Gives the outcome; an exception is a failure.
@@ -77,6 +95,11 @@ class Item:
         Seconds after which it is ended as hanging.
     alone : bool
         Whether nothing may run beside it.
+    gigabytes : float
+        GPU memory that it takes at most, about: what runs side by side must fit together.
+    variant : str
+        The variant of the compiler that it runs with; empty: the one that was chosen. See
+        :mod:`bench.gpu.variants`.
     """
 
     name: str
@@ -85,6 +108,8 @@ class Item:
     seconds: float = 5.0
     limit: float = 150.0
     alone: bool = False
+    gigabytes: float = 3.0
+    variant: str = ""
 
 
 @contextmanager

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -14,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.gpu.checks import EVERYTHING, at, judge_tensors, launched, table
-from bench.gpu.children import child_command
-from bench.gpu.setting import SKIP, Item, Outcome, Setting, autocast, deterministic, matmul
+from bench.gpu.checks import EVERYTHING, at, judge_tensors, launched
+from bench.gpu.setting import LEFT_OUT, Item, Outcome, Setting, autocast, deterministic, matmul
 from egnn_fast import approximate_activations
 from egnn_fast import nn as layers
 from egnn_fast._cases import Case
@@ -27,7 +21,6 @@ RUNS = 5  # that must give the same bits
 # bytes: many chunks of the edges of the case, and several of the few that the interpreter takes
 _SMALL_CHUNK, _TINY_CHUNK = 4 << 20, 1 << 11
 _WARM_UP = 3
-MEMCHECK_SECONDS = 120
 _APPROXIMATE_ERROR = 1e-2  # an activation's is some 5e-4
 Tensors = dict[str, Tensor]
 
@@ -55,7 +48,6 @@ def items(setting: Setting) -> Iterator[Item]:
             yield Item(f"NaN stays in its row: H {hidden}: {precision}", "checks", run)
         run = partial(_approximate, precision)
         yield Item(f"approximate activations: {precision}", "checks", run)
-    yield Item("memcheck", "checks", _memcheck, 45, MEMCHECK_SECONDS + 30, True)
 
 
 def _same_bits(face: str, precision: str, setting: Setting) -> Outcome:
@@ -160,7 +152,7 @@ class _Network:
 def _cuda_graph(kind: str, precision: str, setting: Setting) -> Outcome:
     """Forward and backward, captured and replayed on other inputs, against a run without."""
     if not setting.on_gpu:
-        return Outcome(SKIP, "needs a GPU")
+        return Outcome(LEFT_OUT, "needs a GPU")
     outcome, found = Outcome(), _Network(kind, setting)
     with matmul(precision), launched(outcome, "forward", "backward"):
         graph, held = captured(lambda: found.run(precision))
@@ -178,7 +170,7 @@ def _cuda_graph(kind: str, precision: str, setting: Setting) -> Outcome:
 def _captured_first(kind: str, precision: str, setting: Setting) -> Outcome:
     """A graph whose first call is captured: later ones must not read what has no values yet."""
     if not setting.on_gpu:
-        return Outcome(SKIP, "needs a GPU")
+        return Outcome(LEFT_OUT, "needs a GPU")
     outcome, found = Outcome(), _Network(kind, setting)
     with matmul(precision), launched(outcome, "forward", "backward"):
         found.run(precision)  # compiles
@@ -197,7 +189,7 @@ def _captured_first(kind: str, precision: str, setting: Setting) -> Outcome:
 def _graphed(kind: str, precision: str, setting: Setting) -> Outcome:
     """``egnn_fast.nn.graphed``, called with other inputs than it was captured with."""
     if not setting.on_gpu:
-        return Outcome(SKIP, "needs a GPU")
+        return Outcome(LEFT_OUT, "needs a GPU")
     outcome, found = Outcome(), _Network(kind, setting)
     with matmul(precision):
         with launched(outcome, "forward", "backward"), autocast(precision, found.device):
@@ -231,7 +223,7 @@ def captured(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
 def _no_waiting(kind: str, precision: str, setting: Setting) -> Outcome:
     """After a first run neither forward nor backward waits for the GPU."""
     if not setting.on_gpu:
-        return Outcome(SKIP, "needs a GPU")
+        return Outcome(LEFT_OUT, "needs a GPU")
     outcome, found = Outcome(), _Network(kind, setting)
     with matmul(precision):
         found.run(precision)
@@ -295,57 +287,3 @@ def _approximate(precision: str, setting: Setting) -> Outcome:
         if setting.on_gpu and torch.version.hip is None and error == 0:
             outcome.fail(f"{name}: nothing was approximate")
     return outcome
-
-
-def _memcheck(setting: Setting) -> Outcome:
-    """A few cases under compute-sanitizer, where there is one."""
-    tool = shutil.which("compute-sanitizer")
-    if tool is None or not setting.on_gpu:
-        return Outcome(SKIP, "no compute-sanitizer on the PATH" if tool is None else "needs a GPU")
-    child = [*child_command(setting)[:2], "--memcheck-child"]
-    command = [tool, "--tool", "memcheck", "--target-processes", "all", *child]
-    # blocks of a memory pool lie side by side: what is read beyond one of them is in another
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", env=environment,
-            timeout=MEMCHECK_SECONDS,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return Outcome(SKIP, f"not done after {MEMCHECK_SECONDS} s")
-    return memcheck_outcome(done.returncode, done.stdout + done.stderr)
-
-
-def memcheck_outcome(status: int, said: str) -> Outcome:
-    """What a run of compute-sanitizer means."""
-    errors = [int(count) for count in re.findall(r"ERROR SUMMARY: (\d+) error", said)]
-    last = " ".join(said[-400:].split())
-    if sum(errors) > 0:
-        first = next((line for line in said.splitlines() if "Invalid" in line), last)
-        return Outcome("fail", f"{sum(errors)} errors: {' '.join(first.split())}")
-    if not errors:
-        return Outcome(SKIP, f"compute-sanitizer did not run (status {status}): {last}")
-    if status or MEMCHECK_DONE not in said:
-        return Outcome("fail", f"the cases ended with status {status}: {last}")
-    return Outcome()
-
-
-MEMCHECK_DONE = "all cases ran"
-
-
-def memcheck_child(setting: Setting) -> int:
-    """What runs under compute-sanitizer: kernels alone, nothing compared."""
-    # of the table, so that they are compiled already
-    for name, precision, ordered in (
-        ("H 33, D 16, A 4, all options", "highest", False),
-        ("1025 edges of one row", "bf16", False),
-        ("complete, 9 to 29", "bf16", True),
-    ):
-        (case,) = (c for _, c, p in table(setting) if (c.name, p) == (name, precision))
-        problem = at(case.edge_pass(torch.float32, setting.device), precision, setting.device)
-        torch.use_deterministic_algorithms(ordered)
-        leaves = {k: t.detach().requires_grad_() for k, t in problem.leaves.items()}
-        _with_gradients(problem.run(leaves, "triton", 0), leaves)
-    torch.cuda.synchronize()
-    print(MEMCHECK_DONE, file=sys.stderr)
-    return 0

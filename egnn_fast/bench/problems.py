@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -220,6 +219,8 @@ class NBodyProblem(Problem):
 
     def step(self, module: nn.Module) -> Step:
         """As ``egnn-fast train nbody`` takes it."""
+        from lightning_fabric import Fabric  # nothing else here needs it
+
         assert isinstance(module, NBodyModel)
         config = Config()
         fabric = Fabric(accelerator="cpu", devices=1)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from egnn_fast.experiments.nbody.data import Systems
 from egnn_fast.graph import Graph
 from egnn_fast.nn import EGNNVel
+
+if TYPE_CHECKING:  # a model alone needs no harness
+    from lightning_fabric import Fabric
 
 CLAMP = 100.0
 EVAL_BATCH = 500  # systems; does not change the result

@@ -1,0 +1,217 @@
+"""Which assembler makes machine code of the Triton kernels, and which ones are known to err.
+
+Triton leaves the last step to NVIDIA's ptxas: its own, or one that the environment names. Some
+versions make wrong code of what these kernels do on Hopper: wgmma with its left operand in
+registers. Triton is not imported before it is asked.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import struct
+import subprocess
+from typing import NamedTuple
+
+ENV_ANY = "EGNN_FAST_ANY_ASSEMBLER"
+# read once, at import, as TRITON_INTERPRET is
+_ANY = os.environ.get(ENV_ANY, "").lower() in ("1", "true", "on", "yes")
+_VARIABLES = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "DISABLE_MMA_V3")
+_SAFE = "13.3"  # the first release without a fault that is known
+_HASH_DIGITS = 16
+
+
+class Assembler(NamedTuple):
+    """An assembler, and what it is given.
+
+    Attributes
+    ----------
+    path : where it lies
+    version : in full, like "12.8.93"
+    origin : who chose it: "Triton 3.7.0", or the environment variable
+    variable : the environment variable that would choose another one
+    wgmma : whether Triton gives it Hopper's asynchronous matrix instructions
+    """
+
+    path: str
+    version: str
+    origin: str
+    variable: str
+    wgmma: bool
+
+    @property
+    def label(self) -> str:
+        """For people: "ptxas 12.8.93 of Triton 3.7.0"."""
+        return f"ptxas {self.version} of {self.origin}" + ("" if self.wgmma else ", without wgmma")
+
+
+class Doubt(NamedTuple):
+    """Why an assembler may make wrong code; level is "refuse" (it was seen to) or "warn"."""
+
+    level: str
+    reason: str
+
+
+class Report(NamedTuple):
+    """What is known of the releases from one to another, the latter not among them.
+
+    All of it is of sm_90 and of wgmma with its left operand in registers.
+    """
+
+    since: tuple[int, int]
+    before: tuple[int, int]
+    level: str
+    what: str
+    evidence: str
+    date: str
+
+
+REPORTS = (
+    # H20, the same PTX: the sums of one kernel, the addresses of another
+    Report((12, 8), (12, 9), "refuse", "made wrong sums, and writes outside of shared memory",
+           "fla#1262, fla#984, triton#11366", "2026-09-20"),
+    # H100, the same PTX: 61 for 64
+    Report((12, 9), (13, 0), "refuse", "overwrote registers that a product still read",
+           "triton#11781, triton#11156", "2026-09-14"),
+    # right sums where 12.8 made wrong ones
+    Report((13, 0), (13, 1), "refuse", "made writes outside of shared memory",
+           "fla#1262", "2026-09-20"),
+    # right in fla#1262; but the order of the registers' writes is right from 13.3 on, not before
+    Report((13, 1), (13, 3), "warn", "may overwrite registers that a product still reads",
+           "triton#9433", "2026-05-28"),
+    Report((0, 0), (12, 8), "warn", "may overwrite registers that a product still reads",
+           "triton#9433", "2026-05-28"),
+)  # fmt: skip
+
+
+def in_use(arch: int) -> Assembler | None:
+    """The assembler that Triton would call now for an architecture like 90; None on AMD.
+
+    It reads the environment at each call, as Triton does when it compiles.
+
+    Raises
+    ------
+    RuntimeError
+        There is none, neither in Triton's package nor where the environment points.
+    """
+    import torch
+
+    if torch.version.hip is not None:
+        return None
+    import triton
+    from triton import knobs
+    from triton._C.libtriton import getenv_bool
+    from triton.backends.nvidia import compiler
+
+    tool = compiler.get_ptxas(arch)
+    special = tool == knobs.nvidia.ptxas_blackwell and tool != knobs.nvidia.ptxas
+    variable = "TRITON_PTXAS_BLACKWELL_PATH" if special else "TRITON_PTXAS_PATH"
+    asked, origin = os.environ.get(variable), variable
+    if asked != tool.path:
+        origin = f"Triton {triton.__version__}"
+        if asked:  # Triton takes its own without a word
+            origin += f", as {variable} names no ptxas that runs: {asked}"
+    version = _version(tool.path, os.stat(tool.path).st_mtime_ns) or tool.version
+    return Assembler(tool.path, version, origin, variable, not getenv_bool("DISABLE_MMA_V3", False))
+
+
+@functools.cache
+def _version(path: str, changed: int) -> str | None:
+    """The version in full; Triton itself knows the first two numbers."""
+    return _full_version(subprocess.run([path, "--version"], capture_output=True, text=True).stdout)
+
+
+def doubt(arch: int, assembler: Assembler) -> Doubt | None:
+    """What speaks against an assembler for an architecture; None if nothing is known to."""
+    if arch // 10 != 9 or not assembler.wgmma:
+        return None
+    major, minor, *_ = (int(number) for number in assembler.version.split("."))
+    for report in REPORTS:
+        if report.since <= (major, minor) < report.before:
+            return Doubt(
+                report.level,
+                f"{assembler.label}: on sm_{arch} that release {report.what} ({report.evidence}); "
+                f"{_ways_out(assembler)}",
+            )
+    return None
+
+
+def _ways_out(assembler: Assembler) -> str:
+    return (
+        f"before Python starts, set {assembler.variable} to a ptxas of {_SAFE} or newer (package "
+        f"nvidia-cuda-nvcc) or DISABLE_MMA_V3=1, which is slower; {ENV_ANY}=1 runs it as it is"
+    )
+
+
+def doubt_here(arch: int) -> Doubt | None:
+    """What speaks against the assembler in use, or against one that Triton has used before it.
+
+    Triton files what it compiles under the name of the first assembler of a process: after a
+    change it may load what an earlier one made. None where ``EGNN_FAST_ANY_ASSEMBLER`` is set.
+    """
+    if _ANY:
+        return None
+    return _doubt_with(arch, _named_by_triton(arch), *map(os.environ.get, _VARIABLES))
+
+
+@functools.cache  # in every layer of every step
+def _doubt_with(arch: int, named: str | None, *environment: str | None) -> Doubt | None:
+    now = in_use(arch)
+    if now is None:
+        return None
+    found = doubt(arch, now)
+    before = None if named is None else doubt(arch, now._replace(version=named))
+    if named == now.version or before is None or (found is not None and found.level == "refuse"):
+        return found
+    return Doubt(
+        "refuse",
+        f"{now.label}: set too late, after Triton had compiled with ptxas {named} in this process; "
+        f"it might load what that made; {_ways_out(now)}",
+    )
+
+
+def _named_by_triton(arch: int) -> str | None:
+    """The version under which this process's Triton files what it compiles; None if it has not."""
+    import torch
+
+    if torch.version.hip is not None:
+        return None
+    from triton.backends.nvidia import compiler
+
+    told = compiler.get_ptxas_version
+    if not told.cache_info().currsize:  # asking would settle it
+        return None
+    return _full_version(told(arch))
+
+
+def _full_version(told: str) -> str | None:
+    found = re.search(r"\bV(\d+\.\d+\.\d+)", told)
+    return found[1] if found else None
+
+
+def code_hash(cubin: bytes) -> str:
+    """The first 16 hex digits of the sha256 of a cubin's machine code: its executable sections.
+
+    What else a cubin holds differs from machine to machine: the names of source files.
+
+    Raises
+    ------
+    ValueError
+        If it is no ELF file of 64 bits with machine code.
+    """
+    if cubin[:5] != b"\x7fELF\x02":
+        raise ValueError(f"cubin: expected an ELF file of 64 bits, got {cubin[:5]!r}")
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, number = struct.unpack_from("<HH", cubin, 58)
+    found, digest = 0, hashlib.sha256()
+    for i in range(number):
+        # type, flags, address, offset, size
+        kind, flags, _, at, length = struct.unpack_from("<IQQQQ", cubin, table + i * size + 4)
+        if kind == 1 and flags & 4:  # SHT_PROGBITS, SHF_EXECINSTR
+            digest.update(cubin[at : at + length])
+            found += length
+    if not found:
+        raise ValueError("cubin: no section with machine code")
+    return digest.hexdigest()[:_HASH_DIGITS]
