@@ -48,6 +48,12 @@ def test_floor_of_products_and_bytes() -> None:
     both = floor.work("edges", TRAINING, nodes, edges, 64, 1)
     assert both.flop == 4 * work.flop
     assert both.gathered == 3 * work.gathered
+    narrow = [
+        floor.work("edges", measured, nodes, edges, 64, 1, precision="bf16").gathered
+        for measured in (INFERENCE, TRAINING)
+    ]
+    # a row is read once, or twice and its gradient added to
+    assert narrow == [edges * (2 * 64 + 12), edges * (2 * (2 * 64 + 12) + 4 * 67)]
     assert floor.work("network", INFERENCE, nodes, edges, 64, 4).flop == 4 * (
         floor.work("layer", INFERENCE, nodes, edges, 64, 1).flop
     )
@@ -84,9 +90,11 @@ def test_ratios_floors_and_goals() -> None:
     found = derive.times(WHERE, sections(), {})
     # against what was timed in turn with it
     assert [row["ratio"] for row in found] == [1, 20, 25, 1, None]
-    gathered = 32e6 * (67 * 4 + 4) + 1e6 * 8 * 64 * 4
-    assert found[0]["floor_s"] == pytest.approx(gathered / 4e12, rel=1e-3)
-    assert found[0]["floor_unit"] == "memory"
+    gathered = 32e6 * (64 * 2 + 3 * 4 + 4) + 1e6 * 8 * 64 * 4  # rows of bf16
+    assert found[0]["floor_units"]["memory"] == pytest.approx(gathered / 4e12, rel=1e-3)
+    assert found[0]["floor_unit"] == "special functions"
+    silus = 32e6 * 3 * 64 + 1e6 * 64
+    assert found[0]["floor_s"] == pytest.approx(h200().mufu_seconds(silus), rel=1e-3)
     assert found[0]["floor_share"] == found[0]["floor_s"] / 4e-3
     memory = [
         {"case": "random-64", "precision": "bf16", "peer": peer, "peak_bytes": size}

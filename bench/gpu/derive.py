@@ -48,7 +48,7 @@ def times(
         if gpu is not None:
             head = row["kind"] != "qm9"
             sizes = (row["nodes"], row["edges"], row["hidden"], row["layers"])
-            needed = work(row["kind"], row["measured"], *sizes, head=head)
+            needed = work(row["kind"], row["measured"], *sizes, head, row["precision"])
             units = gpu.seconds(needed, row["precision"], "random" in row["case"])
             unit = max(units, key=lambda name: units[name])
             new |= {"floor_s": units[unit], "floor_unit": unit, "floor_units": units}

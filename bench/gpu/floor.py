@@ -19,6 +19,7 @@ MUFU_PER_SILU = {"ex2 + rcp": 2.0, "shared rcp": 1.5, "tanh.approx": 1.0}
 KERNELS_USE = "shared rcp"
 TF32_PRODUCTS = 3  # that make up one as accurate as float32
 COORDINATES = 3
+OPERAND_BYTES = {"bf16": 2, "fp16": 2}  # of P and Q; else 4
 
 
 class Work(NamedTuple):
@@ -76,8 +77,9 @@ def edge_cycles(hidden: int, kind: str, head: bool = True) -> float:
 
 
 def work(
-    kind: str, measured: str, nodes: int, edges: int, hidden: int, layers: int, head: bool = True
-) -> Work:
+    kind: str, measured: str, nodes: int, edges: int, hidden: int, layers: int, head: bool = True,
+    precision: str = "highest",
+) -> Work:  # fmt: skip
     """Of all layers; a kind of :class:`egnn_fast.bench.cases.Case`, or "network"."""
     velocity = kind == "nbody"
 
@@ -90,7 +92,11 @@ def work(
     node, edge = of(0), of(1)
     passes = edge.bytes - node.bytes
     per_edge = layers * ((hidden + COORDINATES) * 4 + 4)
-    gathered = passes / per_edge * layers * (hidden + COORDINATES) * 4
+    # forward a sender's row is read; backward it is read again, and its gradient, float32, added to
+    rows = passes / per_edge
+    narrower = (4 - OPERAND_BYTES.get(precision, 4)) * hidden
+    gathered = layers * (rows * (hidden + COORDINATES) * 4 - min(rows, 2.0) * narrower)
+    passes = gathered + layers * rows * 4
     return Work(
         nodes * node.flop + edges * (edge.flop - node.flop),
         nodes * node.activations + edges * (edge.activations - node.activations),
