@@ -88,6 +88,7 @@ TABLE: dict[tuple[str, str, int], Blocks] = {
         128, 8, 1, 0, _LEAST, streamed=1, paired=False, shared_slopes=2
     ),
     ("backward", "16", 256): _staged("16", 256, _LEAST),
+    ("backward", "high", 32): Blocks(64, 4, 1, 0, _HOLDS.format("sm_90"), shared_slopes=1),
     ("backward", "high", 64): Blocks(64, 4, 1, 0, _LEAST, paired=False, shared_slopes=1),
     ("backward", "high", 128): Blocks(128, 8, 1, 2, _LEAST, streamed=2, paired=False),
     ("backward", "high", 256): _staged("high", 256, _LEAST),

@@ -116,14 +116,14 @@ def _multiply_truncating(self: Any, a: Any, b: Any, total: Any, precision: Any, 
 def bfloat16() -> Iterator[None]:
     """Compute bfloat16 rightly inside the block, and sum in parts of it."""
     builder: Any = InterpreterBuilder
-    changes = {name: _refusing(getattr(builder, name)) for name in _ARITHMETIC}
+    changes: dict[str, Any] = {name: _refusing(getattr(builder, name)) for name in _ARITHMETIC}
     changes |= {
         name: _from_integers(getattr(builder, name))
         for name in ("create_si_to_fp", "create_ui_to_fp")
     }
     with (
         mock.patch.object(interpreter, "_convert_float", _convert),
-        mock.patch.multiple(builder, create_dot=_multiply, **changes),
+        mock.patch.multiple(builder, **changes, create_dot=_multiply),
         mock.patch.object(records, "PART", tl.bfloat16),
     ):
         yield
