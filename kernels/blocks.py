@@ -131,7 +131,8 @@ def _blackwell(direction: str, kind: str, width: int) -> Blocks:
         return _staged(kind, width, source)
     if (direction, width) == ("backward", 32) and kind != "highest":
         source = _HOLDS.format("sm_100")
-        return Blocks(32, 2, 4, 0, source, paired=False, shared_slopes=2)
+        # high: what would spill else
+        return Blocks(32, 2, 4, 0, source, paired=kind == "high", shared_slopes=2)
     if width <= 64:
         slopes = int(direction == "backward" and kind != "highest")
         warps, programs = (2, 4) if width <= 32 else (4, 2)
