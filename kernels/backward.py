@@ -25,11 +25,14 @@ from egnn_fast.kernels.device import (
     users_of,
 )
 from egnn_fast.kernels.gradients import (
+    FLUSH,
+    add_matrix,
     add_vector,
     first_gradients,
+    flush_matrix,
+    flush_vectors,
     no_vectors,
-    store_matrix,
-    store_vectors,
+    sums_of_program,
 )
 from egnn_fast.kernels.head import head_gradient, shift_gradients
 from egnn_fast.kernels.rows import finish_block_rows, take_block_rows
@@ -41,7 +44,7 @@ def _add_matrix(total, place, left, right, IN_MEMORY: tl.constexpr, spec):
     left = tl.trans(left)
     if IN_MEMORY:
         found = tl.dot(left, right, input_precision=spec.DOT)
-        store_matrix(place, found, spec.H, spec.H)
+        add_matrix(place, found, spec)
         tl.debug_barrier()
         return total
     else:
@@ -171,6 +174,17 @@ def edge_backward(
             first, last, d, r, g_z1, g_d, vectors, carry_p, carry_x, carry_row, head_row, spec,
         )  # fmt: skip
         carry_row = last
+        if for_weights and not spec.EXACT:  # noqa: SIM102
+            if (start + spec.BLOCK - begin_edge) % FLUSH == 0:
+                at = sums_of_program(gradients, last, spec)
+                if not w2_in_memory:
+                    flush_matrix(at, g_w2, spec)
+                    g_w2 = tl.zeros_like(g_w2)
+                if has_head and not w3_in_memory:
+                    flush_matrix(at + H * H, g_w3, spec)
+                    g_w3 = tl.zeros_like(g_w3)
+                flush_vectors(at + 2 * H * H, vectors, weights, spec)
+                vectors = no_vectors(spec)
 
     if gradients.p is not None:
         finish_block_rows(gradients.p, H, carry_p, last, head_row)
@@ -178,10 +192,10 @@ def edge_backward(
         finish_block_rows(gradients.receiver, spec.D, carry_x, last, head_row)
     if for_weights:
         if not w2_in_memory:
-            store_matrix(own, g_w2, H, H)
+            flush_matrix(own, g_w2, spec)
         if has_head and not w3_in_memory:
-            store_matrix(own + H * H, g_w3, H, H)
+            flush_matrix(own + H * H, g_w3, spec)
         own += 2 * H * H
-        store_vectors(own, vectors, weights, spec)
+        flush_vectors(own, vectors, weights, spec)
         own += 5 * H + H * spec.A
         tl.store(own, tl.load(own) + g_b_g)

@@ -88,6 +88,7 @@ TABLE: dict[tuple[str, str, int], Blocks] = {
         128, 8, 1, 0, _LEAST, streamed=1, paired=False, shared_slopes=2
     ),
     ("backward", "16", 256): _staged("16", 256, _LEAST),
+    ("backward", "high", 32): Blocks(64, 4, 1, 0, _HOLDS.format("sm_90"), shared_slopes=1),
     ("backward", "high", 64): Blocks(64, 4, 1, 0, _LEAST, paired=False, shared_slopes=1),
     ("backward", "high", 128): Blocks(128, 8, 1, 2, _LEAST, streamed=2, paired=False),
     ("backward", "high", 256): _staged("high", 256, _LEAST),
@@ -130,7 +131,8 @@ def _blackwell(direction: str, kind: str, width: int) -> Blocks:
         return _staged(kind, width, source)
     if (direction, width) == ("backward", 32) and kind != "highest":
         source = _HOLDS.format("sm_100")
-        return Blocks(32, 2, 4, 0, source, paired=False, shared_slopes=2)
+        # high: what would spill else
+        return Blocks(32, 2, 4, 0, source, paired=kind == "high", shared_slopes=2)
     if width <= 64:
         slopes = int(direction == "backward" and kind != "highest")
         warps, programs = (2, 4) if width <= 32 else (4, 2)

@@ -55,30 +55,49 @@ class Gradients(NamedTuple):
     weights: Any
 
 
+# edges after which sums for the weights leave the matrix units, a multiple of all blocks: these
+# round each sum towards zero, and over many more edges the gradients would come out too small.
+# Products as accurate as float32 are added up outside them anyway
+FLUSH = tl.constexpr(2048)
 # the tile in which the gradients of VECTORS are summed, a column each, then of edge attributes
 _COLUMNS = tl.constexpr(VECTOR_COLUMNS)
 _VECTORS = tl.constexpr(len(VECTORS))
 
 
 @triton.jit
-def _add_to(place, total, inside):
-    """Add a tile to what this program alone writes to."""
-    if inside is None:
-        tl.store(place, tl.load(place) + total)
+def add_matrix(place, total, spec):
+    """Add a tile to a matrix ``[H, H]`` that this program alone writes to."""
+    r = tl.arange(0, spec.HP)
+    at = place + r[:, None] * spec.H + r[None, :]
+    if spec.H == spec.HP:
+        tl.store(at, tl.load(at) + total)
     else:
-        tl.store(place, tl.load(place, mask=inside, other=0.0) + total, mask=inside)
+        inside = (r < spec.H)[:, None] & (r < spec.H)[None, :]
+        tl.store(at, tl.load(at, mask=inside, other=0.0) + total, mask=inside)
 
 
 @triton.jit
-def store_matrix(place, total, rows: tl.constexpr, columns: tl.constexpr):
-    """Add a tile to a row-major matrix."""
-    r = tl.arange(0, total.shape[0])
-    c = tl.arange(0, total.shape[1])
-    at = place + r[:, None] * columns + c[None, :]
-    if rows == total.shape[0] and columns == total.shape[1]:
-        _add_to(at, total, None)
-    else:
-        _add_to(at, total, (r < rows)[:, None] & (c < columns)[None, :])
+def sums_of_program(gradients, row, spec):
+    """Where this program's sums for the weights are.
+
+    ``row``, a node's number, is never below 0, which the compiler cannot know: the address is found
+    anew for each use, as it would take registers all the while.
+    """
+    program = tl.program_id(0) + (row < 0).to(tl.int32)
+    return gradients.weights + program.to(tl.int64) * spec.K
+
+
+@triton.jit
+def flush_matrix(place, total, spec):
+    """Add a tile of sums to a matrix ``[H, H]`` in memory, rounded to nearest.
+
+    The memory unit adds, as sums that were read would take registers. The order is fixed: no other
+    program adds there, and :func:`flush_vectors` ends with a barrier.
+    """
+    r = tl.arange(0, spec.HP)
+    at = place + r[:, None] * spec.H + r[None, :]
+    inside = None if spec.H == spec.HP else (r < spec.H)[:, None] & (r < spec.H)[None, :]
+    tl.atomic_add(at, total, mask=inside, sem="relaxed")
 
 
 @triton.jit
@@ -106,16 +125,34 @@ def add_vector(total, column: tl.constexpr, factor, values, spec):
 
 
 @triton.jit
-def store_vectors(place, total, weights, spec):
-    """Add the tile to the sums of VECTORS, and of the edge attributes' matrix behind them."""
+def flush_vectors(place, total, weights, spec):
+    """The same for the sums of VECTORS, and of the edge attributes' matrix behind them."""
     row = tl.arange(0, spec.HP)[:, None]
     column = tl.arange(0, _COLUMNS)[None, :]
     inside = row < spec.H
-    _add_to(place + column * spec.H + row, total, inside & (column < _VECTORS))
+    at = place + column * spec.H + row
+    tl.atomic_add(at, total, mask=inside & (column < _VECTORS), sem="relaxed")
     if weights.w_a is not None:
         attr = column - _VECTORS
-        place += _VECTORS * spec.H
-        _add_to(place + row * spec.A + attr, total, inside & (attr >= 0) & (attr < spec.A))
+        at = place + _VECTORS * spec.H + row * spec.A + attr
+        inside &= (attr >= 0) & (attr < spec.A)
+        tl.atomic_add(at, total, mask=inside, sem="relaxed")
+    # other threads may add the next sums
+    tl.debug_barrier()
+
+
+@triton.jit
+def after_block(total, begin_edge, start, row, weights, gradients, spec):
+    """The tile with which sums go on after a block that begins at ``start``.
+
+    Where no matrices are summed. ``row``: see :func:`sums_of_program`.
+    """
+    if not spec.EXACT:  # noqa: SIM102
+        if (start + spec.BLOCK - begin_edge) % FLUSH == 0:
+            place = sums_of_program(gradients, row, spec)
+            flush_vectors(place, total, weights, spec)
+            total = no_vectors(spec)
+    return total
 
 
 @triton.jit

@@ -14,6 +14,8 @@ from egnn_fast.kernels.blocks import Blocks
 
 ACTIVATIONS = {"silu": 0, "relu": 1, "leaky_relu": 2}
 OPERANDS = {"bf16": tl.bfloat16, "fp16": tl.float16}  # float32 in other precisions
+# what holds 8 digits; the interpreter has no bfloat16 worth the name
+PART = tl.float32 if interpreting() else tl.bfloat16
 # the gradients of the weights that are vectors: the rows of the tile in which they are summed
 VECTORS = ("w_r", "b2", "b3", "w_x", "w_g")
 
@@ -258,8 +260,7 @@ class Spec(NamedTuple):
             ROUND=products == "high" and nvidia,
             EXACT=products == "highest",
             SHARED_SLOPES=0 if products == "highest" or crowded else blocks.shared_slopes,
-            # the interpreter has no bfloat16 worth the name
-            PART=tl.float32 if interpreting() else tl.bfloat16,
+            PART=PART,
             APPROX=precision != products, PAIRED=blocks.paired, PTX=nvidia and not interpreting(),
             K=sum(weight_parts(hidden, attrs, staged).values()), STREAMED=blocks.streamed,
             IN_MEMORY=blocks.in_memory,

@@ -42,6 +42,15 @@ def one_thread() -> None:
 
 
 @pytest.fixture
+def bfloat16() -> Iterator[None]:
+    """Triton's interpreter computes bfloat16 rightly, and its sums go through parts of it."""
+    import interpreter
+
+    with interpreter.bfloat16():
+        yield
+
+
+@pytest.fixture
 def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton is not installed."""
     monkeypatch.setattr(backends, "find_spec", lambda name: None)

@@ -16,7 +16,7 @@ from egnn_fast._cases import Case
 
 pytestmark = [
     pytest.mark.interpreted,
-    pytest.mark.usefixtures("one_thread", "deterministic"),
+    pytest.mark.usefixtures("one_thread", "bfloat16", "deterministic"),
     pytest.mark.skipif(not INTERPRETED_BACKENDS, reason="Triton's wheels are for Linux alone"),
 ]
 CASES = (

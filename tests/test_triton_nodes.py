@@ -21,7 +21,7 @@ from egnn_fast._triton.products import multiply
 from egnn_fast.kernels.blocks import blocks_for, few_nodes, node_blocks
 from egnn_fast.kernels.records import Spec, Weights, row_width
 
-pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("one_thread", "bfloat16")]
 
 
 def spec_of(hidden: int, attrs: int, precision: str = "highest") -> Spec:

@@ -19,6 +19,7 @@ from bench.gpu.setting import (
     Setting,
     autocast,
     matmul,
+    rounded_products,
     rounding,
     synchronize,
 )
@@ -167,6 +168,7 @@ def _case(face: str, case: Case, precision: str, setting: Setting) -> Outcome:
     has_edges = case.build_graph().num_edges > 0
     with (
         matmul(precision),
+        rounded_products(precision, setting.device),
         checks.poisoned_memory(),
         launched(outcome, *(("forward", "backward") if has_edges else ())),
     ):

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 PASS, FAIL, LEFT_OUT = "pass", "fail", "left out"
 PRECISIONS = ("highest", "high", "bf16", "fp16")
@@ -110,6 +112,38 @@ class Item:
     alone: bool = False
     gigabytes: float = 3.0
     variant: str = ""
+
+
+def tf32(t: Any) -> Any:
+    """The nearest tf32 of float32 values; of other arguments themselves."""
+    if not isinstance(t, Tensor) or t.dtype != torch.float32:
+        return t
+    bits = t.contiguous().view(torch.int32)
+    return ((bits + (1 << 12)) & -(1 << 13)).view(torch.float32)
+
+
+class Tf32Products(TorchDispatchMode):
+    """PyTorch's products of float32 take operands rounded to tf32, on the CPU as on a GPU."""
+
+    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.products:
+            self.seen += 1
+            args = (*args[:-2], *map(tf32, args[-2:]))
+        return func(*args, **(kwargs or {}))
+
+
+def rounded_products(precision: str, device: str) -> Any:
+    """The context in which PyTorch rounds as the kernels do, and so tells what error that makes.
+
+    On the CPU it has no tf32.
+    """
+    return Tf32Products() if precision == "high" and device == "cpu" else nullcontext()
 
 
 @contextmanager
