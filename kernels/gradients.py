@@ -57,7 +57,7 @@ class Gradients(NamedTuple):
 
 # edges after which sums for the weights leave the matrix units, a multiple of all blocks: these
 # round each sum towards zero, and over many more edges the gradients would come out too small.
-# Products as accurate as float32 are added up outside them anyway
+# Products as accurate as float32 are added up outside them anyway. In stages a chunk has no more
 FLUSH = tl.constexpr(2048)
 # the tile in which the gradients of VECTORS are summed, a column each, then of edge attributes
 _COLUMNS = tl.constexpr(VECTOR_COLUMNS)
@@ -139,20 +139,6 @@ def flush_vectors(place, total, weights, spec):
         tl.atomic_add(at, total, mask=inside, sem="relaxed")
     # other threads may add the next sums
     tl.debug_barrier()
-
-
-@triton.jit
-def after_block(total, begin_edge, start, row, weights, gradients, spec):
-    """The tile with which sums go on after a block that begins at ``start``.
-
-    Where no matrices are summed. ``row``: see :func:`sums_of_program`.
-    """
-    if not spec.EXACT:  # noqa: SIM102
-        if (start + spec.BLOCK - begin_edge) % FLUSH == 0:
-            place = sums_of_program(gradients, row, spec)
-            flush_vectors(place, total, weights, spec)
-            total = no_vectors(spec)
-    return total
 
 
 @triton.jit

@@ -27,7 +27,6 @@ from egnn_fast.kernels.device import (
 )
 from egnn_fast.kernels.gradients import (
     add_vector,
-    after_block,
     first_gradients,
     flush_vectors,
     no_vectors,
@@ -57,7 +56,7 @@ def staged_shifts_backward(
     for_weights: tl.constexpr = gradients.weights is not None
     vectors = no_vectors(spec)
     for block in tl.range(begin, end, disable_licm=True):
-        start, _, e, live, first, last = block_of_edges(edges, begin_edge, end_edge, block, spec)
+        _, _, e, live, first, last = block_of_edges(edges, begin_edge, end_edge, block, spec)
         i, j = nodes_of(edges, e, live, first, last)
         d, r = geometry(inputs, i, j, live, spec)
         place = e - begin_edge
@@ -77,7 +76,6 @@ def staged_shifts_backward(
         if for_weights:
             vectors = add_vector(vectors, 3, g_s, operand(a3, spec), spec)
             vectors = add_vector(vectors, 2, live.to(tl.float32), operand(g_z3, spec), spec)
-            vectors = after_block(vectors, begin_edge, start, last, weights, gradients, spec)
     if for_weights:
         flush_vectors(_sums_of_program(gradients, spec), vectors, weights, spec)
 
@@ -98,7 +96,7 @@ def staged_messages_backward(
     vectors = no_vectors(spec)
     g_b_g = 0.0
     for block in tl.range(begin, end, disable_licm=True):
-        start, _, e, live, first, last = block_of_edges(edges, begin_edge, end_edge, block, spec)
+        _, _, e, live, first, last = block_of_edges(edges, begin_edge, end_edge, block, spec)
         place = e - begin_edge
         user = users_of(edges, e, live)
         z = load_linear(tile, place, live, weights.b2, spec)
@@ -134,7 +132,6 @@ def staged_messages_backward(
         store_rows(tile, place, live, g_z2, spec.H, spec.H)
         if for_weights:
             vectors = add_vector(vectors, 1, live.to(tl.float32), operand(g_z2, spec), spec)
-            vectors = after_block(vectors, begin_edge, start, last, weights, gradients, spec)
     if for_weights:
         own = _sums_of_program(gradients, spec)
         flush_vectors(own, vectors, weights, spec)
@@ -183,8 +180,6 @@ def staged_first_backward(
             first, last, d, r, g_z1, g_shift, vectors, carry_p, carry_x, carry_row, head_row, spec,
         )  # fmt: skip
         carry_row = last
-        if gradients.weights is not None:
-            vectors = after_block(vectors, begin_edge, start, last, weights, gradients, spec)
     if gradients.p is not None:
         finish_block_rows(gradients.p, H, carry_p, last, head_row)
     if gradients.receiver is not None:

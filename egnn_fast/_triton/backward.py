@@ -10,6 +10,7 @@ from torch import Tensor
 
 from egnn_fast._partition import Partition
 from egnn_fast._triton.call import Call, ReceiverSums
+from egnn_fast.graph import INT32_MAX
 from egnn_fast.kernels.backward import edge_backward
 from egnn_fast.kernels.blocks import sender_block, sender_options
 from egnn_fast.kernels.gradients import Cotangents, Gradients
@@ -29,7 +30,9 @@ class Backward:
         # sums over senders: chunk by chunk in the order of edges, or at once in any order
         self.ordered = torch.are_deterministic_algorithms_enabled() and any(needed[:2])
         held = self.bytes_of_edge()
-        self.chunks = call.chunks(held) if held else [(0, call.num_edges)]
+        self.chunks = [(0, call.num_edges)]
+        if held:
+            self.chunks = call.chunks(held, self.edges_of_chunk())
         edges, chunk = call.num_edges, self.chunks[0][1]
         self.parts = [call.part(*bounds) for bounds in self.chunks]
         programs = max(part.programs for part in self.parts)
@@ -56,6 +59,10 @@ class Backward:
     def bytes_of_edge(self) -> int:
         """What is held for each edge of a chunk; 0: nothing, so that there is one chunk."""
         return 4 * (self.call.hidden + self.call.dim) if self.ordered else 0
+
+    def edges_of_chunk(self) -> int:
+        """The most edges of a chunk, whatever they hold."""
+        return INT32_MAX
 
     def run(self) -> list[Tensor | None]:
         """Launch all kernels; a gradient for each input, None for what is not wanted."""

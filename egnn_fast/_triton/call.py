@@ -151,13 +151,14 @@ class Call:
             return 1
         return int(torch.cuda.get_device_properties(self.device).multi_processor_count)
 
-    def chunks(self, bytes_of_edge: int) -> list[tuple[int, int]]:
+    def chunks(self, bytes_of_edge: int, most_edges: int = INT32_MAX) -> list[tuple[int, int]]:
         """Runs of edges, whole blocks each, of which so many bytes are held.
 
-        As few as CHUNK_BYTES allow, and of one size, as far as blocks allow it.
+        As few as CHUNK_BYTES and ``most_edges`` allow, and of one size, as far as blocks allow it.
         """
         size, edges = self.blocks.edges, self.num_edges
-        blocks, most = -(-edges // size), max(1, CHUNK_BYTES // bytes_of_edge // size)
+        blocks = -(-edges // size)
+        most = max(1, min(CHUNK_BYTES // bytes_of_edge, most_edges) // size)
         chunk = -(-blocks // -(-blocks // most)) * size
         return [(begin, min(begin + chunk, edges)) for begin in range(0, edges, chunk)]
 

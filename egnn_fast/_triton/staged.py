@@ -16,6 +16,7 @@ from egnn_fast._partition import Partition
 from egnn_fast._triton import backward
 from egnn_fast._triton.call import Call, ReceiverSums
 from egnn_fast._triton.products import multiply
+from egnn_fast.kernels import gradients
 from egnn_fast.kernels.records import Weights
 from egnn_fast.kernels.staged import staged_first, staged_messages, staged_shifts
 from egnn_fast.kernels.staged_backward import (
@@ -28,7 +29,7 @@ from egnn_fast.precision import float32_products
 _TILES_FORWARD, _TILES_BACKWARD = 2, 4
 # edges over which the matrix units sum a weight's gradient; such sums are added up outside of them,
 # where they are rounded to nearest
-OUTER_EDGES = 1 << 14
+OUTER_EDGES: int = gradients.FLUSH.value
 
 
 class _Stages:
@@ -102,6 +103,12 @@ class Backward(backward.Backward):
         """Tiles, the head's part in gradients of d and mask, what waits for sums over senders."""
         tiles, head = _TILES_BACKWARD + self.call.many, 4 * (self.call.dim + 1)
         return tiles * _bytes_of_row(self.call) + head + super().bytes_of_edge()
+
+    def edges_of_chunk(self) -> int:
+        """As many as leave each program's sums for the weights on the matrix units, not more."""
+        if self.call.spec.EXACT.value:
+            return super().edges_of_chunk()
+        return self.call.programs * int(gradients.FLUSH.value)
 
     def run(self) -> list[Tensor | None]:
         """Launch all kernels; a gradient for each input, None for what is not wanted."""
