@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections import defaultdict
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,12 +25,13 @@ import numpy as np
 import triton
 import triton.language as tl
 
+# last: an installed package goes before the checkout
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from bench.gpu import draws
+
 pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("one_thread", "bfloat16")]
 UNIT = 2.0**-8  # half a unit in the last place of bfloat16, for numbers at 1
-
-
-# draws that say what the errors of a case mostly are, and orders of summation in each
-DRAWS, DRAWN_ORDERS = range(10, 17), 2
 
 
 def problem_of(case: Case, face: str) -> Problem:
@@ -45,42 +46,15 @@ def problem_of(case: Case, face: str) -> Problem:
 
 
 def rows_of(case: Case, face: str) -> list[Row]:
-    """The case against the reference in float64; the kernels ran, forward and backward.
-
-    The slopes of clamp and ReLU jump: where roundings move a value across, in plain PyTorch as
-    often, a gradient is off by an edge's whole part. What is in doubt is judged by the medians of
-    several draws, of which few have such a value.
-    """
+    """The case against the reference in float64; the kernels ran, forward and backward."""
     some = case.build_graph().num_edges > 0
     forward, backward = (1, 1) if face == "edge_pass" else (2, 3 + case.node_mask)
     problem = problem_of(case, face)
     with kernel_calls(forward * some, backward * some, backend="triton"):
         rows = list(checks.compare(problem, case.name, ["triton"], torch.float32, rounding=UNIT))
-    in_doubt = {row.quantity for row in rows if not row.passed}
-    kept = [row for row in rows if row.quantity not in in_doubt]
-    return kept + (medians(case, face, in_doubt) if in_doubt else [])
-
-
-def medians(case: Case, face: str, quantities: set[str]) -> list[Row]:
-    """A row for each tensor of these quantities, with the medians of its errors over the draws."""
-    found: dict[tuple[str, str], list[float]] = defaultdict(list)
-    plain: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for seed in DRAWS:
-        problem = problem_of(replace(case, seed=seed), face)
-        exact = Problem({k: t.double() for k, t in problem.leaves.items()}, problem.run)
-        truth = checks.evaluate(exact, "reference")
-        own = checks.evaluate(problem, "triton")
-        others = [checks.evaluate(problem, "reference", k) for k in range(DRAWN_ORDERS)]
-        for key in ((q, name) for q in quantities for name in truth[q]):
-            q, name = key
-            found[key].append(checks.relative_error(own[q][name], truth[q][name]))
-            errors = (checks.relative_error(p[q][name], truth[q][name]) for p in others)
-            plain[key].append(max(errors))
-    return [
-        Row("triton", "float32", case.name, q, statistics.median(errors),
-            checks.bound(torch.float32, [statistics.median(plain[q, name])], UNIT), name)
-        for (q, name), errors in found.items()
-    ]  # fmt: skip
+    if not draws.jumps(case.options):
+        return rows
+    return draws.judged(lambda seed: problem_of(replace(case, seed=seed), face), rows, UNIT)
 
 
 # with one hidden unit sums are so ill-conditioned that an error says nothing

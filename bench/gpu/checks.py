@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.gpu import triage
+from bench.gpu import draws, triage
 from bench.gpu.setting import (
     PRECISIONS,
     Item,
@@ -163,8 +163,13 @@ def launched(outcome: Outcome, *directions: str) -> Iterator[None]:
 
 def _case(face: str, case: Case, precision: str, setting: Setting) -> Outcome:
     outcome = Outcome()
-    make: Callable[..., Problem] = case.edge_pass if face == "edge pass" else case.layer
-    problem = at(make(torch.float32, device=setting.device), precision, setting.device)
+
+    def problem_of(seed: int) -> Problem:
+        drawn = replace(case, seed=seed)
+        make: Callable[..., Problem] = drawn.edge_pass if face == "edge pass" else drawn.layer
+        return at(make(torch.float32, device=setting.device), precision, setting.device)
+
+    problem = problem_of(case.seed)
     has_edges = case.build_graph().num_edges > 0
     with (
         matmul(precision),
@@ -177,6 +182,8 @@ def _case(face: str, case: Case, precision: str, setting: Setting) -> Outcome:
                 problem, case.name, ["triton"], torch.float32, ORDERS, rounding(precision)
             )
         )
+        if draws.jumps(case.options):
+            rows = draws.judged(problem_of, rows, rounding(precision))
         synchronize(setting)
     judge(outcome, precision, face, rows)
     if not all(row.passed for row in rows):
@@ -187,7 +194,7 @@ def _case(face: str, case: Case, precision: str, setting: Setting) -> Outcome:
 def _look(outcome: Outcome, problem: Problem, case: str, precision: str) -> None:
     """Write down where outputs and first gradients are wrong."""
     exact = Problem({k: t.double() for k, t in problem.leaves.items()}, problem.run)
-    with matmul(precision):
+    with matmul(precision), rounded_products(precision, problem.leaves["x"].device.type):
         found, plain = (triage.first_order(problem, name) for name in ("triton", "reference"))
         truth = triage.first_order(exact, "reference")
         bounds = _bounds(precision, [plain], truth)
