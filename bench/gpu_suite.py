@@ -1,4 +1,4 @@
-"""Proves and times the Triton kernels on a GPU: ``python bench/gpu_suite.py --out FOLDER``.
+"""Checks and times the Triton kernels on a GPU: ``python bench/gpu_suite.py --out FOLDER``.
 
 It runs from a plain checkout, installed or not, without network; ``bench/README.md`` tells more.
 """

@@ -58,7 +58,10 @@ def held_bytes(direction: str, hidden: int, precision: str, *, staged_pass: bool
 
 
 def chunks_of(edges: int, block: int, held: int) -> int:
-    """Chunks that :meth:`egnn_fast._triton.call.Call.chunks` cuts so many edges into."""
+    """Chunks that :meth:`egnn_fast._triton.call.Call.chunks` cuts so many edges into, by bytes.
+
+    Its limit on edges does not bind at the sizes that are predicted.
+    """
     blocks = -(-edges // block)
     return -(-blocks // max(1, call.CHUNK_BYTES // held // block)) if held else 1
 

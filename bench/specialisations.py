@@ -85,7 +85,7 @@ def of_suite(rows: Sequence[tuple[str, Any, str]]) -> Keys:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Count and print."""
     parser = argparse.ArgumentParser(description="Count what the GPU suite has Triton compile.")
-    parser.add_argument("--quick", action="store_true", help="of the suite's subset")
+    parser.add_argument("--quick", action="store_true", help="only the suite's --quick subset")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts there too")
     args = parser.parse_args(arguments)
     found = of_suite(table(Setting("cuda", args.quick)))

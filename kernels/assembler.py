@@ -1,8 +1,8 @@
 """Which assembler makes machine code of the Triton kernels, and which ones are known to err.
 
 Triton leaves the last step to NVIDIA's ptxas: its own, or one that the environment names. Some
-versions make wrong code of what these kernels do on Hopper: wgmma with its left operand in
-registers. Triton is not imported before it is asked.
+versions made wrong Hopper code of kernels that use wgmma with its left operand in registers, as
+these do. Triton is not imported before it is asked.
 """
 
 from __future__ import annotations
@@ -55,9 +55,10 @@ class Doubt(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What is known of the releases from one to another, the latter not among them.
+    """What is known of the releases from ``since`` on and before ``before``.
 
-    All of it is of sm_90 and of wgmma with its left operand in registers.
+    All of it is of sm_90 and of wgmma with its left operand in registers. ``evidence`` names issues
+    of Triton and of flash-linear-attention (fla), ``date`` the day of the last word in them.
     """
 
     since: tuple[int, int]
@@ -69,13 +70,13 @@ class Report(NamedTuple):
 
 
 REPORTS = (
-    # H20, the same PTX: the sums of one kernel, the addresses of another
+    # on an H20, from the same PTX: one kernel had wrong sums, another wrote to wrong addresses
     Report((12, 8), (12, 9), "refuse", "made wrong sums, and writes outside of shared memory",
            "fla#1262, fla#984, triton#11366", "2026-09-20"),
-    # H100, the same PTX: 61 for 64
+    # on an H100, from the same PTX: a sum of 64 ones was 61
     Report((12, 9), (13, 0), "refuse", "overwrote registers that a product still read",
            "triton#11781, triton#11156", "2026-09-14"),
-    # right sums where 12.8 made wrong ones
+    # its sums were right where 12.8's were wrong
     Report((13, 0), (13, 1), "refuse", "made writes outside of shared memory",
            "fla#1262", "2026-09-20"),
     # right in fla#1262; but the order of the registers' writes is right from 13.3 on, not before
@@ -140,16 +141,17 @@ def doubt(arch: int, assembler: Assembler) -> Doubt | None:
 
 def _ways_out(assembler: Assembler) -> str:
     return (
-        f"before Python starts, set {assembler.variable} to a ptxas of {_SAFE} or newer (package "
-        f"nvidia-cuda-nvcc) or DISABLE_MMA_V3=1, which is slower; {ENV_ANY}=1 runs it as it is"
+        f"before Python starts, either set {assembler.variable} to ptxas {_SAFE} or newer (package "
+        f"nvidia-cuda-nvcc), or set DISABLE_MMA_V3=1, which is slower; {ENV_ANY}=1 uses this ptxas "
+        "anyway"
     )
 
 
 def doubt_here(arch: int) -> Doubt | None:
     """What speaks against the assembler in use, or against one that Triton has used before it.
 
-    Triton files what it compiles under the name of the first assembler of a process: after a
-    change it may load what an earlier one made. None where ``EGNN_FAST_ANY_ASSEMBLER`` is set.
+    The ptxas version in Triton's cache key is that of the first in a process: after a change it may
+    load what an earlier one made. None where ``EGNN_FAST_ANY_ASSEMBLER`` is set.
     """
     if _ANY:
         return None
@@ -167,13 +169,13 @@ def _doubt_with(arch: int, named: str | None, *environment: str | None) -> Doubt
         return found
     return Doubt(
         "refuse",
-        f"{now.label}: set too late, after Triton had compiled with ptxas {named} in this process; "
-        f"it might load what that made; {_ways_out(now)}",
+        f"{now.label}: chosen too late: Triton has already compiled with ptxas {named} in this "
+        f"process, and may load those kernels from its cache; {_ways_out(now)}",
     )
 
 
 def _named_by_triton(arch: int) -> str | None:
-    """The version under which this process's Triton files what it compiles; None if it has not."""
+    """The ptxas version in the cache key of this process's Triton; None before it compiles."""
     import torch
 
     if torch.version.hip is not None:

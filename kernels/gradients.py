@@ -57,7 +57,8 @@ class Gradients(NamedTuple):
 
 # edges after which sums for the weights leave the matrix units, a multiple of all blocks: these
 # round each sum towards zero, and over many more edges the gradients would come out too small.
-# Products as accurate as float32 are added up outside them anyway. In stages a chunk has no more
+# Products as accurate as float32 are added up outside them anyway. In stages a chunk has at most
+# FLUSH edges for each program, so those kernels never flush
 FLUSH = tl.constexpr(2048)
 # the tile in which the gradients of VECTORS are summed, a column each, then of edge attributes
 _COLUMNS = tl.constexpr(VECTOR_COLUMNS)
@@ -80,8 +81,8 @@ def add_matrix(place, total, spec):
 def sums_of_program(gradients, row, spec):
     """Where this program's sums for the weights are.
 
-    ``row``, a node's number, is never below 0, which the compiler cannot know: the address is found
-    anew for each use, as it would take registers all the while.
+    ``row``, a node's number, is never negative, which the compiler cannot know: so it computes the
+    address again for each use instead of keeping it in registers.
     """
     program = tl.program_id(0) + (row < 0).to(tl.int32)
     return gradients.weights + program.to(tl.int64) * spec.K
@@ -91,8 +92,8 @@ def sums_of_program(gradients, row, spec):
 def flush_matrix(place, total, spec):
     """Add a tile of sums to a matrix ``[H, H]`` in memory, rounded to nearest.
 
-    The memory unit adds, as sums that were read would take registers. The order is fixed: no other
-    program adds there, and :func:`flush_vectors` ends with a barrier.
+    Atomic, because loading the sums would take registers; the same bits each time, because no other
+    program adds here and :func:`flush_vectors` ends with a barrier.
     """
     r = tl.arange(0, spec.HP)
     at = place + r[:, None] * spec.H + r[None, :]
@@ -126,7 +127,7 @@ def add_vector(total, column: tl.constexpr, factor, values, spec):
 
 @triton.jit
 def flush_vectors(place, total, weights, spec):
-    """The same for the sums of VECTORS, and of the edge attributes' matrix behind them."""
+    """Add the tile of sums for VECTORS and w_a to memory, as :func:`flush_matrix` does."""
     row = tl.arange(0, spec.HP)[:, None]
     column = tl.arange(0, _COLUMNS)[None, :]
     inside = row < spec.H

@@ -2,7 +2,8 @@
 
 HGMMA reads A, and writes D, after it was issued. Until a WARPGROUP.DEPBAR has waited for it, no
 other instruction may write A or D, or read D: an assembler that reuses a register of A too early
-makes wrong numbers (triton#9433, triton#11781). Text in, text out: knows nothing of Triton.
+makes wrong numbers (triton#9433, triton#11781). Takes parsed instructions, returns text; does not
+import Triton.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from egnn_fast.kernels.disassembly import Instruction, flow_of
 
 _REGISTER = re.compile(r"[-|!~]*R(\d+)\b")
 _PREDICATE = re.compile(r"!?U?P(\d+|T)$")
-# the first operand behind the predicates is one that they read
+# these write no register: their first operand after the predicates is read
 _WRITES_NONE = (
     "ISETP", "FSETP", "DSETP", "HSETP2", "FCHK", "BAR", "WARPSYNC", "BRX", "JMX", "CALL", "RET",
     "NANOSLEEP",

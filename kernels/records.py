@@ -14,7 +14,7 @@ from egnn_fast.kernels.blocks import Blocks
 
 ACTIVATIONS = {"silu": 0, "relu": 1, "leaky_relu": 2}
 OPERANDS = {"bf16": tl.bfloat16, "fp16": tl.float16}  # float32 in other precisions
-# what holds 8 digits; the interpreter has no bfloat16 worth the name
+# what holds 8 bits of mantissa; the interpreter's bfloat16 is wrong
 PART = tl.float32 if interpreting() else tl.bfloat16
 # the gradients of the weights that are vectors: the rows of the tile in which they are summed
 VECTORS = ("w_r", "b2", "b3", "w_x", "w_g")
@@ -189,7 +189,7 @@ class Spec(NamedTuple):
     TANH, CLAMP : whether the coordinate head has them
     OPERAND : type of the products' operands
     DOT : ``input_precision`` of products of float32 operands
-    ROUND : whether these are rounded to tf32, of which the matrix units drop the last digits
+    ROUND : whether these are rounded to tf32 first; the matrix units would cut them off
     EXACT : whether products are as accurate as float32
     SHARED_SLOPES : of how many layers, from the first, slopes wait in shared memory (backward)
     PART : type of the parts of 8 digits that float32 values are summed in

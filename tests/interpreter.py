@@ -82,7 +82,7 @@ def _multiply(self: Any, a: Any, b: Any, total: Any, precision: Any, imprecise: 
 
 
 def towards_zero(values: Any) -> Any:
-    """Float64 values as the nearest float32 that is no larger."""
+    """Float64 values as the nearest float32 that is no larger in magnitude."""
     nearest = values.astype(np.float32)
     beyond = np.abs(nearest.astype(np.float64)) > np.abs(values)
     return np.where(beyond, np.nextafter(nearest, np.float32(0)), nearest)

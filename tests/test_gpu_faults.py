@@ -85,7 +85,7 @@ def test_each_fault_costs_one_item(faulty: tuple[Path, str]) -> None:
         for row in json.loads((faulty[0] / "results.json").read_text())["items"]
     }
     assert "status -11" in reasons["edge pass: 17 edges of one row: highest"]
-    assert reasons["at full size: random-64: highest"].startswith("out of memory, alone too: ")
+    assert reasons["at full size: random-64: highest"].startswith("out of memory even alone: ")
     assert "give --ptxas FILE" in reasons["smoke: newer ptxas: H 64: highest"]
 
 
@@ -134,7 +134,7 @@ def test_the_first_page_says_what_is_wrong_and_unchecked(faulty: tuple[Path, str
     assert " x ours (unchecked)" in said
 
 
-def test_what_comes_back_is_few_small_files(faulty: tuple[Path, str]) -> None:
+def test_results_are_few_small_files(faulty: tuple[Path, str]) -> None:
     found = list(faulty[0].iterdir())
     assert len(found) <= 8
     assert sum(path.stat().st_size for path in found) < 4 << 20
@@ -264,7 +264,7 @@ def test_what_runs_out_of_memory_is_tried_again_alone(tmp_path: Path) -> None:
     )  # fmt: skip
     assert told[0] == ("fits", PASS, "")
     assert sorted(told[1:]) == [
-        ("always", LEFT_OUT, "out of memory, alone too: "), ("once", PASS, "")
+        ("always", LEFT_OUT, "out of memory even alone: "), ("once", PASS, "")
     ]  # fmt: skip
 
 
@@ -317,7 +317,7 @@ HANGS = "import sys, time; sys.stdin.readline(); time.sleep(60)"
 @pytest.mark.parametrize(
     ("limit", "status", "told"),
     [(1.0, FAIL, "not done after 1 s, so it was ended"),
-     (90.0, LEFT_OUT, "not done after 1 s, when the time was over, so it was ended")],
+     (90.0, LEFT_OUT, "ended after 1 s: the run's time was over")],
 )  # fmt: skip
 def test_only_what_had_all_its_time_has_failed(
     limit: float, status: str, told: str, monkeypatch: pytest.MonkeyPatch
@@ -361,7 +361,7 @@ def test_variants_choose_their_assembler(tmp_path: Path, monkeypatch: pytest.Mon
     # one that is carried along is found, but none that is too old
     monkeypatch.setattr(variants, "places", lambda: [newer])
     assert variants.known(None, tmp_path)[variants.NEWER].version == "13.1.80"
-    newer.chmod(0o644)  # it lost the right to be executed on its way
+    newer.chmod(0o644)  # copied without its executable bit
     moved = variants.known(None, tmp_path / "cache")[variants.NEWER]
     assert (moved.version, moved.ptxas) == ("13.1.80", str(tmp_path / "cache" / "ptxas"))
     assembler(newer, "13.0.88")
@@ -376,6 +376,8 @@ def test_an_assembler_that_is_too_old_is_refused(tmp_path: Path, version: str, t
     path = assembler(tmp_path / "ptxas", version)
     with pytest.raises(ValueError, match=f"--ptxas: expected ptxas 13.1.80 or newer, {told}"):
         variants.known(path, tmp_path)
+    with pytest.raises(ValueError, match="--ptxas: no such file: "):
+        variants.known(tmp_path / "nothing", tmp_path)
     done = suite(tmp_path / "out", "--ptxas", str(path))
     assert done.returncode == 2
     assert f"gpu_suite.py: --ptxas: expected ptxas 13.1.80 or newer, {told}" in done.stderr
@@ -419,12 +421,21 @@ def test_where_a_tensor_is_wrong() -> None:
 def test_a_race_shows_in_a_second_run() -> None:
     outcome, right = Outcome(), {"M": torch.ones(4, 2, dtype=torch.float64)}
     found = {"M": torch.ones(4, 2) + torch.tensor([[0.5, 0.0]])}
-    triage.examine(outcome, "a", "bf16", found, right, {"M": 1e-3}, lambda: {"M": torch.ones(4, 2)})
+    bounds = {"M": 1e-3}
+    triage.examine(outcome, "a", "bf16", found, right, bounds, lambda: {"M": torch.ones(4, 2)})
     (row,) = outcome.rows["triage"]
     assert row["again"] == 0.5
     (line,) = triage.lines(outcome.rows["triage"], 9)
     assert "M [4, 2]: 5.00e-01" in line
     assert line.endswith("columns [0]; a second run differs by 5.0e-01")
+
+    def broken() -> dict[str, torch.Tensor]:
+        raise RuntimeError("no more")
+
+    outcome = Outcome()
+    triage.examine(outcome, "a", "bf16", found, right, bounds, broken)
+    (line,) = triage.lines(outcome.rows["triage"], 9)
+    assert line.endswith("a second run failed: RuntimeError: no more")
 
 
 # Triton decides at its import whether kernels are interpreted, and its driver is replaced

@@ -116,7 +116,7 @@ def test_a_run_is_continued(run: tuple[Path, str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--out: needed"),
+        ([], "--out FOLDER is required"),
         (["--out", "x", "--minutes", "0"], "--minutes: expected more than 0"),
         (["--out", "x", "--minutes", "nan"], "--minutes: expected more than 0"),
         (["--out", "x", "--variant", "best"], "--variant: expected one of own ptxas, newer"),

@@ -28,9 +28,9 @@ from bench.gpu.setting import FAIL, LEFT_OUT, Item, Outcome, Setting
 from bench.gpu.waiting import Queue
 
 MARK = "@@ "  # before an answer: whatever else is printed is not one
-BROKEN = 3  # exit status of a child whose CUDA context is
+BROKEN = 3  # exit status of a child whose CUDA context is broken
 GRACE = 20.0  # seconds beyond the deadline for what was begun before
-PATIENCE = 10.0  # with the interpreter
+PATIENCE = 10.0  # factor on time limits with the interpreter
 _TAIL = 400  # characters of what a dying child said
 _OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 Done = Callable[[Item, Outcome, float], None]
@@ -131,8 +131,9 @@ class _Child:
         except OSError:
             line = None
         except queue.Empty:
-            status, why = (FAIL, "") if whole else (LEFT_OUT, ", when the time was over")
-            return Outcome(status, f"not done after {limit:.0f} s{why}, so it was ended"), False
+            if whole:
+                return Outcome(FAIL, f"not done after {limit:.0f} s, so it was ended"), False
+            return Outcome(LEFT_OUT, f"ended after {limit:.0f} s: the run's time was over"), False
         if line is None:
             code = self.process.wait()
             return Outcome(FAIL, f"its process ended with status {code}: {self._said()}"), False
@@ -168,9 +169,10 @@ def run(
     gigabytes: float = float("inf"),
     environment: Environments | None = None,
 ) -> list[Item]:
-    """Run items, those that must be alone after the others; those that time was too short for.
+    """Run items, those that must be alone after the others.
 
-    What runs out of memory beside others is run again alone.
+    Returns those that time was too short for. What runs out of memory beside others is run again
+    alone.
 
     Parameters
     ----------
@@ -211,7 +213,7 @@ class _Work:
         self.failures: list[BaseException] = []
 
     def run(self, items: Sequence[Item], jobs: int) -> list[Item]:
-        """Run items; those that were left."""
+        """Run items; returns those that were left."""
         waiting = Queue(items, self.deadline, self.gigabytes)
         jobs = max(jobs, 1) if any(item.variant for item in items) else jobs
         if jobs < 2:
@@ -275,7 +277,7 @@ class _Work:
                 self.again.append(item)
                 return
             if outcome.out_of_memory:
-                outcome.reason = f"out of memory, alone too: {outcome.reason}"
+                outcome.reason = f"out of memory even alone: {outcome.reason}"
             self.done(item, outcome, seconds)
 
 

@@ -23,29 +23,32 @@ def parser() -> argparse.ArgumentParser:
         prog="gpu_suite.py", description="Check and time the Triton kernels of egnn_fast."
     )
     option = found.add_argument
-    option("--out", type=Path, help="folder for the results")
-    option("--only", choices=SECTIONS, help="a part; without it, smoke, checks and times")
-    told = "stop after so many minutes; 4 is the first half of the order (default: all of it, 9.3)"
+    option("--out", type=Path, metavar="FOLDER", help="for the results; needed but for --list")
+    told = "a part; without it smoke, checks and times; times brings the checks at full size too"
+    option("--only", choices=SECTIONS, help=told)
+    told = "of the whole run; 4 is the first half of the order (default: all of it, 9.3)"
     option("--minutes", type=float, metavar="N", help=told)
-    option("--quick", action="store_true", help="a subset")
-    option("--resume", action="store_true", help="keep what --out already has")
+    option("--quick", action="store_true", help="fewer items")
+    option("--resume", action="store_true", help="continue an interrupted run in --out")
     told = "items whose names match, such as 'times: nbody*'; repeatable"
     option("--case", action="append", metavar="PATTERN", help=told)
     told = "cpu: tiny sizes through Triton's interpreter, to try the suite itself"
     option("--device", choices=("cuda", "cpu"), default="cuda", help=told)
     told = "a ptxas of CUDA 13.1 or newer, to try beside Triton's own"
     option("--ptxas", type=Path, metavar="FILE", help=told)
-    told = "'own ptxas', 'newer ptxas' or 'no wgmma', for all but the smoke items"
+    told = "use it for all but the smoke items: 'own ptxas', 'newer ptxas' or 'no wgmma'"
     option("--variant", metavar="NAME", help=told)
-    option("--cache", type=Path, metavar="FOLDER", help="of compiled kernels, for the next run too")
-    option("--jobs", type=int, metavar="N", help="processes for the checks; 0: all in this one")
-    option("--commit", help="of this tree, where neither git nor git archive tells")
+    told = "keep compiled kernels here (default: a folder in the system's temporary folder)"
+    option("--cache", type=Path, metavar="FOLDER", help=told)
+    told = "processes for the checks (default: cores - 1, at most 14); 0: all in this one"
+    option("--jobs", type=int, metavar="N", help=told)
+    option("--commit", help="of this tree, if neither git nor git archive tells it")
     option(
         "--plant",
         action="append",
         default=[],
         metavar="KIND=PATTERN",
-        help="break items on purpose, to see what comes of it: wrong, memory, crash or hang",
+        help="plant a fault in matching items, to test the suite: wrong, memory, crash or hang",
     )
     option("--list", action="store_true", help="print the items, by phase, and end")
     option("--child", action="store_true", help=argparse.SUPPRESS)
@@ -54,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; 0 if nothing failed, 1 if something did, 2 for a wrong option."""
+    """Run; 0 if something passed and nothing failed, 2 for a wrong option, 1 otherwise."""
     options = parser().parse_args(arguments)
     reason = _wrong(options)
     if reason is not None:
@@ -62,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begin = time.monotonic()
     _prepare(options.device)
 
-    from bench.gpu import children, items, plan, sanitizer, variants
+    from bench.gpu import children, items, sanitizer, variants
     from bench.gpu.run import Run
     from bench.gpu.setting import Setting
     from egnn_fast.experiments.errors import ExperimentError
@@ -75,9 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return children.serve(known, setting, sys.stdin, sys.stdout)
     chosen = _choose(known, options)
     if options.list:
-        for phase, mine in plan.phases_of(chosen):
-            print(f"{phase.name}, to {phase.end:g} s:", *(f"  {i.name}" for i in mine), sep="\n")
-        return 0
+        return _list(chosen)
     missing = _missing(setting)
     if missing is not None:
         return _refuse(missing)
@@ -91,6 +92,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ExperimentError as error:
         _refuse(str(error))
         return error.exit_code
+
+
+def _list(chosen: Mapping[str, Item]) -> int:
+    """Print the items by phase."""
+    from bench.gpu import plan
+
+    if not chosen:
+        return _refuse("--case: no item matches")
+    for phase, mine in plan.phases_of(chosen):
+        if mine:
+            print(f"{phase.name}:", *(f"  {item.name}" for item in mine), sep="\n")
+    return 0
 
 
 def _refuse(reason: str) -> int:
@@ -113,7 +126,7 @@ def _wrong(options: argparse.Namespace) -> str | None:
         if reason is not None:
             return reason
     if options.out is None and not (options.list or options.child or options.sanitized):
-        return "--out: needed, the folder for the results"
+        return "--out FOLDER is required"
     return None
 
 

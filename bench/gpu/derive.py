@@ -87,7 +87,7 @@ def _our_time(rows: Sequence[Row], row: Row) -> float | None:
 
 
 def goals(rows: Sequence[Row], memory: Sequence[Row]) -> Iterator[Row]:
-    """The figures that issue and README state goals for; ``rows`` are those of :func:`times`."""
+    """The figures that bench/README.md has goals for on a GPU; ``rows`` are of :func:`times`."""
     ms = 1e3
     for precision, measured, goal in (
         ("bf16", INFERENCE, 4.0), ("highest", INFERENCE, 8.0), ("bf16", TRAINING, 16.0),

@@ -16,7 +16,8 @@ from egnn_fast.bench.cases import Case
 MUFU_PER_CYCLE = 16
 # of them for a SiLU: an exponential and a reciprocal; one reciprocal for two; or tanh.approx
 MUFU_PER_SILU = {"ex2 + rcp": 2.0, "shared rcp": 1.5, "tanh.approx": 1.0}
-KERNELS_USE = "shared rcp"
+# the fewest at full accuracy; some kernels take ex2 + rcp
+FLOOR_ASSUMES = "shared rcp"
 TF32_PRODUCTS = 3  # that make up one as accurate as float32
 COORDINATES = 3
 OPERAND_BYTES = {"bf16": 2, "fp16": 2}  # of P and Q; else 4
@@ -50,7 +51,7 @@ class Chip(NamedTuple):
     copy: float
     flop: Mapping[str, float]
 
-    def mufu_seconds(self, activations: float, kind: str = KERNELS_USE) -> float:
+    def mufu_seconds(self, activations: float, kind: str = FLOOR_ASSUMES) -> float:
         """Time of SiLUs."""
         cycles = activations * MUFU_PER_SILU[kind] / MUFU_PER_CYCLE
         return cycles / (self.multiprocessors * self.clock_hz)

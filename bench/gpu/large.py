@@ -23,7 +23,7 @@ from egnn_fast.graph import Graph
 from egnn_fast.options import EdgeWeights, Options
 
 CHUNK_NUMBERS = 1 << 25  # of a tensor [chunk, H]
-# of GPU memory at the peak of a check of 32 M edges: about 15 at H = 64, 26 at 128
+# of GPU memory at the peak of a check of 32 M edges, estimated: 15 at H = 64, 26 at 128
 GIGABYTES_OF_CHANNEL = 0.22
 END_ROWS = 1 << 20  # first and last edges whose gradients are compared
 Tensors = dict[str, Tensor]

@@ -1,7 +1,7 @@
 """What runs when: the order of a run, and until which second each part of it may last.
 
-The first minutes tell the truth, the times and the next step, whatever goes wrong; what is used
-most comes before what is used least.
+Correctness first, then the most important times, so that a run that is cut short is of use; what is
+used most comes before what is used least.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from bench.gpu.setting import Item
 
-FULL = 560.0  # seconds of the whole order on an H200
+FULL = 560.0  # seconds of the whole order, estimated for an H200
 
 
 class Phase(NamedTuple):

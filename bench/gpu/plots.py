@@ -43,7 +43,7 @@ def draw(times: Sequence[Row], memory: Sequence[Row], environment: Row, folder: 
 
 
 def _told(found: Row) -> str:
-    where = found["gpu"] or f"{found['cpu']}, interpreted: no speed of anything"
+    where = found["gpu"] or f"{found['cpu']}, interpreted, so times mean nothing"
     parts = [where, f"torch {found['torch']}", f"triton {found['triton']}"]
     if found["commit"]:
         parts.append(f"commit {found['commit']}")

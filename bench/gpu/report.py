@@ -17,7 +17,7 @@ Row = dict[str, Any]
 def heading(results: Results) -> list[str]:
     """Where and with what."""
     e = results.environment
-    where = e["gpu"] or f"{e['cpu']}, interpreted: no speed of anything"
+    where = e["gpu"] or f"{e['cpu']}, interpreted, so times mean nothing"
     return [
         f"egnn_fast {e['egnn_fast']} at {e['commit'] or 'an unknown commit'} on {where}",
         f"torch {e['torch']}, triton {e['triton']}, CUDA {e['cuda']}, driver {e['driver']}",
@@ -35,7 +35,7 @@ def standing_lines(results: Results) -> list[str]:
                 item.removeprefix(f"smoke: {name}: ") for item in row["wrong"]
             )
         if row["seconds"] is not None:
-            told += f", {row['seconds'] * 1e3:.4g} ms"
+            told += f"; forward + backward, all precisions: {row['seconds'] * 1e3:.4g} ms"
         found.append(f"variant {name} ({assemblers[name]}): {told}")
     missing = [n for n in assemblers if n not in {row["variant"] for row in results.variants}]
     found += [f"variant {name}: {assemblers[name]}" for name in missing]
@@ -95,7 +95,7 @@ def _code_lines(results: Results) -> list[str]:
 def _time_lines(times: list[Row]) -> list[str]:
     found = []
     for row in times:
-        share = f", floor {row['floor_share']:.0%}" if row["floor_share"] else ""
+        share = f", {row['floor_share']:.0%} of the floor" if row["floor_share"] else ""
         ratio = f", {row['ratio']:.2f} x ours" if row["ratio"] else ""
         what = f"{row['case']}, {row['precision']}, {row['measured']}, {row['peer']}"
         mark = "" if row["checked"] else UNCHECKED
@@ -106,7 +106,7 @@ def _time_lines(times: list[Row]) -> list[str]:
 def _kernel_lines(results: Results) -> list[str]:
     rows = sorted(results.sections.get("kernels", []), key=lambda row: -row["seconds_per_run"])
     return [
-        f"{row['precision']}, {row['what']}, {row['kernel'][:60]}: "
+        f"kernel: {row['precision']}, {row['what']}, {row['kernel'][:60]}: "
         f"{row['seconds_per_run'] * 1e3:.4g} ms in {row['calls_per_run']:g} calls"
         for row in rows[:KERNELS]
     ]

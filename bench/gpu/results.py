@@ -91,7 +91,7 @@ def _ask_driver(field: str) -> str | None:
 
 
 def _clock_mhz(gpu: Any) -> float:
-    """The highest clock of the multiprocessors: the driver's word, else PyTorch's."""
+    """The highest clock of the multiprocessors: from nvidia-smi, else from PyTorch."""
     try:
         return float(_ask_driver(_CLOCK_QUERY) or "")
     except ValueError:
@@ -116,6 +116,10 @@ class Results:
         Rows of what the items found; each names its item, and the variant that it ran with.
     code : dict
         Compressed machine code of kernels that were wrong, by hash.
+    variants : list of dict
+        What the smoke items found of each variant of the compiler, the best first.
+    variant : str
+        The one that everything else runs with.
     """
 
     def __init__(self, folder: Path, environment: Row) -> None:
@@ -123,12 +127,11 @@ class Results:
         self.items: dict[str, Row] = {}
         self.sections: dict[str, list[Row]] = {}
         self.code: dict[str, str] = {}
-        # what the smoke items found of the variants, and which of them the rest runs with
         self.variants: list[Row] = []
         self.variant = ""
 
     def resume(self) -> int:
-        """Take over what an earlier run with the same GPU and versions found: how many items.
+        """Take over what a run with the same GPU and versions found; returns how many items.
 
         Raises
         ------
@@ -141,7 +144,7 @@ class Results:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["schema"] != SCHEMA:
-                raise ValueError("its schema is another one")
+                raise ValueError(f"schema {content['schema']}, expected {SCHEMA}")
             theirs = content["environment"]
             items = {row["name"]: row for row in content["items"]}
             sections = {name: list(rows) for name, rows in content["found"].items()}
@@ -174,7 +177,7 @@ class Results:
             return  # there was nothing wrong, or it was not written: the items say so anyway
 
     def drop(self, which: Callable[[Row], bool]) -> int:
-        """Forget items, so that they run again, and the rows of what is not known: how many."""
+        """Forget items, so that they run again, and their rows; returns how many."""
         before = len(self.items)
         self.items = {name: row for name, row in self.items.items() if not which(row)}
         self.sections = {
@@ -214,7 +217,7 @@ class Results:
 
     @property
     def passed(self) -> bool:
-        """Whether something was run and none of it failed; a block size may, when tuning."""
+        """Whether something passed and nothing failed; failed tune items do not count."""
         rows = self.items.values()
         failed = any(row["status"] == FAIL and row["section"] != "tune" for row in rows)
         return not failed and any(row["status"] == PASS for row in rows)
@@ -239,7 +242,7 @@ class Results:
         write_atomic(self.folder / TABLE, _csv(list(self.items.values()), times, told))
 
     def _save_code(self) -> None:
-        """``triage_code.zip``: for each hash, gzip of the machine code, a mark, and its PTX."""
+        """``triage_code.zip``: for each hash, gzip of the cubin, b"\\0PTX\\0" and the PTX."""
         content = io.BytesIO()
         with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
             for name, code in self.code.items():

@@ -68,7 +68,7 @@ class Run:
         """Take over what is kept, and choose a variant by what is known so far."""
         kept = self.results.resume() if self.options.resume else 0
         self._choose_variant()
-        # what ran with another variant than the rest does runs again
+        # items that ran with another variant than the chosen one run again
         fixed = {name for name, item in self.chosen.items() if item.variant}
         kept -= self.results.drop(
             lambda row: (
@@ -139,7 +139,7 @@ class Run:
         return self.variants[item.variant or self.results.variant].environment()
 
     def _choose_variant(self) -> None:
-        """The fastest that is right, as far as is known; else the newest assembler."""
+        """The fewest wrong cases, then the fastest; before any is known, the newest ptxas."""
         results = self.results
         able = [name for name in NAMES if not self.variants[name].missing]
         results.variants = standing(results.sections.get("speeds", []), results.items, able)

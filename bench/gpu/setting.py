@@ -92,7 +92,7 @@ class Item:
     run : callable
         Gives the outcome; an exception is a failure.
     seconds : float
-        About what it takes on an H200: it is not begun with less left.
+        Estimated for an H200: it is not begun with less time left.
     limit : float
         Seconds after which it is ended as hanging.
     alone : bool

@@ -35,7 +35,7 @@ def first_order(problem: Problem, backend: str, order: int = 0) -> Tensors:
     draw = torch.Generator().manual_seed(3)
     leaves = {k: t.detach().clone().requires_grad_() for k, t in problem.leaves.items()}
     outputs = problem.run(leaves, backend, order)
-    # of one sign, on the device that the draw is not of: where a sum cancels an error says little
+    # drawn on the CPU, the same for every device; positive: where sums cancel an error says little
     towards = [
         (torch.rand(t.shape, generator=draw, dtype=torch.float64) + 0.5).to(t.device, t.dtype)
         for t in outputs.values()
@@ -70,15 +70,16 @@ def examine(
         Computes what was found once more; the kernels that run are those written down.
     """
     forget_kernels()
+    second: Tensors | None = None
+    failure = ""
     try:
         second = again()
     except Exception as error:  # the first result is worth its rows anyway
-        outcome.add("triage", case=case, precision=precision, tensor="",
-                    again=f"{type(error).__name__}: {error}"[:300])  # fmt: skip
-        second = found
+        failure = f"{type(error).__name__}: {error}"[:300]
     for name, right in truth.items():
         row = judged(found[name], right, bounds[name])
-        row["again"] = _difference(found[name], second[name], right)
+        row["again"] = None if second is None else _difference(found[name], second[name], right)
+        row["again_failed"] = failure
         outcome.add("triage", case=case, precision=precision, tensor=name, **row)
     for kernel in compiled_kernels():
         code = kernel.pop("code")
@@ -199,11 +200,17 @@ def lines(rows: Sequence[Mapping[str, Any]], most: int) -> list[str]:
     for row in wrong[:most]:
         error = "not finite" if row["error"] is None else f"{row['error']:.2e}"
         again = row["again"]
-        same = "not finite" if again is None else f"{again:.1e}"
+        same = (
+            "a second run is not finite"
+            if again is None
+            else f"a second run differs by {again:.1e}"
+        )
+        if row["again_failed"]:
+            same = f"a second run failed: {row['again_failed']}"
         found.append(
             f"{row['case']}, {row['precision']}: {row['tensor']} {row['shape']}: {error} (allowed "
             f"{row['bound']:.1e}), {row['wrong']} of {row['numbers']} numbers in "
             f"{row['wrong_rows']} rows {row['rows']} and {row['wrong_columns']} columns "
-            f"{row['columns']}; a second run differs by {same}"
+            f"{row['columns']}; {same}"
         )
     return found

@@ -28,7 +28,7 @@ _PATHS = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
 _NO_WGMMA, _CACHE = "DISABLE_MMA_V3", "TRITON_CACHE_DIR"
 CONTROLLED = (*_PATHS, _NO_WGMMA, _CACHE)
 # where a newer ptxas may lie: a folder that git ignores, or the package nvidia-cuda-nvcc
-CARRIED = ROOT / ".ptxas" / "ptxas"
+LOCAL = ROOT / ".ptxas" / "ptxas"
 _IN_PACKAGE = ("cu13/bin/ptxas", "cuda_nvcc/bin/ptxas")
 Row = dict[str, Any]
 
@@ -74,7 +74,7 @@ def known(ptxas: Path | None, cache: Path) -> dict[str, Variant]:
     Parameters
     ----------
     ptxas : Path, optional
-        A newer assembler; without it one is looked for in :data:`CARRIED` and in the package
+        A newer assembler; without it one is looked for in :data:`LOCAL` and in the package
         nvidia-cuda-nvcc, never on the ``PATH``.
     cache : Path
         Triton's caches lie here, one for each variant.
@@ -103,14 +103,16 @@ def _newer(ptxas: Path | None, cache: Path, settings: Mapping[str, str]) -> Vari
         if version and _numbers(version) >= LEAST:
             return Variant(NEWER, str(path), version, {**settings, **chosen})
         if ptxas is not None:
+            if not ptxas.is_file():
+                raise ValueError(f"--ptxas: no such file: {ptxas}")
             got = f"version {version}" if version else "a file that tells no version"
-            raise ValueError(f"--ptxas: expected ptxas {least} or newer, got {got}: {path}")
+            raise ValueError(f"--ptxas: expected ptxas {least} or newer, got {got}: {ptxas}")
     missing = f"no ptxas {least} or newer: give --ptxas FILE, or install nvidia-cuda-nvcc"
     return Variant(NEWER, missing=missing)
 
 
 def _executable(path: Path, cache: Path) -> Path:
-    """The file, or a copy that may be executed: what is carried along may have lost that right."""
+    """The file, or an executable copy of one that was copied here without its executable bit."""
     if not path.is_file() or os.access(path, os.X_OK):
         return path
     cache.mkdir(parents=True, exist_ok=True)
@@ -122,7 +124,7 @@ def _executable(path: Path, cache: Path) -> Path:
 
 def places() -> list[Path]:
     """Files that may be a newer ptxas."""
-    found = [CARRIED]
+    found = [LOCAL]
     spec = find_spec("nvidia")
     for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
         found += [Path(folder, inner) for inner in _IN_PACKAGE]
@@ -184,6 +186,6 @@ def standing(rows: Sequence[Row], items: Mapping[str, Row], able: Sequence[str])
 
 
 def _rank(row: Row) -> tuple[bool, int, float]:
-    """Right before wrong, then the fastest; what was not tried comes last."""
+    """Fewest wrong cases first, then the fastest; variants with nothing right last."""
     seconds = float("inf") if row["seconds"] is None else row["seconds"]
     return row["right"] == 0, len(row["wrong"]), seconds

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from bench.gpu.setting import Item
 
-_AHEAD = 8  # items that one of the same variant may go before: a process need not be started anew
+_AHEAD = 8  # how far a worker looks for an item of its own variant, which needs no new process
 _WAKE = 1.0  # seconds after which a waiting worker looks at the clock
 
 
@@ -22,7 +22,7 @@ class Queue:
     deadline : float
         By ``time.monotonic``.
     gigabytes : float
-        What is taken at a time needs no more together; what alone needs more runs alone.
+        Memory that running items may take together; a larger item runs alone.
 
     Attributes
     ----------

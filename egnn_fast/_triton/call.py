@@ -152,9 +152,10 @@ class Call:
         return int(torch.cuda.get_device_properties(self.device).multi_processor_count)
 
     def chunks(self, bytes_of_edge: int, most_edges: int = INT32_MAX) -> list[tuple[int, int]]:
-        """Runs of edges, whole blocks each, of which so many bytes are held.
+        """The edges cut into chunks ``(begin, end)`` of whole blocks.
 
-        As few as CHUNK_BYTES and ``most_edges`` allow, and of one size, as far as blocks allow it.
+        ``bytes_of_edge`` are held for each edge of a chunk. As few chunks as CHUNK_BYTES and
+        ``most_edges`` allow, and of one size, as far as blocks allow it.
         """
         size, edges = self.blocks.edges, self.num_edges
         blocks = -(-edges // size)
@@ -175,7 +176,7 @@ class Call:
     def edges(self, part: Partition) -> EdgeList:
         """The record of such a run of edges."""
         receivers, order = self.receivers, Order(self.rowptr, None)
-        # backward there are no registers for so much at once
+        # backward a list of receivers would take too many registers: it searches rowptr
         if receivers is not None and self.direction == "forward":
             order = Order(None, receivers)
         return EdgeList(order, receivers, self.senders, self.perm, self.first, part.rows)

@@ -105,7 +105,10 @@ class Backward(backward.Backward):
         return tiles * _bytes_of_row(self.call) + head + super().bytes_of_edge()
 
     def edges_of_chunk(self) -> int:
-        """As many as leave each program's sums for the weights on the matrix units, not more."""
+        """At most FLUSH for each program: longer sums on the matrix units would be biased.
+
+        Products as accurate as float32 are added up outside of them.
+        """
         if self.call.spec.EXACT.value:
             return super().edges_of_chunk()
         return self.call.programs * int(gradients.FLUSH.value)
@@ -199,5 +202,5 @@ class Backward(backward.Backward):
 
 
 def _runs(edges: int) -> int:
-    """Runs of equal length, at most OUTER_EDGES: a power of 2, so that blocks go into them."""
+    """The number of runs, a power of 2, each of at most OUTER_EDGES edges."""
     return int(triton.next_power_of_2(max(1, -(-edges // OUTER_EDGES))))
