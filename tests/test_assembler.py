@@ -255,7 +255,7 @@ def test_the_environment_may_change_until_something_is_compiled(
     use(install(BAD), monkeypatch)
     compiler.get_ptxas_version(90)  # as the first compilation does
     use(install(GOOD), monkeypatch)
-    with pytest.raises(BackendError, match=r"13\.5\.37 .* set too late, .* ptxas 12\.9\.86"):
+    with pytest.raises(BackendError, match=r"13\.5\.37 .* chosen too late: .* ptxas 12\.9\.86"):
         backends.select("triton", CALL)
     # from a good one to another nothing wrong can be loaded
     compiler.get_ptxas_version.cache_clear()

@@ -187,7 +187,11 @@ def _case(face: str, case: Case, precision: str, setting: Setting) -> Outcome:
         synchronize(setting)
     judge(outcome, precision, face, rows)
     if not all(row.passed for row in rows):
-        _look(outcome, problem, case.name, precision)
+        try:
+            _look(outcome, problem, case.name, precision)
+        except torch.OutOfMemoryError:  # the failure must not be lost by it
+            outcome.add("triage", case=case.name, precision=precision, tensor="", wrong=0,
+                        stopped="out of memory")  # fmt: skip
     return outcome
 
 

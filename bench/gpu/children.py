@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -66,7 +67,7 @@ def out_of_memory(error: Exception) -> bool:
 
 def serve(items: Mapping[str, Item], setting: Setting, source: IO[str], target: IO[str]) -> int:
     """A child's life: names in, outcomes out; the exit status."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    end_with_parent()
     for line in source:
         outcome = run_here(items[line.strip()], setting)
         broken = _broken(setting)
@@ -79,11 +80,16 @@ def serve(items: Mapping[str, Item], setting: Setting, source: IO[str], target: 
     return 0
 
 
-def _end_with(parent: int) -> None:
-    """End this process with its parent, which may be killed while an item runs."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+def end_with_parent() -> None:
+    """Let this process end with its parent, which may be killed while an item runs."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _broken(setting: Setting) -> str | None:
@@ -106,7 +112,7 @@ class _Child:
         self.environment = environment
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
-            encoding="utf-8", errors="replace", env=environment,
+            encoding="utf-8", errors="replace", env=environment, start_new_session=True,
         )  # fmt: skip
         self.lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -132,7 +138,8 @@ class _Child:
             line = None
         except queue.Empty:
             if whole:
-                return Outcome(FAIL, f"not done after {limit:.0f} s, so it was ended"), False
+                reason = f"not done after {limit:.0f} s, so it was ended"
+                return Outcome(FAIL, reason, hung=True), False
             return Outcome(LEFT_OUT, f"ended after {limit:.0f} s: the run's time was over"), False
         if line is None:
             code = self.process.wait()
@@ -147,15 +154,20 @@ class _Child:
         """Let it go; one that does not is killed."""
         assert self.process.stdin is not None
         if kill:
-            self.process.kill()
+            self._kill()
         with contextlib.suppress(OSError):
             self.process.stdin.close()
         try:
             self.process.wait(timeout=5)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            self._kill()
             self.process.wait()
         self.errors.close()
+
+    def _kill(self) -> None:
+        """With all that it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 def run(

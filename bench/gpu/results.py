@@ -192,6 +192,7 @@ class Results:
         self.items[item.name] = {
             "name": item.name, "section": item.section, "status": outcome.status,
             "reason": outcome.reason, "seconds": round(seconds, 2), "variant": variant,
+            "hung": outcome.hung,
         }  # fmt: skip
         for name in {*self.sections, *outcome.rows}:
             kept = [row for row in self.sections.get(name, []) if row["item"] != item.name]
@@ -206,10 +207,12 @@ class Results:
 
     def derived(self) -> tuple[list[Row], list[Row]]:
         """Times with ratios and floors, and the goals."""
-        times = derive.times(self.environment, self.sections, self.items)
+        # copies: pictures are drawn by another thread
+        sections, items = dict(self.sections), dict(self.items)
+        times = derive.times(self.environment, sections, items)
         if not self.environment["gpu"]:  # the goals are of full sizes
             return times, []
-        return times, list(derive.goals(times, self.sections.get("memory", [])))
+        return times, list(derive.goals(times, sections.get("memory", [])))
 
     def count(self, status: str) -> int:
         """How many items have a status."""

@@ -24,6 +24,7 @@ CPU_BUDGET = 3600.0
 JOBS = 14
 REPORT = "report.txt"
 _USABLE = 0.85  # of the GPU's memory
+_OF_ONE_VARIANT = ("smoke: ", "speed: ", "memcheck: ", "racecheck: ")
 
 
 class Run:
@@ -69,13 +70,11 @@ class Run:
         kept = self.results.resume() if self.options.resume else 0
         self._choose_variant()
         # items that ran with another variant than the chosen one run again
-        fixed = {name for name, item in self.chosen.items() if item.variant}
         kept -= self.results.drop(
             lambda row: (
-                row["name"] not in fixed
-                and bool(row["variant"])
+                bool(row["variant"])
                 and row["variant"] != self.results.variant
-                and not row["name"].startswith(("smoke: ", "speed: "))
+                and not row["name"].startswith(_OF_ONE_VARIANT)
             )
         )
         for line in report.heading(self.results):
@@ -96,11 +95,16 @@ class Run:
         for (phase, items), end in zip(parts, times, strict=True):
             if items:
                 self._say(f"phase: {phase.name}, to {end:.0f} s")
-            left += self._go(items, end)
+            if phase.name == plan.FIRST_TIMES:  # nothing comes before them
+                left += self._go(items, end)
+                left = self._without_compiling(left)
+            else:
+                # first what the phases before had no time for
+                left = self._go([*left, *items], end)
             if phase.name == "smoke":
                 self._choose_variant()
-        # what a phase had no time for, if others needed less than theirs
-        left = self._go(left, self.budget)
+            if items:
+                self._write_report()
         left += self._tune([i for i in self.waiting.values() if i.section == "tune"])
         for item in left:
             reason = f"the budget of {self.budget:.0f} s left no time for it"
@@ -108,12 +112,24 @@ class Run:
         if self.painter is not None:
             self.painter.join()
         self._draw()
-        page, details = report.first_page(self.results), report.details(self.results)
+        page, details = self._write_report()
         print("\n".join([*details, "", *page]), flush=True)  # a terminal shows the end
-        text = "\n".join([*page, "", *details, "", *self.said])
-        write_atomic(self.options.out / REPORT, text + "\n")
         self._say(f"written to {self.options.out}")
         return 0 if self.results.passed else 1
+
+    def _write_report(self) -> tuple[list[str], list[str]]:
+        """The first page and the details, after they were written."""
+        page, details = report.first_page(self.results), report.details(self.results)
+        text = "\n".join([*page, "", *details, "", *self.said])
+        write_atomic(self.options.out / REPORT, text + "\n")
+        return page, details
+
+    def _without_compiling(self, left: list[Item]) -> list[Item]:
+        """Without what compiles for times that have run by now."""
+        late = [item for item in left if item.name.startswith("compile: ")]
+        for item in late:
+            self._done(item, Outcome(LEFT_OUT, "too late: what is timed was compiled by it"), 0)
+        return [item for item in left if item not in late]
 
     def _without_tuning(self) -> dict[str, Item]:
         return {name: item for name, item in self.waiting.items() if item.section != "tune"}

@@ -16,7 +16,7 @@ import torch
 
 from bench.gpu import smoke, triage
 from bench.gpu.checks import at
-from bench.gpu.children import child_command
+from bench.gpu.children import child_command, end_with_parent
 from bench.gpu.setting import FAIL, LEFT_OUT, Item, Outcome, Setting, matmul
 from bench.gpu.variants import NO_WGMMA, OWN
 
@@ -66,8 +66,12 @@ def _run(check: Check, setting: Setting) -> Outcome:
     if tool is None:
         return Outcome(LEFT_OUT, "no compute-sanitizer on the PATH")
     child = [*child_command(setting)[:2], "--sanitized", check.name]
-    # the compiler's processes are not looked at
-    command = [tool, "--tool", check.tool, "--target-processes", "application-only", *child]
+    # the compiler's processes are not looked at; a start beside others may take long
+    options = ["--tool", check.tool, "--target-processes", "application-only",
+               "--launch-timeout", "0"]  # fmt: skip
+    if check.tool == "memcheck":  # what libraries ask the driver in vain is no error of a kernel
+        options += ["--report-api-errors", "no"]
+    command = [tool, *options, *child]
     # blocks of a memory pool lie side by side: what is read beyond one of them is in another
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
@@ -96,6 +100,7 @@ def outcome_of(tool: str, status: int, said: str) -> Outcome:
 
 def sanitized(name: str, setting: Setting) -> int:
     """What runs under the tool: kernels alone, nothing compared."""
+    end_with_parent()  # the tool, when it takes too long
     (check,) = (check for check in CHECKS if check.name == name)
     wanted = (check.case, check.precision)
     (found,) = (s for s in smoke.cases(setting) if (s.name, s.precision) == wanted)

@@ -57,6 +57,8 @@ class Outcome:
         Machine code of kernels that were wrong, by its hash: see :mod:`bench.gpu.triage`.
     out_of_memory : bool
         Whether it ran out of GPU memory, beside other items maybe.
+    hung : bool
+        Whether it failed by taking too long: that says nothing of values.
     """
 
     status: str = PASS
@@ -64,6 +66,7 @@ class Outcome:
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     code: dict[str, str] = field(default_factory=dict)
     out_of_memory: bool = False
+    hung: bool = False
 
     def add(self, section: str, **row: Any) -> None:
         """One more row."""

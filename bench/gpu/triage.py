@@ -69,6 +69,17 @@ def examine(
     again : callable
         Computes what was found once more; the kernels that run are those written down.
     """
+    try:
+        _examine(outcome, case, precision, found, truth, bounds, again)
+    except Exception as error:  # for want of memory maybe: the failure must not be lost by it
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        outcome.add("triage", case=case, precision=precision, tensor="", wrong=0, stopped=reason)
+
+
+def _examine(
+    outcome: Outcome, case: str, precision: str, found: Tensors, truth: Tensors,
+    bounds: Mapping[str, float], again: Callable[[], Tensors],
+) -> None:  # fmt: skip
     forget_kernels()
     second: Tensors | None = None
     failure = ""

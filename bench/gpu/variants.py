@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from bench.gpu import ROOT
 
 OWN, NEWER, NO_WGMMA = "own ptxas", "newer ptxas", "no wgmma"
 NAMES = (OWN, NEWER, NO_WGMMA)
+PREFERRED = (NEWER, OWN, NO_WGMMA)  # where times do not tell
 # of a newer ptxas; egnn_fast.kernels.assembler tells what others saw of older ones
 LEAST = (13, 1, 80)
 # which of the two paths counts for Hopper depends on Triton's version
@@ -87,10 +89,12 @@ def known(ptxas: Path | None, cache: Path) -> dict[str, Variant]:
     own = own_ptxas()
     caches = {name: {_CACHE: str(cache / name.replace(" ", "-"))} for name in NAMES}
     own_version = version_of(own)
+    # named, too: Inductor points the variable to a ptxas of its own where it is not set
+    named = {_PATHS[0]: own} if own else {}
     return {
-        OWN: Variant(OWN, own, own_version, caches[OWN]),
+        OWN: Variant(OWN, own, own_version, caches[OWN] | named),
         NEWER: _newer(ptxas, cache, caches[NEWER]),
-        NO_WGMMA: Variant(NO_WGMMA, own, own_version, caches[NO_WGMMA] | {_NO_WGMMA: "1"}),
+        NO_WGMMA: Variant(NO_WGMMA, own, own_version, caches[NO_WGMMA] | named | {_NO_WGMMA: "1"}),
     }
 
 
@@ -179,13 +183,15 @@ def standing(rows: Sequence[Row], items: Mapping[str, Row], able: Sequence[str])
         times = [row["seconds"] for row in rows if row["variant"] == name]
         found.append({
             "variant": name, "right": sum(row["status"] == "pass" for row in mine),
-            "wrong": [row["name"] for row in mine if row["status"] == "fail"],
+            "wrong": [row["name"] for row in mine if row["status"] == "fail" and not row["hung"]],
             "tried": len(mine), "seconds": sum(times) if times else None,
         })  # fmt: skip
-    return sorted(found, key=_rank)
+    # a time that has nothing to be compared with says nothing
+    timed = all(row["seconds"] is not None for row in found if row["right"])
+    return sorted(found, key=partial(_rank, timed=timed))
 
 
-def _rank(row: Row) -> tuple[bool, int, float]:
-    """Fewest wrong cases first, then the fastest; variants with nothing right last."""
-    seconds = float("inf") if row["seconds"] is None else row["seconds"]
-    return row["right"] == 0, len(row["wrong"]), seconds
+def _rank(row: Row, timed: bool) -> tuple[bool, int, int, float]:
+    """Fewest wrong cases first, then fewest open ones, then the fastest; nothing right last."""
+    speed = row["seconds"] if timed and row["right"] else PREFERRED.index(row["variant"])
+    return row["right"] == 0, len(row["wrong"]), row["tried"] - row["right"], speed
