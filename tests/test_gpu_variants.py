@@ -181,3 +181,13 @@ def test_the_kernels_of_a_wrong_result_are_named(tmp_path: Path) -> None:
     assert len(kernel["hash"]) == len(kernel["ttgir_hash"]) == 16
     assert kernel["ptxas"].split(":")[0] == variants.version_of(variants.own_ptxas())
     assert len(kernel["code"]) > 1000
+
+
+def test_a_triage_that_stops_is_written_down_too() -> None:
+    outcome, right = Outcome(), {"M": torch.ones(4, 2, dtype=torch.float64)}
+    outcome.fail("M is wrong")
+    triage.examine(outcome, "a", "bf16", {"M": torch.zeros(4, 2)}, right, {}, lambda: right)
+    assert (outcome.status, outcome.reason) == (FAIL, "M is wrong")
+    (row,) = outcome.rows["triage"]
+    assert row["stopped"] == "KeyError: 'M'"
+    assert triage.lines([row], 9) == []
