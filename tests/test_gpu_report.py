@@ -178,6 +178,24 @@ def test_results_are_written_after_each_item(tmp_path: Path) -> None:
         again.resume()
 
 
+def test_of_many_wrong_results_the_first_are_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.gpu.results.TRIAGE_ROWS", 3)
+    results = Results(tmp_path, environment(CPU, "a command", "abc"))
+    for k in range(3):
+        outcome = Outcome(FAIL, "wrong")
+        for tensor in ("M", "X"):
+            outcome.add("triage", tensor=tensor)
+            outcome.add("checks", tensor=tensor)
+        results.add(Item(f"item {k}", "checks", lambda setting: Outcome()), outcome, 1.0)
+    rows = json.loads((tmp_path / "triage.json").read_text())["triage"]
+    assert [(row["item"], row["tensor"]) for row in rows] == [
+        ("item 0", "M"), ("item 0", "X"), ("item 1", "M")
+    ]  # fmt: skip
+    assert len(json.loads((tmp_path / "results.json").read_text())["found"]["checks"]) == 6
+
+
 def test_pictures(tmp_path: Path) -> None:
     rows = derive.times(WHERE, sections(), {})
     memory = [{"case": "c", "precision": "bf16", "peer": FUSED, "node_tensors": 9.0}]

@@ -29,6 +29,7 @@ SCHEMA = 2
 RESULTS, TABLE, TRIAGE, CODE = "results.json", "results.csv", "triage.json", "triage_code.zip"
 # sections that are written to files of their own
 _APART = ("triage", "triage_kernels")
+TRIAGE_ROWS = 800  # that are kept of a run: the first ones; some MB
 CODE_BYTES = 8 << 20  # of machine code that is kept of a run, compressed
 COMMIT = Path(__file__).resolve().parent / "commit.txt"  # filled by git archive
 # what must agree for results to be continued
@@ -199,7 +200,8 @@ class Results:
             new = [
                 {"item": item.name, "variant": variant, **row} for row in outcome.rows.get(name, [])
             ]
-            self.sections[name] = kept + new
+            room = TRIAGE_ROWS if name in _APART else len(kept) + len(new)
+            self.sections[name] = (kept + new)[:room]
         for name, code in outcome.code.items():
             if sum(map(len, self.code.values())) + len(code) <= CODE_BYTES * 4 / 3:
                 self.code[name] = code
