@@ -165,8 +165,8 @@ def test_wide_layers_run_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[int] = []
     chunks = call.Call.chunks
 
-    def counted(self: Any, held: int) -> list[tuple[int, int]]:
-        bounds = chunks(self, held)
+    def counted(self: Any, *limits: int) -> list[tuple[int, int]]:
+        bounds = chunks(self, *limits)
         found.append(len(bounds))
         return bounds
 
