@@ -114,14 +114,25 @@ def in_use(arch: int) -> Assembler | None:
         origin = f"Triton {triton.__version__}"
         if asked:  # Triton takes its own without a word
             origin += f", as {variable} names no ptxas that runs: {asked}"
-    version = _version(tool.path, os.stat(tool.path).st_mtime_ns) or tool.version
+    version = version_of(tool.path) or tool.version
     return Assembler(tool.path, version, origin, variable, not getenv_bool("DISABLE_MMA_V3", False))
+
+
+def version_of(path: str) -> str | None:
+    """A ptxas's version in full, like "12.8.93"; None if the file tells none.
+
+    Triton itself knows the first two numbers.
+    """
+    try:
+        return _version(path, os.stat(path).st_mtime_ns)
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 @functools.cache
 def _version(path: str, changed: int) -> str | None:
-    """The version in full; Triton itself knows the first two numbers."""
-    return _full_version(subprocess.run([path, "--version"], capture_output=True, text=True).stdout)
+    ran = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20)
+    return _full_version(ran.stdout)
 
 
 def doubt(arch: int, assembler: Assembler) -> Doubt | None:

@@ -18,7 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 if sys.platform != "linux":
-    pytest.skip("Triton is for Linux", allow_module_level=True)
+    pytest.skip("Triton's wheels are for Linux alone", allow_module_level=True)
 
 import triton
 from triton.backends.nvidia import compiler

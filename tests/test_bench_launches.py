@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 if sys.platform != "linux":
-    pytest.skip("Triton is for Linux", allow_module_level=True)
+    pytest.skip("Triton's wheels are for Linux alone", allow_module_level=True)
 
 from triton.runtime.interpreter import InterpretedFunction
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 if sys.platform != "linux":
-    pytest.skip("Triton is for Linux", allow_module_level=True)
+    pytest.skip("Triton's wheels are for Linux alone", allow_module_level=True)
 
 from egnn_fast._triton import call
 from egnn_fast.kernels.blocks import Blocks

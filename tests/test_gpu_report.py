@@ -178,6 +178,24 @@ def test_results_are_written_after_each_item(tmp_path: Path) -> None:
         again.resume()
 
 
+def test_triage_is_that_of_this_run(tmp_path: Path) -> None:
+    (tmp_path / "triage.json").write_text('{"triage": ["of an earlier run"]}')
+    results = Results(tmp_path, environment(CPU, "a command", "abc"))
+    results.add(ITEM, Outcome(), 1.0)
+    assert json.loads((tmp_path / "triage.json").read_text())["triage"] == []
+    outcome = Outcome(FAIL, "wrong")
+    outcome.add("triage", tensor="M")
+    results.add(ITEM, outcome, 1.0)
+    written = (tmp_path / "triage.json").stat().st_mtime_ns
+    results.add(Item("b", "checks", lambda setting: Outcome()), Outcome(), 1.0)
+    assert (tmp_path / "triage.json").stat().st_mtime_ns == written  # nothing new to write
+    again = Results(tmp_path, environment(CPU, "a command", "abc"))
+    assert again.resume() == 2
+    assert [row["tensor"] for row in again.sections["triage"]] == ["M"]
+    again.add(ITEM, Outcome(), 1.0)  # right by now
+    assert json.loads((tmp_path / "triage.json").read_text())["triage"] == []
+
+
 def test_of_many_wrong_results_the_first_are_written_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,8 +16,11 @@ import torch
 # last: an installed package goes before the checkout
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from bench.gpu import triage, variants
+from bench.gpu import draws, triage, variants
 from bench.gpu.setting import FAIL, LEFT_OUT, PASS, Outcome
+from egnn_fast import checks
+from egnn_fast._cases import Problem
+from egnn_fast.kernels.assembler import version_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -179,15 +183,25 @@ def test_the_kernels_of_a_wrong_result_are_named(tmp_path: Path) -> None:
     (kernel,) = first
     assert kernel["kernel"] == "finish_rows"
     assert len(kernel["hash"]) == len(kernel["ttgir_hash"]) == 16
-    assert kernel["ptxas"].split(":")[0] == variants.version_of(variants.own_ptxas())
+    assert kernel["ptxas"].split(":")[0] == version_of(variants.own_ptxas())
     assert len(kernel["code"]) > 1000
 
 
 def test_a_triage_that_stops_is_written_down_too() -> None:
     outcome, right = Outcome(), {"M": torch.ones(4, 2, dtype=torch.float64)}
     outcome.fail("M is wrong")
-    triage.examine(outcome, "a", "bf16", {"M": torch.zeros(4, 2)}, right, {}, lambda: right)
+    with triage.kept(outcome, "a", "bf16"):
+        triage.examine(outcome, "a", "bf16", {"M": torch.zeros(4, 2)}, right, {}, lambda: right)
     assert (outcome.status, outcome.reason) == (FAIL, "M is wrong")
     (row,) = outcome.rows["triage"]
     assert row["stopped"] == "KeyError: 'M'"
     assert triage.lines([row], 9) == []
+
+
+def test_what_is_not_finite_is_not_judged_by_medians() -> None:
+    row = checks.Row("triton", "float32", "a", "gradients", math.inf, 1.0, "x")
+
+    def never(seed: int) -> Problem:
+        raise AssertionError("another draw was made")
+
+    assert draws.judged(never, [row], 0.1) == [row]

@@ -13,7 +13,7 @@ import children
 import pytest
 
 if sys.platform != "linux":
-    pytest.skip("Triton is for Linux", allow_module_level=True)
+    pytest.skip("Triton's wheels are for Linux alone", allow_module_level=True)
 
 from egnn_fast.kernels import backward, forward, nodes, staged, staged_backward
 from egnn_fast.kernels.configurations import KERNELS, Configuration, arguments

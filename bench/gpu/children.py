@@ -39,7 +39,7 @@ Environments = Callable[[Item], dict[str, str]]
 
 
 def run_here(item: Item, setting: Setting) -> Outcome:
-    """Run an item in this process; an exception is a failure, but for want of memory."""
+    """Run an item in this process. An exception makes it fail, unless memory ran out."""
     try:
         with plant.planted(item.name, setting):
             return item.run(setting)
@@ -109,7 +109,6 @@ class _Child:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None) -> None:
         # open as long as the process runs
         self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        self.environment = environment
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
             encoding="utf-8", errors="replace", env=environment, start_new_session=True,

@@ -6,6 +6,7 @@ often as in a kernel, a gradient is off by an edge's whole part: few draws have 
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
@@ -27,7 +28,9 @@ def jumps(options: Options) -> bool:
 def judged(
     problem_of: Callable[[int], Problem], rows: Sequence[checks.Row], rounding: float
 ) -> list[checks.Row]:
-    """The rows of one draw; of quantities that failed, those of the medians over others.
+    """The rows of one draw; of quantities that failed, those of the medians over other draws.
+
+    A row that is not finite stays: no rounding explains that.
 
     Parameters
     ----------
@@ -38,7 +41,7 @@ def judged(
     rounding : float
         See :func:`egnn_fast.checks.bound`.
     """
-    in_doubt = {row.quantity for row in rows if not row.passed}
+    in_doubt = {row.quantity for row in rows if not row.passed and math.isfinite(row.error)}
     kept = [row for row in rows if row.quantity not in in_doubt]
     return kept + (_medians(problem_of, rows[0].case, in_doubt, rounding) if in_doubt else [])
 
@@ -46,7 +49,7 @@ def judged(
 def _medians(
     problem_of: Callable[[int], Problem], case: str, quantities: Collection[str], rounding: float
 ) -> list[checks.Row]:
-    """A row for each tensor of these quantities, with the median of its errors."""
+    """A row for each tensor of these quantities, with the median of its errors over DRAWS."""
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     plain: dict[tuple[str, str], list[float]] = defaultdict(list)
     for seed in DRAWS:

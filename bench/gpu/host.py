@@ -20,7 +20,7 @@ _NODES, _DEGREE, _HIDDEN = 20, 4, 64
 
 
 def items(setting: Setting) -> Iterator[Item]:
-    """A tiny layer, and the n-body batch."""
+    """An item for a tiny layer, and one for the n-body batch."""
     yield Item("host: layer", "times", _layer, 6, alone=True)
     yield Item("host: nbody", "times", _nbody, 6, alone=True)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.gpu.setting import Setting
 
 KINDS = ("wrong", "memory", "crash", "hang")
-_HANGS = 1e6  # seconds
+_HANG_SECONDS = 1e6
 _EVERY, _FACTOR = 16, 1.5  # which rows of M are wrong, and by how much
 
 
@@ -39,7 +39,7 @@ def planted(name: str, setting: Setting) -> Iterator[None]:
     if "crash" in kinds:
         os.kill(os.getpid(), signal.SIGSEGV)
     if "hang" in kinds:
-        time.sleep(_HANGS)
+        time.sleep(_HANG_SECONDS)
     if "memory" in kinds:
         raise torch.OutOfMemoryError("planted: out of memory")
     if "wrong" not in kinds:

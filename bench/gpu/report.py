@@ -1,4 +1,4 @@
-"""What a run found, for people: first whether it is right, then how fast it is."""
+"""The report of a run: first whether results are right, then how fast they come."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _counts(results: Results) -> str:
 
 
 def _code_lines(results: Results) -> list[str]:
-    """The kernels that ran in wrong results: the same code right elsewhere is no assembler's."""
+    """The kernels that ran in wrong results, with hashes to compare with other variants'."""
     found: dict[tuple[str, str], Row] = {}
     for row in results.sections.get("triage_kernels", []):
         found.setdefault((row["kernel"], row["hash"]), row)

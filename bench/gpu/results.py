@@ -128,6 +128,7 @@ class Results:
         self.items: dict[str, Row] = {}
         self.sections: dict[str, list[Row]] = {}
         self.code: dict[str, str] = {}
+        self._apart: dict[str, list[Row]] | None = None  # what triage.json holds by this run
         self.variants: list[Row] = []
         self.variant = ""
 
@@ -165,7 +166,7 @@ class Results:
         return len(self.items)
 
     def _read_triage(self) -> None:
-        """What earlier runs found about wrong results."""
+        """Read ``triage.json`` and ``triage_code.zip`` of an earlier run."""
         try:
             content = json.loads((self.folder / TRIAGE).read_text(encoding="utf-8"))
             self.sections |= {name: content[name] for name in _APART}
@@ -193,7 +194,7 @@ class Results:
         self.items[item.name] = {
             "name": item.name, "section": item.section, "status": outcome.status,
             "reason": outcome.reason, "seconds": round(seconds, 2), "variant": variant,
-            "hung": outcome.hung,
+            "hung": outcome.hung, "fixed": bool(item.variant),
         }  # fmt: skip
         for name in {*self.sections, *outcome.rows}:
             kept = [row for row in self.sections.get(name, []) if row["item"] != item.name]
@@ -228,7 +229,7 @@ class Results:
         return not failed and any(row["status"] == PASS for row in rows)
 
     def save(self) -> None:
-        """Write ``results.json`` and ``results.csv``: the old ones or the new ones are there."""
+        """Write the files; a kill leaves each of them old or new, but whole."""
         times, goals = self.derived()
         told = {name: rows for name, rows in self.sections.items() if name not in _APART}
         apart = {name: self.sections.get(name, []) for name in _APART}
@@ -239,10 +240,12 @@ class Results:
             "items": list(self.items.values()), "goals": goals, "times": times, "found": told,
         }  # fmt: skip
         # what is wrong comes first: a kill between two files leaves more, not less
-        if any(apart.values()):
+        stale = apart != self._apart and (self.folder / TRIAGE).exists()
+        if stale or (apart != self._apart and any(apart.values())):
             environment = {"schema": SCHEMA, "environment": self.environment}
             write_atomic(self.folder / TRIAGE, _json(environment | apart))
             self._save_code()
+            self._apart = apart
         write_atomic(self.folder / RESULTS, _json(content))
         write_atomic(self.folder / TABLE, _csv(list(self.items.values()), times, told))
 

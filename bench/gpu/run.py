@@ -1,4 +1,4 @@
-"""A run of the suite: its phases, its clock, the variant that it chooses, its files."""
+"""A run of the suite, phase by phase: what is begun until when, with which variant."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ CPU_BUDGET = 3600.0
 JOBS = 14
 REPORT = "report.txt"
 _USABLE = 0.85  # of the GPU's memory
-_OF_ONE_VARIANT = ("smoke: ", "speed: ", "memcheck: ", "racecheck: ")
 
 
 class Run:
@@ -71,11 +70,7 @@ class Run:
         self._choose_variant()
         # items that ran with another variant than the chosen one run again
         kept -= self.results.drop(
-            lambda row: (
-                bool(row["variant"])
-                and row["variant"] != self.results.variant
-                and not row["name"].startswith(_OF_ONE_VARIANT)
-            )
+            lambda row: not row["fixed"] and row["variant"] != self.results.variant
         )
         for line in report.heading(self.results):
             self._say(line)
@@ -88,7 +83,7 @@ class Run:
             self._say("the commit is not known: give --commit")
 
     def run(self) -> int:
-        """All that fits; the exit status."""
+        """Run what fits into the time; returns the exit status."""
         left: list[Item] = []
         parts = plan.phases_of(self._without_tuning())
         times = plan.ends(self.budget, self.setting.on_gpu)
@@ -135,7 +130,7 @@ class Run:
         return {name: item for name, item in self.waiting.items() if item.section != "tune"}
 
     def _go(self, items: Sequence[Item], end: float) -> list[Item]:
-        """Run items until so many seconds after the start; those that were left."""
+        """Run items until ``end`` seconds after the start; returns those that were left."""
         able = []
         for item in items:
             variant = self.variants.get(item.variant)

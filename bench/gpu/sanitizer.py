@@ -31,7 +31,7 @@ _FIRST = {"memcheck": "Invalid", "racecheck": "hazard"}
 
 
 class Check(NamedTuple):
-    """A tool on a smoke case, of few edges."""
+    """A tool of compute-sanitizer, and the smoke case that it runs on, cut to few edges."""
 
     tool: str
     case: str

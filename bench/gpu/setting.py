@@ -118,7 +118,7 @@ class Item:
 
 
 def tf32(t: Any) -> Any:
-    """The nearest tf32 of float32 values; of other arguments themselves."""
+    """Float32 tensors rounded to tf32; anything else as it is."""
     if not isinstance(t, Tensor) or t.dtype != torch.float32:
         return t
     bits = t.contiguous().view(torch.int32)

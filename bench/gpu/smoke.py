@@ -28,7 +28,7 @@ SPEEDS = ("bf16", "high", "highest")
 
 @dataclass(frozen=True)
 class Smoke:
-    """A case in a precision: an edge pass, or a layer."""
+    """A case that every variant must get right: an edge pass or a layer, in one precision."""
 
     name: str
     case: Case

@@ -13,7 +13,8 @@ import gzip
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from egnn_fast._cases import Problem
 from egnn_fast.kernels.assembler import code_hash, in_use
 
 PLACES = 8  # of wrong numbers, rows and columns that are named
-PERIOD = 64  # rows of a warpgroup's tile: a layout's mistake shows in the row's number modulo it
+# a warpgroup's tile has 64 rows, so a wrong layout repeats: places are counted modulo this
+PERIOD = 64
 KEPT_BYTES = 1 << 20  # of the compressed machine code of one item
 Tensors = dict[str, Tensor]
 
@@ -49,6 +51,16 @@ def first_order(problem: Problem, backend: str, order: int = 0) -> Tensors:
     return found
 
 
+@contextmanager
+def kept(outcome: Outcome, case: str, precision: str) -> Iterator[None]:
+    """Inside the block an exception, out of memory for instance, does not lose the outcome."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        outcome.add("triage", case=case, precision=precision, tensor="", wrong=0, stopped=reason)
+
+
 def examine(
     outcome: Outcome,
     case: str,
@@ -69,17 +81,6 @@ def examine(
     again : callable
         Computes what was found once more; the kernels that run are those written down.
     """
-    try:
-        _examine(outcome, case, precision, found, truth, bounds, again)
-    except Exception as error:  # for want of memory maybe: the failure must not be lost by it
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        outcome.add("triage", case=case, precision=precision, tensor="", wrong=0, stopped=reason)
-
-
-def _examine(
-    outcome: Outcome, case: str, precision: str, found: Tensors, truth: Tensors,
-    bounds: Mapping[str, float], again: Callable[[], Tensors],
-) -> None:  # fmt: skip
     forget_kernels()
     second: Tensors | None = None
     failure = ""
@@ -132,7 +133,7 @@ def _histogram(places: Tensor) -> list[int]:
 
 
 def _difference(a: Tensor, b: Tensor, right: Tensor) -> float | None:
-    """Of two runs, relative to the largest number that is right; None if one is not finite."""
+    """How far two runs differ, relative to max|right|; None if one is not finite."""
     scale = float(right.abs().max()) if right.numel() else 0.0
     error = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
     return _finite(error / scale if scale > 0 else error)
@@ -145,8 +146,8 @@ def _finite(value: float) -> float | None:
 def _jit_functions() -> list[Any]:
     from egnn_fast.kernels import configurations
 
-    names = (*configurations.KERNELS, "pack_weights")
-    found = [getattr(configurations, name, None) for name in dict.fromkeys(names)]
+    found = [getattr(configurations, name) for name in configurations.KERNELS]
+    # interpreted ones have no caches
     return [kernel for kernel in found if hasattr(kernel, "device_caches")]
 
 
@@ -182,7 +183,7 @@ def _about(name: str, made: Any) -> dict[str, Any]:
 
 
 def _without_places(made: Any) -> bytes:
-    """Triton's own code, with its layouts, without the lines of the source that it came from."""
+    """Triton's code with its layouts (TTGIR), without the source lines that it names."""
     text = str(made.asm.get("ttgir", ""))
     lines = (line for line in text.splitlines() if not line.startswith("#loc"))
     return "\n".join(re.sub(r" loc\(#loc\d*\)", "", line) for line in lines).encode()

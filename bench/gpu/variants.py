@@ -7,9 +7,7 @@ Others met wrong results on Hopper that came from the assembler (ptxas) and not 
 from __future__ import annotations
 
 import os
-import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -86,9 +84,11 @@ def known(ptxas: Path | None, cache: Path) -> dict[str, Variant]:
     ValueError
         ``ptxas`` is no ptxas, or an older one.
     """
+    from egnn_fast.kernels.assembler import version_of
+
     own = own_ptxas()
     caches = {name: {_CACHE: str(cache / name.replace(" ", "-"))} for name in NAMES}
-    own_version = version_of(own)
+    own_version = version_of(own) or ""
     # named, too: Inductor points the variable to a ptxas of its own where it is not set
     named = {_PATHS[0]: own} if own else {}
     return {
@@ -99,6 +99,8 @@ def known(ptxas: Path | None, cache: Path) -> dict[str, Variant]:
 
 
 def _newer(ptxas: Path | None, cache: Path, settings: Mapping[str, str]) -> Variant:
+    from egnn_fast.kernels.assembler import version_of
+
     least = ".".join(map(str, LEAST))
     for place in [ptxas] if ptxas is not None else places():
         path = _executable(place, cache)
@@ -142,18 +144,6 @@ def own_ptxas() -> str:
         return ""
     path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "ptxas"
     return str(path) if path.is_file() else ""
-
-
-def version_of(ptxas: str) -> str:
-    """The version of an assembler, such as "12.8.93"; empty if it tells none."""
-    if not ptxas:
-        return ""
-    try:
-        done = subprocess.run([ptxas, "--version"], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    found = re.search(r"\bV(\d+\.\d+\.\d+)", done.stdout)
-    return found[1] if found else ""
 
 
 def _numbers(version: str) -> tuple[int, ...]:

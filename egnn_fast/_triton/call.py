@@ -215,7 +215,8 @@ class Call:
 class ReceiverSums:
     """Where sums over the rows of one or two matrices go, chunk by chunk of edges in their order.
 
-    A chunk's first and last rows wait in slots; those of several chunks are finished together.
+    Each program's first and last row wait in slots; those of up to FINISHED_TOGETHER chunks are
+    finished in one launch.
     """
 
     def __init__(
@@ -237,7 +238,7 @@ class ReceiverSums:
         return a, b
 
     def end(self) -> None:
-        """After a chunk."""
+        """Finish what waits, after FINISHED_TOGETHER chunks or the last one."""
         self._left -= 1
         if len(self._waiting) < FINISHED_TOGETHER and self._left:
             return
