@@ -14,7 +14,7 @@ from egnn_fast.kernels.blocks import blocks_for
 from egnn_fast.kernels.records import padded, row_width, weight_parts
 
 # Seconds of the host, seen with Triton 3.7 and PyTorch 2.13: Triton's launcher with some forty
-# arguments in records; an operation of PyTorch's, or of the BLAS by it. Another host takes others.
+# arguments in records; an operation of PyTorch's, or of the BLAS by it. They depend on the host.
 TRITON_SECONDS, TORCH_SECONDS = 22e-6, 9e-6
 COORDINATES = 3
 _FLOAT = 4
@@ -90,7 +90,7 @@ def launches_of(
     if ordered:
         of_chunk += Launches(triton=2)  # sums over senders, and their shared rows
     found += of_chunk * chunks
-    # what is summed into begins at 0: P and Q, x twice, the weights; the gradients are made of that
+    # buffers set to 0: P and Q, x as receiver and as sender, the weights; then gradients from them
     found += Launches(torch=4 + _collected(hidden, row.staged))
     return found
 

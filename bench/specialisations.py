@@ -1,7 +1,7 @@
 """Count what the GPU suite has Triton compile: ``python bench/specialisations.py``.
 
 Runs every item of the suite's table of checks on the CPU with the kernels left out: each launch
-only tells Triton's own key, of which each makes it compile anew. Nothing is compiled.
+only records its key in Triton's cache; Triton would compile once for each key. Nothing is compiled.
 """
 
 from __future__ import annotations

@@ -40,9 +40,8 @@ _Pending = dict[int, int]
 def hazards(instructions: Sequence[Instruction]) -> list[str]:
     """Each access to a register of A or D before the HGMMA that has it is known to be done.
 
-    Every way through the code is followed, loops and skipped instructions too: what is found may
-    happen as far as the flow graph tells, what is not found cannot. Of what an instruction reads,
-    the registers that it names are known, not those beside them in a wide operand.
+    Every path of the flow graph is followed, so one may lie on a path that never runs. Reads of the
+    upper registers of a wide operand are missed. Returns a line of text for each.
     """
     lines = list(instructions)
     products = {i: _product(line) for i, line in enumerate(lines) if _base(line) == "HGMMA"}
@@ -73,7 +72,7 @@ def hazards(instructions: Sequence[Instruction]) -> list[str]:
 
 
 def _merge(one: _Pending | None, other: _Pending) -> _Pending:
-    """Under way if it is on one of two ways, for as long as the later one makes it."""
+    """Pending if pending on either path, with the smaller count of closed groups."""
     merged = dict(one or {})
     for i, groups in other.items():
         merged[i] = min(groups, merged.get(i, _MOST_GROUPS))

@@ -138,8 +138,8 @@ class Numbers(NamedTuple):
     clamp: Any
 
 
-# The fields of Spec that each kernel reads, itself or in what it calls. It is given no others: with
-# each other value of one Triton would compile it anew.
+# The fields of Spec that each kernel reads, itself or in what it calls. It gets only these: Triton
+# compiles a kernel again for each value of a constant, also of one that it does not read.
 _ACTIVATION = ("ACT", "APPROX", "PAIRED", "PTX")
 _PRODUCT = ("OPERAND", "DOT", "ROUND")
 _TILE = ("H", "D", "A", "HP", "DP", "AP", "BLOCK")
