@@ -25,7 +25,7 @@ using egnn::TensorList;
 std::atomic<int64_t> forward_calls{0};
 std::atomic<int64_t> backward_calls{0};
 
-// Sets the addresses of tensors that egnn_fast/_cpu.py allocated for this call, so that shapes need
+// Sets the addresses of tensors that egnn_fast/backends/cpu.py allocated for this call, so that shapes need
 // no check; 0 for None and for tensors without elements.
 template <size_t n, class Record>
 void assign(Record& record, uintptr_t Record::* const (&fields)[n], const py::handle& tensors) {

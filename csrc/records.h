@@ -46,7 +46,7 @@ void take_edge_inputs(TensorList<count>& list, size_t edge_attr, size_t edge_mas
 }
 
 // The record of an edge pass, or None unless the tensors (in the order of _MESSAGES in
-// egnn_fast/_cpu.py, then the graph's) fit each other. It holds addresses only: the caller keeps
+// egnn_fast/backends/cpu.py, then the graph's) fit each other. It holds addresses only: the caller keeps
 // the tensors alive.
 inline py::object messages_record(const py::handle& tensors, int threads, const Scalars& scalars) {
   enum : size_t { kPQ, kX, kAttr, kMask, kWr, kWa, kW2, kB2, kWg, kBg, kW3, kB3, kWx, kGraph };

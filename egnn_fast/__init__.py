@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from egnn_fast import compat, nn
     from egnn_fast.backends import BackendError, info, use_backend
-    from egnn_fast.budget import set_activation_budget
     from egnn_fast.functional import egcl, egcl_messages
     from egnn_fast.graph import Graph
     from egnn_fast.nn import explain
+    from egnn_fast.operators.budget import set_activation_budget
+    from egnn_fast.operators.precision import approximate_activations
     from egnn_fast.options import EdgeWeights, LayerWeights, Options
-    from egnn_fast.precision import approximate_activations
 
 __version__ = "0.1.0"
 
@@ -45,8 +45,8 @@ _HOMES = {
     "egcl": "functional",
     "egcl_messages": "functional",
     "use_backend": "backends",
-    "set_activation_budget": "budget",
-    "approximate_activations": "precision",
+    "set_activation_budget": "operators.budget",
+    "approximate_activations": "operators.precision",
     "info": "backends",
     "BackendError": "backends",
     "explain": "nn",

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from egnn_fast import backends
-from egnn_fast._edge_lists import EdgeIndexLike, as_edge_index
-from egnn_fast.eager import PLAIN_OR_NONE, tracing
-from egnn_fast.edge_cache import graph_of
 from egnn_fast.graph import Graph
+from egnn_fast.graph.edge_cache import graph_of
+from egnn_fast.graph.edge_lists import EdgeIndexLike, as_edge_index
 from egnn_fast.options import EdgeWeights, LayerWeights, Options
+from egnn_fast.runtime.eager import PLAIN_OR_NONE, tracing
 
 
 def check_nodes(h: Tensor, x: Tensor, name: str = "h") -> None:

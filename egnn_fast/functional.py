@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from egnn_fast import arguments, backends, composed, ops, reference
-from egnn_fast.eager import refuse_jit_trace, without_default_device
+from egnn_fast import arguments, backends, reference
 from egnn_fast.graph import EdgeIndexLike, Graph
+from egnn_fast.operators import composed, ops
 from egnn_fast.options import Activation, EdgeWeights, LayerWeights, Options
+from egnn_fast.runtime.eager import refuse_jit_trace, without_default_device
 
 __all__ = ["egcl", "egcl_messages", "explain"]
 

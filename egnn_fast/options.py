@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from egnn_fast._keywords import hinted
+from egnn_fast.argument_names import hinted
 
 ACTIVATIONS = ("silu", "relu", "leaky_relu")
 COORD_AGGS = ("mean", "sum", None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from egnn_fast._cases import Problem
+from egnn_fast.checks.cases import Problem
 
 
 def bits(problem: Problem, backend: str = "cpu") -> dict[str, Tensor]:

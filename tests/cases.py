@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from egnn_fast import _native
-from egnn_fast._cases import Case, check_cases
 from egnn_fast.checks import Row
+from egnn_fast.checks.cases import Case, check_cases
 from egnn_fast.options import Options
+from egnn_fast.runtime import native
 
 # Backends are named whether they are there or not: without one of them the tests fail. Those that
 # run every case in every dtype:
@@ -225,8 +225,8 @@ def _counts(backend: str) -> Mapping[str, int]:
     """How often a backend's kernels have run; the reference's, which has none, are the CPU's."""
     if backend == "triton":
         # Triton is imported only where it is used
-        from egnn_fast import _triton
+        from egnn_fast.backends import triton as triton_backend
 
-        return dict(_triton.launches)
-    assert _native.core is not None, _native.load_error
-    return dict(zip(("forward", "backward"), _native.core.calls(), strict=True))
+        return dict(triton_backend.launches)
+    assert native.core is not None, native.load_error
+    return dict(zip(("forward", "backward"), native.core.calls(), strict=True))

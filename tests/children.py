@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from multiprocessing.context import ForkContext, SpawnContext
 
-    from egnn_fast._cases import Problem
+    from egnn_fast.checks.cases import Problem
 
 # what comes from PyTorch is imported where it is used: one of the children needs to be first
 
@@ -54,7 +54,7 @@ def problems() -> tuple[Problem, ...]:
     import torch
 
     from egnn_fast import Options
-    from egnn_fast._cases import Case
+    from egnn_fast.checks.cases import Case
 
     cases = (
         Case("uniform", nodes=500, edges=20_000, hidden=32),
@@ -136,11 +136,11 @@ def fork_after_threads() -> None:
 def fork_during_a_kernel() -> None:
     import torch
 
-    from egnn_fast import _native
-    from egnn_fast._cases import Case
+    from egnn_fast.checks.cases import Case
+    from egnn_fast.runtime import native
 
-    core = _native.core
-    assert core is not None, _native.load_error
+    core = native.core
+    assert core is not None, native.load_error
     torch.set_num_threads(2)
     right = step()
     long = Case("long", nodes=5000, edges=400_000, hidden=128).edge_pass(torch.float32)
@@ -235,7 +235,7 @@ def check_instruction_set() -> None:
 
 
 def launched_kernels() -> None:
-    """Each kernel of a training step: its hash as launched, and as compiled offline."""
+    """Each kernel of a training step: its hash as launched, and as compiled compile."""
     import json
     from typing import Any
 
@@ -243,11 +243,11 @@ def launched_kernels() -> None:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from egnn_fast import _triton
-    from egnn_fast.kernels import configurations as kernels
-    from egnn_fast.kernels import offline
+    from bench.offline import compile
+    from bench.offline import configurations as kernels
+    from egnn_fast.backends import triton as triton_backend
 
-    driver.set_active(offline._NoDevice(kernels.TARGETS["sm_90"]))
+    driver.set_active(compile._NoDevice(kernels.TARGETS["sm_90"]))
     launch = JITFunction.run
     seen: dict[str, str] = {}
 
@@ -269,8 +269,8 @@ def launched_kernels() -> None:
         )  # fmt: skip
         needed = [t is not None for t in args[:13]]
         cotangents = torch.randn(nodes, hidden), torch.randn(nodes, dim)
-        _triton.messages(*args)
-        _triton.messages_backward(*cotangents, *args, needed)
+        triton_backend.messages(*args)
+        triton_backend.messages_backward(*cotangents, *args, needed)
 
     def run_layer(hidden: int) -> None:
         nodes, edges, dim = 30, 203, 3
@@ -284,10 +284,10 @@ def launched_kernels() -> None:
             rowptr, torch.randint(nodes, (edges,), dtype=torch.int32), None, None,
             "silu", 0.01, 0.0, False, 0.0, 1.0, True, False, "triton", "bf16", 0,
         )  # fmt: skip
-        _triton.layer(*args)
+        triton_backend.layer(*args)
 
     JITFunction.run = compile_only
-    call: Any = _triton.call.Call
+    call: Any = triton_backend.call.Call
     call.programs, call.multiprocessors = property(lambda self: 3), property(lambda self: 0)
     run_layer(64)
     run(64)
@@ -313,9 +313,9 @@ def specialisations() -> None:
     sys.path.append(str(Path(__file__).resolve().parent.parent))
     import torch
 
-    from bench.specialisations import recorded
+    from bench.offline.specialisations import recorded
     from egnn_fast import Options
-    from egnn_fast._cases import Case
+    from egnn_fast.checks.cases import Case
 
     plain = Case("plain", nodes=9, edges=20, hidden=16, features=6)
     coordinates = [

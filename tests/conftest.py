@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +14,11 @@ from hypothesis import settings
 # Triton reads it while its kernels are imported. The tests' tensors lie on the CPU, on a machine
 # with a GPU too: what only a GPU can show is not tested here.
 os.environ["TRITON_INTERPRET"] = "1"
+# bench/ is the checkout's own folder, not installed
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from egnn_fast import _native, backends, checks
+from egnn_fast import backends, checks
+from egnn_fast.runtime import native
 
 # the same examples in each run, so that a change is to blame for a failure
 settings.register_profile("egnn_fast", deadline=None, max_examples=40, derandomize=True)
@@ -28,11 +33,11 @@ def _isolated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(backends, "_warned", set())
     torch.manual_seed(0)
     threads = torch.get_num_threads()
-    isa = None if _native.core is None else _native.core.instruction_set()
+    isa = None if native.core is None else native.core.instruction_set()
     yield
     torch.set_num_threads(threads)
-    if _native.core is not None:
-        _native.core.set_instruction_set(isa)
+    if native.core is not None:
+        native.core.set_instruction_set(isa)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from cases import DTYPES, FUSED_BACKENDS, kernel_calls
 from torch import Tensor
 
 from egnn_fast import BackendError, Graph, Options, functional
-from egnn_fast._cases import Case
+from egnn_fast.checks.cases import Case
 from egnn_fast.options import EdgeWeights, LayerWeights
 
 pytestmark = pytest.mark.native

@@ -17,10 +17,11 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from egnn_fast import Graph, Options, _native, checks, set_activation_budget
-from egnn_fast._cases import ORDERS, Case, Problem
-from egnn_fast.budget import DEFAULT_BUDGET
+from egnn_fast import Graph, Options, checks, set_activation_budget
+from egnn_fast.checks.cases import ORDERS, Case, Problem
+from egnn_fast.operators.budget import DEFAULT_BUDGET
 from egnn_fast.options import ACTIVATIONS, COORD_AGGS
+from egnn_fast.runtime import native
 
 pytestmark = pytest.mark.native
 EXAMPLES = settings.default.max_examples if settings.default is not None else 0
@@ -359,8 +360,8 @@ def test_threads_do_not_change_the_bits(case: Drawn, budget: int) -> None:
 @examples(5)
 @given(cases().map(carried))
 def test_instruction_sets_agree(case: Drawn) -> None:
-    core = _native.core
-    assert core is not None, _native.load_error
+    core = native.core
+    assert core is not None, native.load_error
     chosen = core.instruction_set()
     problem = case.problem(torch.float64)
     try:

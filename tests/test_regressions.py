@@ -13,7 +13,7 @@ from cases import FUSED_BACKENDS, even_interpreted
 from torch import Tensor
 
 from egnn_fast import Graph, Options, functional
-from egnn_fast._cases import Case
+from egnn_fast.checks.cases import Case
 from egnn_fast.options import LayerWeights
 
 pytestmark = pytest.mark.native
@@ -62,7 +62,7 @@ def test_no_features(features: int, out: int, backend: str) -> None:
 
 CHILD = """
 import os, torch
-from egnn_fast._cases import Case
+from egnn_fast.checks.cases import Case
 
 problem = Case("fork", nodes=300, edges=3000, hidden=32).layer(torch.float32)
 torch.set_num_threads(2)

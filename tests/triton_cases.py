@@ -8,7 +8,7 @@ from dataclasses import replace
 from cases import EVERYTHING, SINGLE_OPTIONS
 
 from egnn_fast import Options
-from egnn_fast._cases import Case
+from egnn_fast.checks.cases import Case
 
 SMALL = Case("small", nodes=12, edges=70, attrs=2, mask="soft", options=EVERYTHING)
 

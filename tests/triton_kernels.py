@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from egnn_fast import Graph
-from egnn_fast._partition import Partition
+from egnn_fast.backends.triton.partition import Partition
 from egnn_fast.kernels.device import block_of_edges, nodes_of, run_of_blocks
 from egnn_fast.kernels.records import EdgeList, Order, Spec
 

@@ -12,9 +12,10 @@ import torch
 from cases import EVERYTHING
 from torch import Tensor
 
-from egnn_fast import Graph, direct, nn
-from egnn_fast._cases import Case, Problem
-from egnn_fast.operators import Operator
+from egnn_fast import Graph, nn
+from egnn_fast.checks.cases import Case, Problem
+from egnn_fast.operators import direct
+from egnn_fast.operators.autograd import Operator
 
 T = TypeVar("T")
 CASE = Case(

@@ -24,7 +24,7 @@ from bench.gpu.setting import (
     synchronize,
 )
 from egnn_fast import checks
-from egnn_fast._cases import Case, Outputs, Problem, check_cases
+from egnn_fast.checks.cases import Case, Outputs, Problem, check_cases
 from egnn_fast.options import Options
 
 # orders of summation that say what plain PyTorch's error is
@@ -152,7 +152,7 @@ def at(problem: Problem, precision: str, device: str) -> Problem:
 @contextmanager
 def launched(outcome: Outcome, *directions: str) -> Iterator[None]:
     """The kernels of these directions must run inside the block."""
-    from egnn_fast._triton import launches
+    from egnn_fast.backends.triton import launches
 
     before = dict(launches)
     yield

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 
 from egnn_fast import checks
-from egnn_fast._cases import Problem
+from egnn_fast.checks.cases import Problem
 from egnn_fast.options import Options
 
 DRAWS, ORDERS = range(10, 17), 2  # seeds, and orders of summation in each

@@ -45,10 +45,10 @@ def planted(name: str, setting: Setting) -> Iterator[None]:
     if "wrong" not in kinds:
         yield
         return
-    from egnn_fast import _triton
-    from egnn_fast._triton import layers
+    from egnn_fast.backends import triton as triton_backend
+    from egnn_fast.backends.triton import layers
 
-    modules: tuple[Any, ...] = (_triton, layers)
+    modules: tuple[Any, ...] = (triton_backend, layers)
     before = modules[0].run_forward
 
     def wrong(call: Any, m: Tensor, shift: Tensor | None) -> None:

@@ -18,7 +18,7 @@ from bench.gpu.large import Pass
 from bench.gpu.setting import Item, Outcome, Setting, matmul, synchronize
 from bench.gpu.variants import NAMES
 from egnn_fast import checks
-from egnn_fast._cases import Case
+from egnn_fast.checks.cases import Case
 
 ORDERS = 3  # of summation, that say what plain PyTorch's error is
 EDGES = 300_000  # on an H200 some ten blocks for each program

@@ -13,8 +13,8 @@ from bench.gpu.checks import EVERYTHING, at, judge_tensors, launched
 from bench.gpu.setting import LEFT_OUT, Item, Outcome, Setting, autocast, deterministic, matmul
 from egnn_fast import approximate_activations
 from egnn_fast import nn as layers
-from egnn_fast._cases import Case
 from egnn_fast.checks import relative_error
+from egnn_fast.checks.cases import Case
 from egnn_fast.graph import Graph
 
 RUNS = 5  # that must give the same bits
@@ -52,7 +52,7 @@ def items(setting: Setting) -> Iterator[Item]:
 
 def _same_bits(face: str, precision: str, setting: Setting) -> Outcome:
     """Outputs and gradients of several runs, over several chunks of senders' sums."""
-    from egnn_fast._triton import call
+    from egnn_fast.backends.triton import call
 
     outcome = Outcome()
     nodes, edges, hidden = (6000, 500_000, 64) if setting.on_gpu else (12, 64, 16)

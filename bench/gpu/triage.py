@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bench.gpu.setting import Outcome
 from egnn_fast import checks
-from egnn_fast._cases import Problem
+from egnn_fast.checks.cases import Problem
 from egnn_fast.kernels.assembler import code_hash, in_use
 
 PLACES = 8  # of wrong numbers, rows and columns that are named
@@ -144,7 +144,7 @@ def _finite(value: float) -> float | None:
 
 
 def _jit_functions() -> list[Any]:
-    from egnn_fast.kernels import configurations
+    from bench.offline import configurations
 
     found = [getattr(configurations, name) for name in configurations.KERNELS]
     # interpreted ones have no caches

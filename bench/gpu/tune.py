@@ -128,7 +128,7 @@ def timing_items(setting: Setting) -> Iterator[Item]:
 @contextmanager
 def override(direction: str, blocks: Any) -> Iterator[None]:
     """Launch one direction with other blocks."""
-    from egnn_fast._triton import call
+    from egnn_fast.backends.triton import call
 
     module: Any = call
     before = module.blocks_for

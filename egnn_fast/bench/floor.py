@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from egnn_fast import _native
 from egnn_fast.bench.cases import BACKWARD, INFERENCE, RECORDING, STEP, TRAINING, Case
+from egnn_fast.runtime import native
 
 SQUARE = 1536  # a product that runs at the BLAS's best
 TALL = 65_536  # rows of the layer's own shape: tall, H wide
@@ -175,9 +175,9 @@ def _product(rows: int, inner: int, dtype: torch.dtype) -> tuple[Callable[[], ob
 
 
 def _silu(dtype: torch.dtype, threads: int) -> tuple[Callable[[], object], float] | None:
-    if _native.core is None:
+    if native.core is None:
         return None
-    silu = _native.core.silu
+    silu = native.core.silu
     count, repeats = SILU_PER_THREAD * threads, 2000
     source, target = (
         torch.randn(count, dtype=dtype, device="cpu"),

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from egnn_fast import composed, ops, reference
+from egnn_fast import reference
 from egnn_fast.bench import cases, eager
 from egnn_fast.bench.problems import Problem, Step
 from egnn_fast.experiments.errors import UsageError
 from egnn_fast.nn import EGCL
+from egnn_fast.operators import composed, ops
 
 Outputs = tuple[Tensor, ...]
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from egnn_fast import functional
-from egnn_fast._cases import Case as CheckCase
 from egnn_fast.bench.cases import Case
+from egnn_fast.checks.cases import Case as CheckCase
 from egnn_fast.experiments.nbody.config import Config
 from egnn_fast.experiments.nbody.data import Arrays, systems
 from egnn_fast.experiments.nbody.task import NBodyModel, Trainer

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from egnn_fast import arguments
-from egnn_fast._keywords import hinted
+from egnn_fast.argument_names import hinted
 from egnn_fast.compat.gcl import E_GCL
 from egnn_fast.graph import EdgeIndexLike, Graph
 from egnn_fast.nn._parts import check_sizes

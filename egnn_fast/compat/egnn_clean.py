@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from egnn_fast._keywords import hinted
+from egnn_fast.argument_names import hinted
 from egnn_fast.compat._official import (
     OfficialLayer,
     add_layers,

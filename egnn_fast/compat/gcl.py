@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from egnn_fast._keywords import hinted
+from egnn_fast.argument_names import hinted
 from egnn_fast.compat._official import (
     CLAMP,
     OfficialLayer,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from egnn_fast import arguments
-from egnn_fast._keywords import hinted
+from egnn_fast.argument_names import hinted
 from egnn_fast.compat._official import add_layers
 from egnn_fast.compat.gcl import E_GCL
 from egnn_fast.graph import EdgeIndexLike, Graph

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from egnn_fast.graph import TENSORS, Graph
+from egnn_fast.graph.graph import TENSORS, Graph
 
 
 class GraphBuffer(nn.Module):

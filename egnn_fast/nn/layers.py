@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from egnn_fast import functional
-from egnn_fast._keywords import hinted
+from egnn_fast.argument_names import hinted
 from egnn_fast.backends import Explanation, check_name
 from egnn_fast.graph import EdgeIndexLike, Graph
 from egnn_fast.nn import _modules

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from egnn_fast import arguments
-from egnn_fast._keywords import hinted
-from egnn_fast.eager import refuse_jit_trace, without_default_device
+from egnn_fast.argument_names import hinted
 from egnn_fast.graph import EdgeIndexLike, Graph
 from egnn_fast.nn._parts import LayerArgs, check_sizes
 from egnn_fast.nn.layers import EGCL, EGCLVel
 from egnn_fast.options import as_bool
+from egnn_fast.runtime.eager import refuse_jit_trace, without_default_device
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -1,0 +1,1 @@
+"""The GPU kernels without a GPU: compiled for it, disassembled, and their time predicted."""

@@ -1,0 +1,78 @@
+"""What the upper end of a predicted time adds to the lower: waits, and rates that are not reached.
+
+Every number here is stated with its source, or is assumed. A measured time judges them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from bench.offline.chips import SCHEDULERS, WARP, Gpu
+from bench.offline.compile import Record
+from bench.offline.disassembly import Loop
+
+# clocks until a warp can use the result of its last instruction; Jia et al., arXiv 1804.06826, for
+# Volta. Assumed: later ones take as long, and each instruction uses the last one's result
+DEPENDENT = 4
+# clocks for which a program waits at a barrier, its warps not arriving at once: assumed
+BARRIER = 30
+# clocks of a read from HBM in a busy GPU: assumed, some 480 in an idle H100 (arXiv 2402.13499)
+READ = 800
+# Reads of a block that wait for each other, counted in the kernels' source: the numbers of an
+# edge's nodes, the rows of these; a row's bounds in rowptr, before sums and again before cotangents
+# come, and the rows of these; a tile of the stage before. Assumed: none is asked for ahead.
+READS: dict[str, int] = {
+    "edge_forward": 3, "edge_backward": 5,
+    "staged_first": 2, "staged_messages": 2, "staged_shifts": 3,
+    "staged_shifts_backward": 2, "staged_messages_backward": 2, "staged_first_backward": 3,
+}  # fmt: skip
+L2_SHARE = 0.5  # of A100's rate, for each clock: assumed
+HBM_SHARE = 0.9  # of the data sheet's: assumed, what a large copy reaches
+BLAS_SHARE = 0.7  # of the matrix units' peak, by products of tall matrices: assumed
+# registers of a multiprocessor; those of a warp come in units (CUDA's occupancy calculator), and a
+# program's shared memory has 1 KB more (CUDA C++ Programming Guide, 8.0 and 9.0)
+REGISTERS, REGISTER_UNIT, SHARED_MORE = 1 << 16, 256, 1 << 10
+
+
+def programs_that_fit(record: Record, gpu: Gpu) -> int:
+    """Programs that a multiprocessor holds at once, of those that it is given."""
+    registers = -(-record.registers * WARP // REGISTER_UNIT) * REGISTER_UNIT * record.warps
+    most = min(REGISTERS // registers, gpu.shared_bytes // (record.shared + SHARED_MORE))
+    return max(1, min(record.configuration.row.programs, most))
+
+
+def barriers(loops: Sequence[Loop], trips: Sequence[int]) -> int:
+    """Barriers of a block."""
+    return sum(n * loop.counts.get("BAR", 0) for loop, n in zip(loops, trips, strict=True))
+
+
+def stalled(
+    record: Record, gpu: Gpu, trips: Sequence[int], cycles: Mapping[str, float]
+) -> dict[str, float]:
+    """Cycles for each edge where units do not reach their rates; ``waits`` comes on top of them.
+
+    ``trips`` says how often each loop runs for a block. While a program waits, others wait too:
+    nothing of it is hidden, but they wait side by side.
+    """
+    programs = programs_that_fit(record, gpu)
+    warps = programs * record.warps / SCHEDULERS
+    # what does not fit comes when the rest is done
+    given = record.configuration.row.programs
+    turns = -(-given // programs) * programs / given
+    found = dict(cycles)
+    found["issue"] = cycles["issue"] / min(1.0, warps / DEPENDENT)
+    waiting = READS[record.configuration.kernel] * READ + barriers(record.loops, trips) * BARRIER
+    found["waits"] = waiting / (programs * record.edges)
+    found = {unit: turns * busy for unit, busy in found.items()}
+    return slower_memory(found)
+
+
+def slower_memory(cycles: Mapping[str, float]) -> dict[str, float]:
+    """L2 and HBM at the rates that are assumed of them."""
+    shares = {"l2": L2_SHARE, "hbm": HBM_SHARE}
+    return {unit: busy / shares.get(unit, 1.0) for unit, busy in cycles.items()}
+
+
+def longest(cycles: Mapping[str, float]) -> float:
+    """The busiest unit's cycles, and the waits."""
+    return max(busy for unit, busy in cycles.items() if unit != "waits") + cycles.get("waits", 0.0)

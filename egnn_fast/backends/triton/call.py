@@ -1,0 +1,249 @@
+"""A call of the Triton kernels: its records, the graph cut into blocks, where outputs go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from egnn_fast.backends.triton.packing import packed
+from egnn_fast.backends.triton.partition import (
+    Partition,
+    SenderOrder,
+    by_receiver,
+    cached_by_sender,
+    receivers_of,
+)
+from egnn_fast.backends.triton.products import operand_type
+from egnn_fast.backends.triton.width import Width
+from egnn_fast.graph import INT32_MAX
+from egnn_fast.graph.cache import cached_for
+from egnn_fast.kernels import APPROXIMATE, interpreting
+from egnn_fast.kernels.blocks import Blocks, blocks_for, sender_block, staged_blocks
+from egnn_fast.kernels.records import (
+    MAX_ATTRS,
+    EdgeList,
+    Inputs,
+    Numbers,
+    Order,
+    Rows,
+    Spec,
+    Weights,
+    padded,
+    row_width,
+    weight_parts,
+)
+from egnn_fast.kernels.sums import finish_rows
+
+# differentiable inputs of the operator: pq, x, edge_attr, edge_mask; these and EdgeWeights
+_N_INPUTS, N_DIFF = 4, 13
+# bytes of what is held for the edges of a chunk. More than L2 has: a wide layer's tiles go to HBM,
+# 4 KB an edge forward and 11 backward at H = 256 in 16 bits. Chunks that stay in L2 save that, but
+# have the host launch for longer than the GPU works (bench/results/NOTES.md)
+CHUNK_BYTES = 128 << 20
+# chunks after which the rows that programs share are brought to their places, in one launch
+FINISHED_TOGETHER = 16
+MAX_BLOCK = 1024  # no edge of a last block may lie beyond int32
+_INTERPRETED_PROGRAMS = 3
+
+
+def architecture(device: torch.device) -> str:
+    """The GPU's, as NVIDIA names it; the interpreter takes Hopper's block sizes."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "sm_90"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+class Call:
+    """A call of the edge pass, forward or backward, for one set of inputs.
+
+    ``args`` are those of the operator; for a P and Q of None, a layer is to fill
+    ``inputs.pq [N, 2 hidden]``, of the channels that the kernels take.
+    """
+
+    def __init__(self, direction: str, args: Sequence[Any]) -> None:
+        self.direction = direction
+        dense: list[Any] = [t if t is None else t.contiguous() for t in args[:_N_INPUTS]]
+        pq, x, edge_attr, edge_mask = dense
+        weights = Weights(*args[_N_INPUTS:N_DIFF])
+        graph: list[Any] = [t if t is None else t.contiguous() for t in args[N_DIFF : N_DIFF + 4]]
+        self.rowptr, self.senders, self.perm, self.first = graph
+        activation, slope, norm, tanh, clamp, _, self.precision = args[N_DIFF + 4 :]
+        self.device, self.nodes = x.device, x.shape[0]
+        channels, self.dim = weights.w2.shape[0], x.shape[1]
+        self.attrs = 0 if edge_attr is None else edge_attr.shape[1]
+        self.has_head = weights.w_x is not None
+        self.num_edges = self._count_edges()
+        if self.num_edges > INT32_MAX - MAX_BLOCK:
+            raise ValueError(
+                f"graph: the Triton kernels take at most {INT32_MAX - MAX_BLOCK} edges, "
+                f"got {self.num_edges}"
+            )
+        products = self.precision.removesuffix(APPROXIMATE)
+        self.blocks: Blocks = blocks_for(
+            direction, products, padded(channels), architecture(self.device)
+        )
+        # many edge attributes have products of their own, in chunks of edges
+        self.many = self.attrs > MAX_ATTRS
+        if self.many and not self.blocks.staged:
+            self.blocks = staged_blocks(products, padded(channels))
+        self.staged = self.blocks.staged
+        nvidia = torch.version.hip is None
+        self.launch_options = self.blocks.launch_options(direction, nvidia)
+        self.hidden = row_width(channels, self.staged)
+        self.width = Width(channels, self.hidden)
+        attrs = 0 if self.many else self.attrs
+        self.spec = Spec.make(
+            hidden=self.hidden, dim=self.dim, attrs=attrs, precision=self.precision,
+            activation=activation, norm=norm, tanh=tanh, clamp=clamp, blocks=self.blocks,
+            nvidia=nvidia, staged=self.staged,
+        )  # fmt: skip
+        self.weight_parts = weight_parts(self.hidden, attrs, self.staged)
+        self.operand = operand_type(self.precision)
+        self.numbers = Numbers(float(slope), float(norm), float(clamp))
+        if pq is None:
+            pq = x.new_empty((self.nodes, 2 * self.hidden), dtype=self.operand)
+        else:
+            pq = self.width.widen(pq.unflatten(1, (2, -1)), 2).flatten(1)
+        self.inputs = Inputs(pq, x, None if self.many else edge_attr, edge_mask)
+        self.edge_attr, self.w_a = edge_attr, None
+        if self.many:
+            self.w_a = self.width.widen(weights.w_a, 0)
+            weights = weights._replace(w_a=None)
+        self.weights = packed(weights, self.spec, self.operand)
+
+    def attr_rows(self, begin: int, end: int) -> Tensor:
+        """The edge attributes ``[end - begin, A]`` of edges, as products take them."""
+        assert self.edge_attr is not None
+        if self.perm is None:
+            return self.edge_attr[begin:end].to(self.operand)
+        return self.edge_attr.index_select(0, self.perm[begin:end]).to(self.operand)
+
+    def _count_edges(self) -> int:
+        if self.senders is not None:
+            return int(self.senders.shape[0])
+        return int(cached_for(self.rowptr, "num_edges", self._last_of_rowptr))
+
+    def _last_of_rowptr(self) -> int:
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "graph: the number of edges of complete components is read at their first call, "
+                "which must come before the capture of a CUDA graph"
+            )
+        return int(self.rowptr[-1])
+
+    @property
+    def programs(self) -> int:
+        """How many programs fill the device."""
+        if interpreting():
+            return _INTERPRETED_PROGRAMS
+        return self.multiprocessors * self.blocks.programs
+
+    @property
+    def multiprocessors(self) -> int:
+        """Those of the device."""
+        if interpreting():
+            return 1
+        return int(torch.cuda.get_device_properties(self.device).multi_processor_count)
+
+    def chunks(self, bytes_of_edge: int, most_edges: int = INT32_MAX) -> list[tuple[int, int]]:
+        """The edges cut into chunks ``(begin, end)`` of whole blocks.
+
+        ``bytes_of_edge`` are held for each edge of a chunk. As few chunks as CHUNK_BYTES and
+        ``most_edges`` allow, and of one size, as far as blocks allow it.
+        """
+        size, edges = self.blocks.edges, self.num_edges
+        blocks = -(-edges // size)
+        most = max(1, min(CHUNK_BYTES // bytes_of_edge, most_edges) // size)
+        chunk = -(-blocks // -(-blocks // most)) * size
+        return [(begin, min(begin + chunk, edges)) for begin in range(0, edges, chunk)]
+
+    def part(self, begin: int, end: int) -> Partition:
+        """The edges from ``begin`` to ``end``, cut into blocks."""
+        key = (begin, end, self.blocks.edges, self.programs)
+        return cached_for(self.rowptr, key, lambda: by_receiver(self.rowptr, *key))
+
+    def part_by_sender(self, begin: int, end: int) -> SenderOrder:
+        """The same edges in the order of their senders."""
+        key = (begin, end, sender_block(padded(self.hidden)), self.programs)
+        return cached_by_sender(self.rowptr, self.senders, self.first, *key)
+
+    def edges(self, part: Partition) -> EdgeList:
+        """The record of such a run of edges."""
+        receivers, order = self.receivers, Order(self.rowptr, None)
+        # backward a list of receivers would take too many registers: it searches rowptr
+        if receivers is not None and self.direction == "forward":
+            order = Order(None, receivers)
+        return EdgeList(order, receivers, self.senders, self.perm, self.first, part.rows)
+
+    @cached_property
+    def receivers(self) -> Tensor | None:
+        """The receiver of each edge, ``[E]``; None where it is searched for.
+
+        That is in complete components, and in stages, which wait for memory anyway.
+        """
+        if self.senders is None or self.staged:
+            return None
+        key, count = ("receivers", self.num_edges), self.num_edges
+        found: Tensor = cached_for(self.rowptr, key, lambda: receivers_of(self.rowptr, count))
+        return found
+
+    def rows(self, out: Tensor, programs: int) -> Rows:
+        """Rows with slots of their own."""
+        return Rows(out, out.new_empty((2 * programs, out.shape[1])))
+
+    def zeros(self, width: int) -> Tensor:
+        """A node tensor to sum into."""
+        return torch.zeros((self.nodes, width), dtype=torch.float32, device=self.device)
+
+    def finish(self, slot_rows: Tensor, a: Rows | None, b: Rows | None) -> None:
+        """Bring the rows that programs share to their places; ``slot_rows`` as in a Partition."""
+        sizes = [(0, 0) if r is None else (r.out.stride(0), r.out.shape[1]) for r in (a, b)]
+        slots = slot_rows.shape[0]
+        finish_rows[(slots,)](
+            slot_rows, slots, a, *sizes[0], b, *sizes[1],
+            A=triton.next_power_of_2(sizes[0][1]), B=triton.next_power_of_2(sizes[1][1]),
+            num_warps=1 if self.hidden <= 64 else 4,
+        )  # fmt: skip
+
+
+class ReceiverSums:
+    """Where sums over the rows of one or two matrices go, chunk by chunk of edges in their order.
+
+    Each program's first and last row wait in slots; those of up to FINISHED_TOGETHER chunks are
+    finished in one launch.
+    """
+
+    def __init__(
+        self, call: Call, parts: Sequence[Partition], a: Tensor | None, b: Tensor | None
+    ) -> None:
+        self.call = call
+        # of one size but for the last, which may be smaller
+        programs = sum(part.programs for part in parts[:FINISHED_TOGETHER])
+        self._rows = [None if out is None else call.rows(out, programs) for out in (a, b)]
+        self._waiting: list[Tensor] = []
+        self._left = len(parts)
+
+    def begin(self, part: Partition) -> tuple[Rows | None, Rows | None]:
+        """Where the next chunk's sums go."""
+        begin = sum(slots.shape[0] for slots in self._waiting)
+        own = slice(begin, begin + part.slots.shape[0])
+        self._waiting.append(part.slots)
+        a, b = (None if r is None else r._replace(slots=r.slots[own]) for r in self._rows)
+        return a, b
+
+    def end(self) -> None:
+        """Finish what waits, after FINISHED_TOGETHER chunks or the last one."""
+        self._left -= 1
+        if len(self._waiting) < FINISHED_TOGETHER and self._left:
+            return
+        if any(rows is not None for rows in self._rows):
+            several = len(self._waiting) > 1
+            slot_rows = torch.cat(self._waiting) if several else self._waiting[0]
+            self.call.finish(slot_rows, *self._rows)
+        self._waiting = []

@@ -1,0 +1,46 @@
+"""Runs the edge pass of a call, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from egnn_fast.backends.triton import staged
+from egnn_fast.backends.triton.backward import Backward
+from egnn_fast.backends.triton.call import Call
+from egnn_fast.kernels.forward import edge_forward
+
+# how often the passes ran, and a layer's nodes before and after them
+launches = {"forward": 0, "backward": 0, "nodes": 0}
+
+
+def run_forward(call: Call, m: Tensor, shift: Tensor | None) -> None:
+    """Add to the sums M, and X if there is a head; there are edges."""
+    if call.staged:
+        staged.forward(call, m, shift)
+    else:
+        _fused(call, m, shift)
+    launches["forward"] += 1
+
+
+def _fused(call: Call, m: Tensor, shift: Tensor | None) -> None:
+    part = call.part(0, call.num_edges)
+    m_rows = call.rows(m, part.programs)
+    x_rows = None if shift is None else call.rows(shift, part.programs)
+    edge_forward[(part.programs,)](
+        call.edges(part), call.inputs, call.weights, call.numbers,
+        m_rows, x_rows, 0, call.num_edges, part.blocks, call.spec.read_by("edge_forward"),
+        **call.launch_options,
+    )  # fmt: skip
+    call.finish(part.slots, m_rows, x_rows)
+
+
+def run_backward(
+    call: Call, g_m: Tensor | None, g_x: Tensor | None, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """A gradient for each differentiable input that is needed; there are edges."""
+    kind = staged.Backward if call.staged else Backward
+    found = kind(call, g_m, g_x, needed).run()
+    launches["backward"] += 1
+    return found

@@ -1,0 +1,1 @@
+"""PyTorch's side of a layer: its operators with their derivatives. Knows torch, no kernel."""

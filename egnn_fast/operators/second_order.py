@@ -1,0 +1,218 @@
+"""Second derivatives: of the edge pass by the reference, of the layer by the composed layer.
+
+The edge pass is a sum over edges, so the derivative of its derivative is one too: chunks of
+edges, added up, keep the memory bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from egnn_fast import reference
+from egnn_fast.graph import Graph
+from egnn_fast.operators import composed
+from egnn_fast.operators.composed import EdgePass
+from egnn_fast.operators.precision import float32_products, in_float32
+from egnn_fast.options import LAYER_INPUTS, EdgeWeights, LayerWeights, Options
+
+# elements of a [chunk, H] tensor; a chunk keeps some forty of them alive
+CHUNK_ELEMENTS = 1 << 20
+_EDGE_INPUTS = (2, 3)  # edge_attr and edge_mask have a row an edge
+_N_DIFF = 13
+_N_LAYER = len(LAYER_INPUTS) + len(LayerWeights._fields)
+
+
+def messages(
+    cotangents: Sequence[Tensor | None],
+    g_m: Tensor | None,
+    g_x: Tensor | None,
+    *args: Any,
+) -> list[Tensor]:
+    """The derivative of ``messages_backward``; arguments as in :mod:`egnn_fast.operators.ops`.
+
+    ``cotangents`` belong to the outputs of ``messages_backward``, those that ``needed`` marks;
+    the result holds a gradient for each of ``g_m, g_x`` and the 13 inputs that ``needed2`` marks.
+    """
+    inputs = list(args[:_N_DIFF])
+    graph = Graph.trusted(*args[_N_DIFF : _N_DIFF + 4], None, None)
+    *scalars, backend, precision, needed, needed2 = args[_N_DIFF + 4 :]
+    options = _options(*scalars)
+    spread = iter(cotangents)
+    towards = [next(spread) if n else None for n in needed]
+
+    totals = [
+        t.new_zeros(t.shape) if need else None
+        for t, need in zip([g_m, g_x, *inputs], needed2, strict=True)
+    ]
+    receiver, sender = graph.receivers, graph.sorted_senders()
+    order = receiver.new_tensor([]) if graph.perm is None else graph.perm.long()
+    chunk = max(1, CHUNK_ELEMENTS // inputs[0].shape[1])
+    for begin in range(0, graph.num_edges, chunk):
+        end = min(begin + chunk, graph.num_edges)
+        rows = slice(begin, end) if graph.perm is None else order[begin:end]
+        local = [
+            t[rows] if t is not None and k in _EDGE_INPUTS else t for k, t in enumerate(inputs)
+        ]
+        local_towards = [
+            t[rows] if t is not None and k in _EDGE_INPUTS else t for k, t in enumerate(towards)
+        ]
+        grads = _chunk(
+            local,
+            local_towards,
+            g_m,
+            g_x,
+            receiver[begin:end],
+            sender[begin:end],
+            options,
+            needed2,
+            backend,
+            precision,
+        )
+        for k, (total, grad) in enumerate(zip(totals, grads, strict=True)):
+            if total is None or grad is None:
+                continue
+            if k - 2 in _EDGE_INPUTS:
+                total[rows] = grad
+            else:
+                total += grad
+    return [t for t in totals if t is not None]
+
+
+@contextmanager
+def _autograd(device: str, backend: str, precision: str) -> Iterator[None]:
+    """Differentiation inside an operator, where autograd is switched off.
+
+    Autocast is off, and float32 products have the precision of the call, whatever is set now.
+    """
+    key = torch._C.DispatchKey.AutogradFunctionality
+    with (
+        torch._C._SetExcludeDispatchKeyGuard(key, False),
+        torch.autocast(device, enabled=False),
+        # the CPU has one precision
+        nullcontext() if backend == "cpu" else float32_products(in_float32(precision)),
+        torch.enable_grad(),
+    ):
+        yield
+
+
+def layer(edge_pass: EdgePass) -> Callable[..., list[Tensor]]:
+    """The derivative of ``layer_backward``, by differentiating the composed layer twice.
+
+    ``edge_pass`` is the operator ``messages``: its own derivatives keep the memory bounded.
+    """
+
+    def double_backward(cotangents: Sequence[Tensor | None], *args: Any) -> list[Tensor]:
+        g_out, inputs = args[:3], args[6 : 6 + _N_LAYER]  # three kept outputs between them
+        graph = Graph.trusted(*args[6 + _N_LAYER : 10 + _N_LAYER], None, None)
+        rest = args[10 + _N_LAYER :]
+        *scalars, scale, residual, _carry, backend, precision, _kept, needed, needed2 = rest
+        spread = iter(cotangents)
+        towards = [next(spread) if n else None for n in needed]
+        with _autograd(inputs[0].device.type, backend, precision):
+            leaves: list[Any] = _leaves([*g_out, *inputs])
+            h, x, v, edge_attr, edge_mask, node_attr, coord_weight = leaves[3:10]
+            weights = LayerWeights(*leaves[10:])
+            options = replace(
+                _options(*scalars),
+                coord_scale=scale,
+                attention=weights.att_w is not None,
+                coord_agg=None if weights.coord_w2 is None else "sum",
+            )
+            outputs = composed.layer(
+                partial(edge_pass, precision=in_float32(precision)), h, x, graph, weights, options,
+                v=v, edge_attr=edge_attr, edge_mask=edge_mask, node_attr=node_attr,
+                coord_weight=coord_weight, residual=residual, backend=backend,
+            )  # fmt: skip
+            value = h.new_zeros(())
+            for g, output in zip(leaves[:3], outputs, strict=True):
+                if g is not None and output is not None:
+                    value = value + (g * output).sum()
+            found = _second(value, leaves[3:], towards, leaves, needed2)
+        return [
+            _own(t, grad) for t, grad, n in zip([*g_out, *inputs], found, needed2, strict=True) if n
+        ]
+
+    return double_backward
+
+
+def _own(tensor: Any, grad: Tensor | None) -> Tensor:
+    """A gradient of the tensor's shape in memory of its own, dense, as the operator's fake says."""
+    if grad is None:
+        return tensor.new_zeros(tensor.shape)
+    return grad.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _options(activation: str, slope: float, norm: float, tanh: bool, clamp: float) -> Options:
+    return Options(
+        activation=activation,
+        negative_slope=slope,
+        coord_norm=None if norm == 0 else "unit" if norm < 0 else norm,
+        coord_tanh=tanh,
+        coord_clamp=clamp or None,
+    )
+
+
+def _leaves(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.detach().requires_grad_() for t in tensors]
+
+
+def _second(
+    value: Tensor,
+    inputs: Sequence[Any],
+    towards: Sequence[Tensor | None],
+    leaves: Sequence[Any],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradient, for the leaves needed, of <gradient of value for inputs, towards>."""
+    pairs = [(leaf, v) for leaf, v in zip(inputs, towards, strict=True) if v is not None]
+    first = torch.autograd.grad(
+        value, [leaf for leaf, _ in pairs], create_graph=True, allow_unused=True
+    )
+    total = value.new_zeros(())
+    for grad, (_, v) in zip(first, pairs, strict=True):
+        if grad is not None:
+            total = total + (grad * v).sum()
+    out: list[Tensor | None] = [None] * len(leaves)
+    if not total.requires_grad:
+        return out
+    wanted = [k for k, need in enumerate(needed) if need]
+    found = torch.autograd.grad(total, [leaves[k] for k in wanted], allow_unused=True)
+    for k, grad in zip(wanted, found, strict=True):
+        out[k] = grad
+    return out
+
+
+def _chunk(
+    inputs: list[Any],
+    towards: list[Tensor | None],
+    g_m: Tensor | None,
+    g_x: Tensor | None,
+    receiver: Tensor,
+    sender: Tensor,
+    options: Options,
+    needed2: Sequence[bool],
+    backend: str,
+    precision: str,
+) -> list[Tensor | None]:
+    """The second derivative's share of one chunk of edges."""
+    with _autograd(inputs[0].device.type, backend, precision):
+        leaves: list[Any] = _leaves([g_m, g_x, *inputs])
+        leaf_m, leaf_x, pq, x, edge_attr, edge_mask, *weights = leaves
+        p, q = pq.chunk(2, dim=1)
+        m, shift = reference.messages(
+            p, q, x, receiver, sender, EdgeWeights(*weights), options,
+            edge_attr=edge_attr, edge_mask=edge_mask,
+        )  # fmt: skip
+        value = m.new_zeros(())
+        if leaf_m is not None:
+            value = value + (leaf_m * m).sum()
+        if leaf_x is not None and shift is not None:
+            value = value + (leaf_x * shift).sum()
+        return _second(value, leaves[2:], towards, leaves, needed2)
