@@ -12,8 +12,9 @@ from egnn_fast import backends
 from egnn_fast.graph import Graph
 from egnn_fast.graph.edge_cache import graph_of
 from egnn_fast.graph.edge_lists import EdgeIndexLike, as_edge_index
-from egnn_fast.options import EdgeWeights, LayerWeights, Options
+from egnn_fast.options import Options
 from egnn_fast.runtime.eager import PLAIN_OR_NONE, tracing
+from egnn_fast.weights import EdgeWeights, LayerWeights
 
 
 def check_nodes(h: Tensor, x: Tensor, name: str = "h") -> None:

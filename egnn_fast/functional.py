@@ -7,9 +7,12 @@ from torch import Tensor
 
 from egnn_fast import arguments, backends, reference
 from egnn_fast.graph import EdgeIndexLike, Graph
-from egnn_fast.operators import composed, ops
-from egnn_fast.options import Activation, EdgeWeights, LayerWeights, Options
+from egnn_fast.operators import composed
+from egnn_fast.operators.layer import layer, try_direct_layer
+from egnn_fast.operators.messages import messages
+from egnn_fast.options import Activation, Options
 from egnn_fast.runtime.eager import refuse_jit_trace, without_default_device
+from egnn_fast.weights import EdgeWeights, LayerWeights
 
 __all__ = ["egcl", "egcl_messages", "explain"]
 
@@ -89,7 +92,7 @@ def egcl_messages(
         return reference.messages(
             P, Q, x, receiver, sender, weights, options, edge_attr=edge_attr, edge_mask=mask
         )
-    m, shift = ops.messages(
+    m, shift = messages(
         torch.cat(_of_one_dtype(P, Q, x), dim=1),
         x,
         graph,
@@ -175,9 +178,9 @@ def egcl(
         and backends.requested(backend) in ("auto", "cpu")
     ):
         # fast: the extension checks the tensors; what it refuses, the checks below name
-        found = ops.try_direct_layer(
+        found = try_direct_layer(
             h, x, graph, weights, options, v=v, edge_attr=edge_attr, node_attr=node_attr,
-            residual=residual, carry=carry_velocity and v is not None,
+            residual=residual, carry_velocity=carry_velocity and v is not None,
         )  # fmt: skip
         if found is not None:
             new_h, moved, step = found
@@ -205,9 +208,9 @@ def egcl(
         )
     else:
         carry = carry_velocity and v is not None
-        new_h, moved, step = ops.layer(
+        new_h, moved, step = layer(
             h, x, graph, weights, options, v=v, edge_attr=edge_attr, edge_mask=mask,
-            node_attr=node_attr, coord_weight=weight, residual=residual, carry=carry,
+            node_attr=node_attr, coord_weight=weight, residual=residual, carry_velocity=carry,
             backend=chosen,
         )  # fmt: skip
         new_x = x if moved is None or not (options.updates_coords or v is not None) else moved

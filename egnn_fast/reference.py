@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from egnn_fast.graph import Graph
-from egnn_fast.options import UNIT_NORM_EPS, Activation, EdgeWeights, LayerWeights, Options
+from egnn_fast.options import UNIT_NORM_EPS, Activation, Options
+from egnn_fast.weights import EdgeWeights, LayerWeights
 
 Map = Callable[[Tensor], Tensor]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from egnn_fast import BackendError, Graph, Options, functional
 from egnn_fast.checks.cases import Case
-from egnn_fast.options import EdgeWeights, LayerWeights
+from egnn_fast.weights import EdgeWeights, LayerWeights
 
 pytestmark = pytest.mark.native
 BACKENDS = (*FUSED_BACKENDS, "reference")

@@ -18,7 +18,8 @@ from egnn_fast.bench import cases, eager
 from egnn_fast.bench.problems import Problem, Step
 from egnn_fast.experiments.errors import UsageError
 from egnn_fast.nn import EGCL
-from egnn_fast.operators import composed, ops
+from egnn_fast.operators import composed
+from egnn_fast.operators.messages import messages
 
 Outputs = tuple[Tensor, ...]
 
@@ -129,7 +130,7 @@ def _edge_op(problem: Problem) -> Runner:
 
     def forward() -> Outputs:
         new_h, new_x, _ = composed.layer(
-            ops.messages, h, x, graph, layer.weights(), layer.options, v=None, edge_attr=None,
+            messages, h, x, graph, layer.weights(), layer.options, v=None, edge_attr=None,
             edge_mask=None, node_attr=None, coord_weight=weight, residual=True, backend="cpu",
         )  # fmt: skip
         return new_h, new_x

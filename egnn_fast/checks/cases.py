@@ -14,7 +14,8 @@ from torch import Tensor
 
 from egnn_fast import functional
 from egnn_fast.graph import Graph
-from egnn_fast.options import EdgeWeights, LayerWeights, Options
+from egnn_fast.options import Options
+from egnn_fast.weights import EdgeWeights, LayerWeights
 
 Outputs = dict[str, Tensor]
 

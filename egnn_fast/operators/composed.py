@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from egnn_fast import reference
 from egnn_fast.graph import Graph
-from egnn_fast.options import LayerWeights, Options
+from egnn_fast.options import Options
+from egnn_fast.weights import LayerWeights
 
 EdgePass = Callable[..., tuple[Tensor, Tensor | None]]
 

@@ -16,9 +16,10 @@ from torch import Tensor
 
 import egnn_fast
 from egnn_fast import BackendError, Options, backends, functional, kernels
+from egnn_fast.backends import decision
 from egnn_fast.checks.cases import Case
-from egnn_fast.options import LayerWeights
 from egnn_fast.runtime import native
+from egnn_fast.weights import LayerWeights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CASE = Case("backends", nodes=6, edges=20, features=3)
@@ -134,6 +135,7 @@ import sys, warnings
 import torch
 from egnn_fast import BackendError, backends, functional
 from egnn_fast.runtime import native
+from egnn_fast.backends import available
 from egnn_fast.checks.cases import Case
 warnings.simplefilter("error")
 torch.cuda.is_available = lambda: False
@@ -145,7 +147,7 @@ except BackendError as error:
 before = native.core.calls()[0]
 problem.run(problem.leaves, "auto", 0)
 print(native.core.calls()[0] - before)
-backends.find_spec = lambda name: None
+available.find_spec = lambda name: None
 try:
     problem.run(problem.leaves, "triton", 0)
 except BackendError as error:
@@ -204,7 +206,7 @@ def test_importing_works_without_the_extension() -> None:
 def test_an_activation_that_no_kernel_knows_runs_on_the_reference() -> None:
     gelu = torch.nn.functional.gelu
     for name in (None, "cpu", "reference"):
-        backends._warned.clear()
+        decision._warned.clear()
         with warnings.catch_warnings(record=True) as caught, kernel_calls(forward=0, backward=0):
             warnings.simplefilter("always")
             layer(name, activation=gelu)

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from egnn_fast import Graph, Options, checks, functional
 from egnn_fast.checks.cases import Case, Problem
-from egnn_fast.options import EdgeWeights
+from egnn_fast.weights import EdgeWeights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_backend = pytest.mark.parametrize("backend", FUSED_BACKENDS)

@@ -16,7 +16,6 @@ from egnn_fast.experiments.nbody.config import Config
 from egnn_fast.experiments.nbody.data import DataSpec, cache_path
 from egnn_fast.experiments.nbody.folder import History, RunFolder
 from egnn_fast.experiments.nbody.speed import Speed
-from egnn_fast.experiments.nbody.train import backend_argument
 
 # Test MSE in table 2 of arXiv 2102.09844
 PAPER = {
@@ -101,5 +100,5 @@ def what_ran(config: Config, device: torch.device) -> str:
     """The backend that runs the model's layers, and its instruction set."""
     dtype = _LAYER_DTYPES[config.precision]
     call = backends.Call(device.type, dtype, config.hidden, 3, "silu")
-    found = backends.explain_call(backend_argument(config), call)
+    found = backends.explain_call(config.backend, call)
     return f"{found.backend} ({found.instruction_set})" if found.instruction_set else found.backend

@@ -48,11 +48,6 @@ def make_fabric(config: Config) -> Fabric:
     return fabric
 
 
-def backend_argument(config: Config) -> str | None:
-    """What the layers are told: "auto" leaves the choice to ``EGNN_FAST_BACKEND`` too."""
-    return None if config.backend == "auto" else config.backend
-
-
 def make_trainer(config: Config, *, backend: str | None = None) -> Trainer:
     """Model, optimiser and device of a run.
 
@@ -67,7 +62,7 @@ def make_trainer(config: Config, *, backend: str | None = None) -> Trainer:
         config.seed,
         hidden=config.hidden,
         layers=config.layers,
-        backend=backend or backend_argument(config),
+        backend=backend or config.backend,
     )
     return Trainer(make_fabric(config), model, config.lr, config.weight_decay)
 
