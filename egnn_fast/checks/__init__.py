@@ -5,7 +5,7 @@
     report = run(quick=True, progress=print)
     report.rows           # Row: backend, dtype, case, quantity, error, bound, worst, passed
     report.equivariance   # EquivarianceRow: backend, dtype, dim, symmetry, error, bound, passed
-    report.missing        # {"cuda": "why it was not checked", "triton, float64": "...", ...}
+    report.missing        # {"triton": "why it was not checked", "triton, float64": "...", ...}
     report.passed         # False: exit with a non-zero status
     report.to_json()      # all of it as text
 
