@@ -14,12 +14,15 @@ from hypothesis import settings
 # Triton reads it while its kernels are imported. The tests' tensors lie on the CPU, on a machine
 # with a GPU too: what only a GPU can show is not tested here.
 os.environ["TRITON_INTERPRET"] = "1"
-# bench/ is the checkout's own folder, not installed
-sys.path.append(str(Path(__file__).resolve().parent.parent))
-
+# what tests share; and bench/, the checkout's own folder, is not installed
+sys.path.append(str(Path(__file__).resolve().with_name("support")))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 from egnn_fast import backends, checks
 from egnn_fast.runtime import native
 
+pytest.register_assert_rewrite(
+    *(path.stem for path in Path(__file__).with_name("support").glob("*.py"))
+)
 # the same examples in each run, so that a change is to blame for a failure
 settings.register_profile("egnn_fast", deadline=None, max_examples=40, derandomize=True)
 settings.register_profile("brief", deadline=None, max_examples=10, derandomize=True)

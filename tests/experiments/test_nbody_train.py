@@ -232,15 +232,16 @@ def test_a_run_that_dies_at_any_write_resumes_to_the_bit(
 SCRIPT = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+folder, how, *sys.path[:0] = sys.argv[1:]
 from test_nbody_train import go
-go(Path(sys.argv[2]), epochs=120, resume=sys.argv[3] == "resume")
+go(Path(folder), epochs=120, resume=how == "resume")
 """
 
 
 def started(folder: Path, how: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(folder), how]
-    return subprocess.Popen(command)
+    here = Path(__file__).resolve().parent
+    paths = [str(here), str(here.parent / "support")]
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), how, *paths])
 
 
 def written_rows(folder: Path) -> int:
