@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= runs/demo
+WORKERS ?= logical
 
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
@@ -23,18 +24,28 @@ help:
 	@echo 'make format     let ruff and clang-format rewrite the sources'
 	@echo 'make sanitize   run the kernel tests on a build with ASan and UBSan (gcc)'
 	@echo 'make clean      remove what was built; make distclean removes $(VENV) too'
-	@echo 'Variables: PYTHON=$(PYTHON) (3.10 or newer), VENV=$(VENV), CXX'
+	@echo 'Variables: PYTHON=$(PYTHON) (3.10 or newer), VENV=$(VENV), CXX, WORKERS=$(WORKERS) (processes for tests)'
 
 demo: setup
 	$(BIN)/egnn-fast info
 	$(BIN)/egnn-fast check
 	$(BIN)/egnn-fast train nbody --epochs 300 --overwrite --out $(OUT)
 
+# A process for each core, then the tests marked `alone` in one. A part may lie in one of the two: 5
+# says that no test was found. Benchmarks are not timed here, and pytest-benchmark would warn of -n.
+define RUN_TESTS
+@echo '==> Tests, $(WORKERS) at a time'; \
+$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -p no:benchmark $(1) $(PYTEST_ARGS); many=$$?; \
+echo '==> Tests that run alone'; \
+$(BIN)/python -m pytest --alone -p no:benchmark $(1) $(PYTEST_ARGS); alone=$$?; \
+case $$many:$$alone in 0:0 | 0:5 | 5:0) ;; 0:*) exit $$alone ;; *) exit $$many ;; esac
+endef
+
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(call RUN_TESTS)
 
 test-full: lint
-	$(BIN)/python -m pytest -m '' $(PYTEST_ARGS)
+	$(call RUN_TESTS,-m '')
 
 # ---- set-up, in three stamped steps: environment, packages, extension --------------------------
 setup: $(VENV)/.built

@@ -8,24 +8,60 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Of several processes at once each has one thread, and so have its children: what threads do is
+# tested alone. OpenMP reads it once, when PyTorch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+
 import torch
 from hypothesis import settings
 
 # Triton reads it while its kernels are imported. The tests' tensors lie on the CPU, on a machine
 # with a GPU too: what only a GPU can show is not tested here.
 os.environ["TRITON_INTERPRET"] = "1"
-# bench/ is the checkout's own folder, not installed
-sys.path.append(str(Path(__file__).resolve().parent.parent))
-
+# what tests share; and bench/, the checkout's own folder, is not installed
+sys.path.append(str(Path(__file__).resolve().with_name("support")))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 from egnn_fast import backends, checks
 from egnn_fast.backends import available, decision
 from egnn_fast.runtime import native
 
+pytest.register_assert_rewrite(
+    *(path.stem for path in Path(__file__).with_name("support").glob("*.py"))
+)
 # the same examples in each run, so that a change is to blame for a failure
 settings.register_profile("egnn_fast", deadline=None, max_examples=40, derandomize=True)
 settings.register_profile("brief", deadline=None, max_examples=10, derandomize=True)
 settings.register_profile("thorough", deadline=None, max_examples=1000)
 settings.load_profile("egnn_fast")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--alone", action="store_true", help="only the tests that -n leaves out")
+
+
+@pytest.hookimpl(tryfirst=True)  # before the names of groups are read
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under -n: no test marked alone, and those that share a fixture on one worker."""
+    alone = [item for item in items if item.get_closest_marker("alone")]
+    others = [item for item in items if not item.get_closest_marker("alone")]
+    if config.getoption("--alone"):
+        config.hook.pytest_deselected(items=others)
+        items[:] = alone
+    elif "PYTEST_XDIST_WORKER" in os.environ:
+        config.hook.pytest_deselected(items=alone)
+        items[:] = others
+        for item in others:
+            if shares_a_fixture(item) and not item.get_closest_marker("xdist_group"):
+                item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def shares_a_fixture(item: pytest.Item) -> bool:
+    """Whether a fixture of its module, which would be made on each worker, is made for it."""
+    found = getattr(item, "_fixtureinfo", None)
+    makers = () if found is None else found.name2fixturedefs.values()
+    return any(maker.scope == "module" for each in makers for maker in each)
 
 
 @pytest.fixture(autouse=True)

@@ -343,6 +343,7 @@ def test_complete_graphs_equal_their_edge_lists(case: Drawn) -> None:
         assert_same_bits(bits(case.problem(dtype)), bits(listed.problem(dtype)))
 
 
+@pytest.mark.alone
 @examples(5)
 @given(cases(most_edges=900).map(carried), BUDGETS)
 def test_threads_do_not_change_the_bits(case: Drawn, budget: int) -> None:

@@ -75,6 +75,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no fork on Windows")
 def test_first_call_in_a_forked_child() -> None:
     """It waited for threads that had not come along, unless the parent had called as well."""

@@ -12,7 +12,7 @@ from egnn_fast.checks.cases import Case
 from egnn_fast.operators.budget import DEFAULT_BUDGET
 from egnn_fast.runtime import native
 
-pytestmark = pytest.mark.native
+pytestmark = [pytest.mark.native, pytest.mark.alone]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 # many tasks and waves of them, rows that span tasks, few rows, implicit edges
 LARGE = (

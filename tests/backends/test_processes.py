@@ -52,6 +52,7 @@ def run_together(callers: list[Callable[[], None]]) -> None:
         raise failures[0]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_callers_at_once_get_the_bits_of_one_alone(threads: int) -> None:
     """Different sizes and dtypes, forward and backward, edge passes and layers."""
@@ -70,6 +71,7 @@ def test_callers_at_once_get_the_bits_of_one_alone(threads: int) -> None:
     run_together([caller(seed) for seed in range(5)])
 
 
+@pytest.mark.alone
 def test_a_graph_is_shared_by_callers() -> None:
     """What a graph computes once and keeps may be asked for by all at the same time."""
     torch.set_num_threads(1)
@@ -80,6 +82,7 @@ def test_a_graph_is_shared_by_callers() -> None:
         run_together([lambda p=problem: assert_same_bits(bits(p), right) for _ in range(4)])  # type: ignore[misc]
 
 
+@pytest.mark.alone
 def test_the_interpreter_runs_while_a_kernel_does() -> None:
     """The GIL is released: another Python thread gets on during one long call."""
     torch.set_num_threads(1)
@@ -108,6 +111,7 @@ def test_the_interpreter_runs_while_a_kernel_does() -> None:
     assert during > 0.25 * alone
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no fork on Windows")
 @pytest.mark.parametrize(
     "name", ["fork_after_threads", "fork_during_a_kernel", "forked_processes", "data_loader"]
@@ -117,10 +121,12 @@ def test_forked_children_compute_the_same_bits(name: str) -> None:
     children.run(name)
 
 
+@pytest.mark.alone
 def test_spawned_children_compute_the_same_bits() -> None:
     children.run("spawned_processes")
 
 
+@pytest.mark.alone
 def test_threads_may_be_fewer_than_asked_for_and_come_from_elsewhere() -> None:
     right = children.step()
     for name, env in (
@@ -132,6 +138,7 @@ def test_threads_may_be_fewer_than_asked_for_and_come_from_elsewhere() -> None:
         assert children.run(name, env) == right, f"{name} {env}"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("threads", [7, 33, 70])
 def test_more_threads_than_tasks_in_flight(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tasks in flight backward depend on the number of threads, the bits do not."""

@@ -185,12 +185,14 @@ def test_timing_alternates_and_takes_medians() -> None:
     assert timings["b"].runs_per_sample == 1
 
 
+@pytest.mark.alone
 def test_short_functions_run_several_times_in_a_sample() -> None:
     timing = measure.alternate({"": lambda: time.sleep(1e-4)}, 3, min_sample=3e-3)[""]
     assert timing.runs_per_sample > 5
     assert 1e-4 <= timing.median < 3e-3
 
 
+@pytest.mark.alone
 def test_peak_growth_sees_what_comes_and_goes() -> None:
     megabytes = 200
     grown = measure.peak_growth(lambda: float(torch.ones(megabytes * 250_000)[0]))

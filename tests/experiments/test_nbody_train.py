@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lightning_fabric import Fabric
-from nbody import TINY, golden, official, small
+from nbody import TINY, golden, official, small, takes_official
 from torch import Tensor
 
 from egnn_fast.experiments import checkpoint
@@ -36,6 +36,7 @@ def first_losses(backend: str) -> list[float]:
     return [float(trainer.step(batch)) for batch in batches(official().train, order, 100)]
 
 
+@takes_official
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_first_losses_are_the_official_ones(backend: str) -> None:
@@ -79,6 +80,7 @@ def test_evaluation_does_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) 
     assert whole == pytest.approx(float((error**2).mean()), rel=1e-5)
 
 
+@takes_official
 @pytest.mark.usefixtures("one_thread")
 def test_training_learns() -> None:
     data = official()
@@ -232,15 +234,16 @@ def test_a_run_that_dies_at_any_write_resumes_to_the_bit(
 SCRIPT = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+folder, how, *sys.path[:0] = sys.argv[1:]
 from test_nbody_train import go
-go(Path(sys.argv[2]), epochs=120, resume=sys.argv[3] == "resume")
+go(Path(folder), epochs=120, resume=how == "resume")
 """
 
 
 def started(folder: Path, how: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(folder), how]
-    return subprocess.Popen(command)
+    here = Path(__file__).resolve().parent
+    paths = [str(here), str(here.parent / "support")]
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), how, *paths])
 
 
 def written_rows(folder: Path) -> int:

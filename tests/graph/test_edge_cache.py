@@ -180,6 +180,7 @@ def _child(edges: Tensor, results: Any) -> None:
     results.put(graph_of(edges, 1000).num_edges)
 
 
+@pytest.mark.alone
 def test_a_forked_child_checks_large_lists_too() -> None:
     torch.set_num_threads(2)
     edges = torch.randint(1000, (2, 200_000))

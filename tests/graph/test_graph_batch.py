@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from csr import check_csr
 from hypothesis import given
 from hypothesis import strategies as st
-from test_graph import check_csr
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 

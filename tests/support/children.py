@@ -310,7 +310,7 @@ def specialisations() -> None:
     from dataclasses import replace
 
     # the checkout's own folder, not installed
-    sys.path.append(str(Path(__file__).resolve().parent.parent))
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
     import torch
 
     from bench.offline.specialisations import recorded

@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from egnn_fast.experiments.io import CACHE_VARIABLE
 from egnn_fast.experiments.nbody.config import Config
 from egnn_fast.experiments.nbody.data import DataSpec, Splits, splits
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).resolve().parent.parent / "data"
 SMALL = DataSpec(train=40, val=12, test=8, drawn_train=50, length=500, frame_in=1, frame_out=3)
 TINY = Config(epochs=7, hidden=8, layers=2, batch_size=10, train_systems=40, test_every=2)
 
@@ -35,6 +36,10 @@ def cache_of(spec: DataSpec) -> Path:
     with cache_at(folder):
         splits(spec)
     return folder
+
+
+# tests on the official data run in one process, which simulates it once
+takes_official = pytest.mark.xdist_group("official n-body data")
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from egnn_fast.compat import ae, egnn_clean, gcl, nbody, qm9
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).resolve().parent.parent / "data"
 
 CLASSES: dict[str, type[nn.Module]] = {
     "models.egnn_clean.egnn_clean.E_GCL": egnn_clean.E_GCL,

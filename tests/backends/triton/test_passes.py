@@ -1,7 +1,7 @@
 """The Triton kernels, by Triton's interpreter on the CPU, against the reference.
 
 In float32, whose sums go through parts of bfloat16 as on a GPU, and in float16 under autocast.
-Others are test_triton_tf32.py and test_triton_bf16.py.
+Others are in test_tf32.py and test_bf16.py.
 """
 
 from __future__ import annotations
