@@ -59,8 +59,8 @@ class Runner:
         """By leaf; those that the outputs do not depend on are left out."""
         pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
         outs, towards = zip(*pairs, strict=True)
-        found = torch.autograd.grad(outs, list(self.leaves.values()), towards, allow_unused=True)
-        named = zip(self.leaves, found, strict=True)
+        grads = torch.autograd.grad(outs, list(self.leaves.values()), towards, allow_unused=True)
+        named = zip(self.leaves, grads, strict=True)
         return {name: grad for name, grad in named if grad is not None}
 
     def _backward(self, outputs: Outputs) -> None:

@@ -135,9 +135,9 @@ def layer(edge_pass: EdgePass) -> Callable[..., list[Tensor]]:
             for g, output in zip(leaves[:3], outputs, strict=True):
                 if g is not None and output is not None:
                     value = value + (g * output).sum()
-            found = _second(value, leaves[3:], towards, leaves, needed2)
+            grads = _second(value, leaves[3:], towards, leaves, needed2)
         return [
-            _own(t, grad) for t, grad, n in zip([*g_out, *inputs], found, needed2, strict=True) if n
+            _own(t, grad) for t, grad, n in zip([*g_out, *inputs], grads, needed2, strict=True) if n
         ]
 
     return double_backward
@@ -217,8 +217,8 @@ def _second(
     if not total.requires_grad:
         return out
     wanted = [k for k, need in enumerate(needed) if need]
-    found = torch.autograd.grad(total, [leaves[k] for k in wanted], allow_unused=True)
-    for k, grad in zip(wanted, found, strict=True):
+    second = torch.autograd.grad(total, [leaves[k] for k in wanted], allow_unused=True)
+    for k, grad in zip(wanted, second, strict=True):
         out[k] = grad
     return out
 
