@@ -1,4 +1,4 @@
-"""Second derivatives: of the edge pass by the reference, of the layer by the composed layer.
+"""Second derivatives: of the edge pass by the reference, of the layer through its edge pass.
 
 The edge pass is a sum over edges, so the derivative of its derivative is one too: chunks of
 edges, added up, keep the memory bounded.
@@ -13,16 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from egnn_fast import reference
 from egnn_fast.graph import Graph
-from egnn_fast.operators import composed
 from egnn_fast.operators.autograd import spread
-from egnn_fast.operators.composed import EdgePass
 from egnn_fast.operators.precision import float32_products, in_float32
 from egnn_fast.operators.signature import GRAPH, LAYER, MESSAGES, decode_options
 from egnn_fast.options import Options
 from egnn_fast.weights import EdgeWeights, LayerWeights
+
+EdgePass = Callable[..., tuple[Tensor, Tensor | None]]
 
 # elements of a [chunk, H] tensor; a chunk keeps some forty of them alive
 CHUNK_ELEMENTS = 1 << 20
@@ -94,7 +95,7 @@ def _autograd(device: str, backend: str, precision: str) -> Iterator[None]:
 
 
 def layer(edge_pass: EdgePass) -> Callable[..., list[Tensor]]:
-    """The derivative of ``layer_backward``, by differentiating the composed layer twice.
+    """The derivative of ``layer_backward``, by differentiating :func:`layer_around` twice.
 
     ``edge_pass`` is the operator ``messages``: its own derivatives keep the memory bounded.
     """
@@ -115,7 +116,7 @@ def layer(edge_pass: EdgePass) -> Callable[..., list[Tensor]]:
                 attention=weights.att_w is not None,
                 coord_agg=None if weights.coord_w2 is None else "sum",
             )
-            outputs = composed.layer(
+            outputs = layer_around(
                 partial(edge_pass, precision=in_float32(call.precision)),
                 tensors["h"], tensors["x"], _graph(call), weights, options,
                 **{k: tensors[k] for k in ("v", "edge_attr", "edge_mask", "node_attr")},
@@ -131,6 +132,39 @@ def layer(edge_pass: EdgePass) -> Callable[..., list[Tensor]]:
         ]
 
     return double_backward
+
+
+def layer_around(
+    edge_pass: EdgePass,
+    h: Tensor,
+    x: Tensor,
+    graph: Graph,
+    weights: LayerWeights,
+    options: Options,
+    *,
+    v: Tensor | None,
+    edge_attr: Tensor | None,
+    edge_mask: Tensor | None,
+    node_attr: Tensor | None,
+    coord_weight: Tensor | None,
+    residual: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A layer in PyTorch's operations around an edge pass: ``(h [N, O], x [N, D], v [N, D])``.
+
+    ``edge_pass`` is :func:`egnn_fast.operators.ops.messages`; ``coord_weight [N]`` is what the
+    mean divides by, inverted. v is the step that x made, None where nothing moves. The other
+    arguments are those of :func:`egnn_fast.functional.egcl`.
+    """
+    w_pq, b_pq, edge = weights.split(h.shape[1])
+    message_sum, coord_sum = edge_pass(
+        F.linear(h, w_pq, b_pq), x, graph, edge, options, edge_attr, edge_mask, backend
+    )
+    return reference.update_nodes(
+        h, x, v, message_sum, coord_sum if options.updates_coords else None,
+        reference.maps_of(weights, options), options,
+        node_attr=node_attr, weight=coord_weight, residual=residual,
+    )  # fmt: skip
 
 
 def _own(tensor: Any, grad: Tensor | None) -> Tensor:
@@ -164,8 +198,8 @@ def _second(
     if not total.requires_grad:
         return out
     wanted = [k for k, need in enumerate(needed) if need]
-    found = torch.autograd.grad(total, [leaves[k] for k in wanted], allow_unused=True)
-    for k, grad in zip(wanted, found, strict=True):
+    second = torch.autograd.grad(total, [leaves[k] for k in wanted], allow_unused=True)
+    for k, grad in zip(wanted, second, strict=True):
         out[k] = grad
     return out
 
