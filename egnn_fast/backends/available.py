@@ -55,7 +55,7 @@ def unavailable(backend: str) -> str | None:
 @torch.compiler.assume_constant_result
 def _no_triton() -> str | None:
     if find_spec("triton") is None:
-        return "triton is not installed: pip install 'egnn-fast[triton]'"
+        return "triton is not installed: pip install triton"
     if interpreting():
         return None
     if not torch.cuda.is_available():

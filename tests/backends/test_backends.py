@@ -161,7 +161,7 @@ print("egnn_fast.backends.triton" in sys.modules)
     start = "backend 'triton' cannot run this call: "
     if importlib.util.find_spec("triton") is not None:
         assert refusal.startswith(f"{start}PyTorch sees no GPU; TRITON_INTERPRET=1 ")
-    assert absence == f"{start}triton is not installed: pip install 'egnn-fast[triton]'"
+    assert absence == f"{start}triton is not installed: pip install triton"
     assert (runs, runs_again) == ("1", "2")
     assert imported == "False"
 
