@@ -8,8 +8,8 @@
 #include <memory>
 
 #include "core/memory.h"
-#include "core/parallel.h"
-#include "core/passes.h"
+#include "core/schedule.h"
+#include "core/api.h"
 #include "core/sorting.h"
 #include "records.h"
 

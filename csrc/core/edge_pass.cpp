@@ -1,5 +1,5 @@
-#include "edge_driver.h"
-#include "passes.h"
+#include "edge_pass.h"
+#include "api.h"
 
 namespace egnn {
 namespace {

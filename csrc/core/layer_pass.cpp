@@ -1,7 +1,7 @@
 // A whole layer as one call: P and Q, the edge pass, phi_h, phi_v and the new coordinates. What
 // costs a small graph most, PyTorch's own operations around the edge pass, disappears.
-#include "edge_driver.h"
-#include "passes.h"
+#include "edge_pass.h"
+#include "api.h"
 
 namespace egnn {
 namespace {

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <vector>
 
-#include "parallel.h"
+#include "schedule.h"
 
 namespace egnn {
 namespace {

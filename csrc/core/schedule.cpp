@@ -1,4 +1,4 @@
-#include "parallel.h"
+#include "schedule.h"
 
 #include <dlfcn.h>
 #include <pthread.h>

@@ -2,8 +2,8 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#include "instruction_sets.h"
-#include "passes.h"
+#include "instruction_set.h"
+#include "api.h"
 
 namespace egnn {
 namespace {

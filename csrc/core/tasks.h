@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "args.h"
-#include "instruction_sets.h"
-#include "parallel.h"
+#include "instruction_set.h"
+#include "schedule.h"
 #include "workspace.h"
 
 namespace egnn {

@@ -4,7 +4,7 @@
 
 #include <limits>
 
-#include "driver.h"
+#include "tasks.h"
 
 namespace egnn {
 

@@ -1,7 +1,7 @@
 // Which instruction set's kernels run.
 #pragma once
 
-#include "cpu/problem.h"
+#include "vectorised/problem.h"
 
 namespace egnn {
 
