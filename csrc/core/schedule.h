@@ -1,4 +1,4 @@
-// Runs steps of work on the OpenMP threads that the process has already, without linking a runtime.
+// Runs the steps of a pass on the OpenMP threads that the process already has; links no runtime.
 #pragma once
 
 #include <cstdint>
@@ -8,26 +8,29 @@
 
 namespace egnn {
 
-// Steps one after the other, the tasks of a step in any order on any thread: results must not
-// depend on it. One parallel region serves all steps, and a step waits for tasks, not for threads:
-// a thread that the system keeps from running holds nothing up unless it has taken a task.
+// Steps that run one after the other. The tasks of a step run in any order on any thread, and
+// results must not depend on either.
 //
-// Each thread begins with a share of its own, the same in all steps and calls, and then helps the
-// others: what a thread has written is in its own cache, and far from the others'.
+// All steps share one parallel region. A step waits for the tasks of the step before it, not for
+// threads: a thread that the system has suspended delays the others only if it holds a task. Each
+// thread starts with the same share of the tasks in every step and call, because what it wrote
+// before is in its own cache; then it takes tasks from the shares of others.
 class Schedule {
  public:
-  // (task from 0 to count - 1, worker from 0 to threads - 1)
+  // Called with the task, 0 to count - 1, and the worker, 0 to threads - 1.
   using Body = std::function<void(int64_t task, int worker)>;
 
-  void add(int64_t count, Body body) {
-    steps_.emplace_back();
-    also(count, std::move(body));
+  void add_step() { steps_.emplace_back(); }
+
+  void add_step(int64_t count, Body body) {
+    add_step();
+    add_tasks(count, std::move(body));
   }
 
-  // More tasks for the last step.
-  void also(int64_t count, Body body) {
+  // Adds tasks to the last step.
+  void add_tasks(int64_t count, Body body) {
     if (count <= 0) return;
-    if (steps_.empty()) steps_.emplace_back();
+    if (steps_.empty()) add_step();
     Step& step = steps_.back();
     step.count += count;
     step.parts.push_back({count, std::move(body)});
@@ -41,14 +44,14 @@ class Schedule {
     Body body;
   };
   struct Step {
-    int64_t count = 0;  // of all parts
+    int64_t count = 0;  // tasks of all parts
     std::vector<Part> parts;
   };
   friend struct Region;
   std::vector<Step> steps_;
 };
 
-// The runtime that threads come from: "OpenMP of the process" or "std::thread".
+// Where threads come from, for tests: "OpenMP of the process" or "std::thread".
 const char* thread_source();
 
 }  // namespace egnn

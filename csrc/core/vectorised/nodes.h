@@ -1,5 +1,5 @@
-// The node-level parts of a layer, a block of nodes at a time: P and Q, phi_h, phi_v and the new
-// coordinates, and the way back.
+// The node-level parts of a layer for a block of nodes: P and Q, phi_h, phi_v and the new
+// coordinates, forward and backward.
 #pragma once
 
 #include "block.h"
@@ -7,15 +7,16 @@
 namespace egnn {
 namespace EGNN_ISA {
 
+// Elements of scratch that the tiles take.
 template <class T>
 inline int64_t node_scratch(const NodeProblem<T>& p) {
   return static_cast<int64_t>(kBlockRows) *
-             (3 * p.ld_in + 5 * p.ld_hidden + 2 * p.ld_out + 2 * p.ld_attrs) +
-         12 * kWidth<T>;
+             (2 * p.ld_in + 5 * p.ld_hidden + 2 * p.ld_out + 2 * p.ld_attrs) +
+         11 * kWidth<T>;
 }
 
-// A block's rows of a [nodes, columns] array as a tile with padded rows. Copied even where they
-// would do as they lie: tiles have the places in their pages that memory.h speaks of.
+// Copies rows [begin, begin + rows) of an array [N, columns] to a tile, padded with zeros to ld.
+// Rows without padding are copied too: tiles avoid the 4K aliasing that memory.h describes.
 template <class T>
 inline void read_rows(const T* from, int64_t begin, int rows, int columns, int ld, T* tile) {
   if (columns == 0) return;  // an empty array has no address
@@ -33,14 +34,14 @@ inline void write_rows(const T* tile, int ld, int64_t begin, int rows, int colum
   }
 }
 
-// a = act(z); a may be z
-template <class T, int act>
+// a = act(z) for `count` elements; a may be z.
+template <class T, Activation act>
 inline void activate_rows(const T* z, T* a, int64_t count, T slope) {
   for (int64_t k = 0; k < count; k += kWidth<T>) store(a + k, activate<T, act>(load(z + k), slope));
 }
 
-// a = act(z), derivative = act'(z)
-template <class T, int act>
+// a = act(z), derivative = act'(z); a may be z.
+template <class T, Activation act>
 inline void activate_rows(const T* z, T* a, T* derivative, int64_t count, T slope) {
   for (int64_t k = 0; k < count; k += kWidth<T>) {
     Vec<T> value, d;
@@ -55,23 +56,29 @@ inline void multiply_rows(T* a, const T* b, int64_t count) {
   for (int64_t k = 0; k < count; k += kWidth<T>) store(a + k, load(a + k) * load(b + k));
 }
 
+// A worker's tiles [kBlockRows, ld].
 template <class T>
 struct NodeTiles {
-  T *h, *g_h, *spare_in, *m, *z, *d, *g_z, *g_m, *out, *g_out, *attr, *g_attr;
+  T *h, *g_h;  // ld_in
+  T *m, *z, *d, *g_z,
+      *g_m;          // ld_hidden: M; a linear's result, then its activation; act'(z); gradients
+  T *out, *g_out;    // ld_out: h_i' and its gradient
+  T *attr, *g_attr;  // ld_attrs
 
   NodeTiles(const NodeProblem<T>& p, T* scratch) {
-    Carver<T> carve{scratch};
-    T** const in[] = {&h, &g_h, &spare_in};
-    for (T** tile : in) *tile = carve.take(static_cast<int64_t>(kBlockRows) * p.ld_in);
+    Scratch<T> memory{scratch};
+    T** const in[] = {&h, &g_h};
+    for (T** tile : in) *tile = memory.take(static_cast<int64_t>(kBlockRows) * p.ld_in);
     T** const hidden[] = {&m, &z, &d, &g_z, &g_m};
-    for (T** tile : hidden) *tile = carve.take(static_cast<int64_t>(kBlockRows) * p.ld_hidden);
+    for (T** tile : hidden) *tile = memory.take(static_cast<int64_t>(kBlockRows) * p.ld_hidden);
     T** const outs[] = {&out, &g_out};
-    for (T** tile : outs) *tile = carve.take(static_cast<int64_t>(kBlockRows) * p.ld_out);
+    for (T** tile : outs) *tile = memory.take(static_cast<int64_t>(kBlockRows) * p.ld_out);
     T** const attrs[] = {&attr, &g_attr};
-    for (T** tile : attrs) *tile = carve.take(static_cast<int64_t>(kBlockRows) * p.ld_attrs);
+    for (T** tile : attrs) *tile = memory.take(static_cast<int64_t>(kBlockRows) * p.ld_attrs);
   }
 };
 
+// P = W_i h + b1 and Q = W_j h, side by side in the padded rows of pq.
 template <class T>
 inline void node_pq(const NodeProblem<T>& p, int64_t begin, int64_t end, T* scratch) {
   NodeTiles<T> t(p, scratch);
@@ -79,11 +86,11 @@ inline void node_pq(const NodeProblem<T>& p, int64_t begin, int64_t end, T* scra
   const int64_t stride = 2 * static_cast<int64_t>(p.ld_hidden);
   read_rows(p.h, begin, rows, p.in, p.ld_in, t.h);
   T* pq = p.pq + begin * stride;
-  gemm(t.h, p.ld_in, rows, p.w_i, p.in, vectors, Start::kBias, p.b1, pq, stride);
+  gemm(t.h, p.ld_in, rows, p.w_i, p.in, vectors, Start::kBias, p.edge_b1, pq, stride);
   gemm(t.h, p.ld_in, rows, p.w_j, p.in, vectors, Start::kZero, kNone<T>, pq + p.ld_hidden, stride);
 }
 
-// Reads the rows that phi_h takes.
+// Copies the rows of phi_h's inputs h, M and node_attr to their tiles.
 template <class T>
 inline void read_inputs(const NodeProblem<T>& p, int64_t begin, int rows, NodeTiles<T>& t) {
   read_rows(p.h, begin, rows, p.in, p.ld_in, t.h);
@@ -91,7 +98,7 @@ inline void read_inputs(const NodeProblem<T>& p, int64_t begin, int rows, NodeTi
   read_rows(p.node_attr, begin, rows, p.attrs, p.ld_attrs, t.attr);
 }
 
-// z = the first linear of phi_h on [h ; M ; node_attr].
+// z = W [h ; M ; node_attr] + b, the first linear of phi_h.
 template <class T>
 inline void node_first(const NodeProblem<T>& p, int rows, const NodeTiles<T>& t, T* z) {
   const int vectors = p.ld_hidden / kWidth<T>;
@@ -101,12 +108,15 @@ inline void node_first(const NodeProblem<T>& p, int rows, const NodeTiles<T>& t,
   gemm(t.attr, p.ld_attrs, rows, p.w_b, p.attrs, vectors, Start::kResult, kNone<T>, z, p.ld_hidden);
 }
 
+// The factor of X in the new coordinates: c, times the factor of the mean.
 template <class T>
 inline T shift_factor(const NodeProblem<T>& p, int64_t node) {
-  return p.coord_weight != nullptr ? p.coord_scale * p.coord_weight[node] : p.coord_scale;
+  return p.coord_weight != nullptr ? p.options.coord_scale * p.coord_weight[node]
+                                   : p.options.coord_scale;
 }
 
-template <class T, int act>
+// h' = phi_h([h ; M ; node_attr]) (+ h), v' = phi_v(h) v + factor X and x' = x + v'.
+template <class T, Activation act>
 inline void node_update(const NodeProblem<T>& p, int64_t begin, int64_t end, T* scratch) {
   NodeTiles<T> t(p, scratch);
   const int rows = static_cast<int>(end - begin), vectors = p.ld_hidden / kWidth<T>;
@@ -114,10 +124,10 @@ inline void node_update(const NodeProblem<T>& p, int64_t begin, int64_t end, T* 
   read_inputs(p, begin, rows, t);
   T* z = p.z_h != nullptr ? p.z_h + begin * p.ld_hidden : t.z;
   node_first(p, rows, t, z);
-  activate_rows<T, act>(z, t.z, count, p.slope);
-  gemm(t.z, p.ld_hidden, rows, p.w_out, p.hidden, p.ld_out / kWidth<T>, Start::kBias, p.node_b2,
+  activate_rows<T, act>(z, t.z, count, p.options.negative_slope);
+  gemm(t.z, p.ld_hidden, rows, p.node_w2, p.hidden, p.ld_out / kWidth<T>, Start::kBias, p.node_b2,
        t.out, p.ld_out);
-  if (p.residual) {
+  if (p.options.residual) {
     for (int b = 0; b < rows; ++b) {
       for (int c = 0; c < p.out; ++c) t.out[b * p.ld_out + c] += t.h[b * p.ld_in + c];
     }
@@ -127,139 +137,146 @@ inline void node_update(const NodeProblem<T>& p, int64_t begin, int64_t end, T* 
 
   if (p.velocity) {
     z = p.z_v != nullptr ? p.z_v + begin * p.ld_hidden : t.z;
-    gemm(t.h, p.ld_in, rows, p.w_v, p.in, vectors, Start::kBias, p.vel_b1, z, p.ld_hidden);
-    activate_rows<T, act>(z, t.z, count, p.slope);
+    gemm(t.h, p.ld_in, rows, p.vel_w1, p.in, vectors, Start::kBias, p.vel_b1, z, p.ld_hidden);
+    activate_rows<T, act>(z, t.z, count, p.options.negative_slope);
   }
   for (int b = 0; b < rows; ++b) {
     const int64_t at = (begin + b) * p.dim;
-    const T gate = p.velocity ? dot(t.z + b * p.ld_hidden, p.vel_w2, vectors) + p.vel_b2 : T(0);
-    const T factor = p.shifts ? shift_factor(p, begin + b) : T(0);
+    const T speed = p.velocity ? dot(t.z + b * p.ld_hidden, p.vel_w2, vectors) + p.vel_b2 : T(0);
+    const T factor = p.head ? shift_factor(p, begin + b) : T(0);
     for (int c = 0; c < p.dim; ++c) {
       T step = 0;
-      if (p.velocity) step += gate * p.v[at + c];
-      if (p.shifts) step += factor * p.shift[at + c];
+      if (p.velocity) step += speed * p.v[at + c];
+      if (p.head) step += factor * p.shift[at + c];
       p.x_out[at + c] = p.x[at + c] + step;
-      if (p.v_out != nullptr) p.v_out[at + c] = step;
+      if (p.options.carry_velocity) p.v_out[at + c] = step;
     }
   }
 }
 
-// Back through phi_h: t.g_h, t.g_m and t.g_attr get its share.
-template <class T, int act>
-inline void features_back(const NodeProblem<T>& p, int64_t begin, int rows, NodeTiles<T>& t,
-                          T* sums, bool fresh) {
+// The gradients of phi_h: of M and node_attr into their arrays, of h into t.g_h, of weights into
+// `sums`, unless that is null.
+template <class T, Activation act>
+inline void phi_h_backward(const NodeProblem<T>& p, int64_t begin, int rows, NodeTiles<T>& t,
+                           T* sums, bool overwrite) {
   const int vectors = p.ld_hidden / kWidth<T>, ld = p.ld_hidden;
   read_inputs(p, begin, rows, t);
   const T* z = p.z_h != nullptr ? p.z_h + begin * ld : t.z;
   if (p.z_h == nullptr) node_first(p, rows, t, t.z);
-  activate_rows<T, act>(z, t.z, t.d, static_cast<int64_t>(rows) * ld, p.slope);
+  activate_rows<T, act>(z, t.z, t.d, static_cast<int64_t>(rows) * ld, p.options.negative_slope);
   read_rows(p.g_h_out, begin, rows, p.out, p.ld_out, t.g_out);
-  gemm(t.g_out, p.ld_out, rows, p.w_out_back, p.out, vectors, Start::kZero, kNone<T>, t.g_z, ld);
+  gemm(t.g_out, p.ld_out, rows, p.node_w2_backward, p.out, vectors, Start::kZero, kNone<T>, t.g_z,
+       ld);
   multiply_rows(t.g_z, t.d, static_cast<int64_t>(rows) * ld);
   if (sums != nullptr) {
-    const auto& at = p.at_update;
-    weight_gemm(t.g_out, p.ld_out, t.z, ld, rows, p.out, vectors, fresh, sums + at.out, ld);
-    add_columns(t.g_out, p.ld_out, kNone<T>, rows, p.ld_out / kWidth<T>, fresh, sums + at.out_bias);
-    weight_gemm(t.g_z, ld, t.h, p.ld_in, rows, p.hidden, p.ld_in / kWidth<T>, fresh, sums + at.h,
-                p.ld_in);
-    weight_gemm(t.g_z, ld, t.m, ld, rows, p.hidden, vectors, fresh, sums + at.m, ld);
+    const auto& at = p.update_offsets;
+    weight_gemm(t.g_out, p.ld_out, t.z, ld, rows, p.out, vectors, overwrite, sums + at.node_w2, ld);
+    add_columns(t.g_out, p.ld_out, kNone<T>, rows, p.ld_out / kWidth<T>, overwrite,
+                sums + at.node_b2);
+    weight_gemm(t.g_z, ld, t.h, p.ld_in, rows, p.hidden, p.ld_in / kWidth<T>, overwrite,
+                sums + at.w_h, p.ld_in);
+    weight_gemm(t.g_z, ld, t.m, ld, rows, p.hidden, vectors, overwrite, sums + at.w_m, ld);
     if (p.attrs != 0) {
-      weight_gemm(t.g_z, ld, t.attr, p.ld_attrs, rows, p.hidden, p.ld_attrs / kWidth<T>, fresh,
-                  sums + at.b, p.ld_attrs);
+      weight_gemm(t.g_z, ld, t.attr, p.ld_attrs, rows, p.hidden, p.ld_attrs / kWidth<T>, overwrite,
+                  sums + at.w_b, p.ld_attrs);
     }
-    add_columns(t.g_z, ld, kNone<T>, rows, vectors, fresh, sums + at.bias);
+    add_columns(t.g_z, ld, kNone<T>, rows, vectors, overwrite, sums + at.node_b1);
   }
-  gemm(t.g_z, ld, rows, p.w_h_back, p.hidden, p.ld_in / kWidth<T>, Start::kZero, kNone<T>, t.g_h,
-       p.ld_in);
-  gemm(t.g_z, ld, rows, p.w_m_back, p.hidden, vectors, Start::kZero, kNone<T>, t.g_m, ld);
+  gemm(t.g_z, ld, rows, p.w_h_backward, p.hidden, p.ld_in / kWidth<T>, Start::kZero, kNone<T>,
+       t.g_h, p.ld_in);
+  gemm(t.g_z, ld, rows, p.w_m_backward, p.hidden, vectors, Start::kZero, kNone<T>, t.g_m, ld);
   write_rows(t.g_m, ld, begin, rows, p.hidden, p.g_m);
-  if (p.residual) {
+  if (p.options.residual) {
     for (int b = 0; b < rows; ++b) {
       for (int c = 0; c < p.out; ++c) t.g_h[b * p.ld_in + c] += t.g_out[b * p.ld_out + c];
     }
   }
   if (p.g_node_attr == nullptr) return;
-  gemm(t.g_z, ld, rows, p.w_b_back, p.hidden, p.ld_attrs / kWidth<T>, Start::kZero, kNone<T>,
+  gemm(t.g_z, ld, rows, p.w_b_backward, p.hidden, p.ld_attrs / kWidth<T>, Start::kZero, kNone<T>,
        t.g_attr, p.ld_attrs);
   write_rows(t.g_attr, p.ld_attrs, begin, rows, p.attrs, p.g_node_attr);
 }
 
+// The gradient of a component of v', which both x' and v' depend on.
 template <class T>
-EGNN_INLINE T step_gradient(const NodeProblem<T>& p, int64_t place) {
-  const T g = p.g_x_out != nullptr ? p.g_x_out[place] : T(0);
-  return p.g_v_out != nullptr ? g + p.g_v_out[place] : g;
+EGNN_INLINE T step_gradient(const NodeProblem<T>& p, int64_t at) {
+  const T g = p.g_x_out != nullptr ? p.g_x_out[at] : T(0);
+  return p.g_v_out != nullptr ? g + p.g_v_out[at] : g;
 }
 
-// Back through phi_v; its share is added to t.g_h.
-template <class T, int act>
-inline void velocity_back(const NodeProblem<T>& p, int64_t begin, int rows, NodeTiles<T>& t,
-                          T* sums, bool fresh) {
+// The gradients of phi_v(h) v: of h added to t.g_h, of v into its array, of weights into `sums`.
+template <class T, Activation act>
+inline void phi_v_backward(const NodeProblem<T>& p, int64_t begin, int rows, NodeTiles<T>& t,
+                           T* sums, bool overwrite) {
   const int vectors = p.ld_hidden / kWidth<T>, ld = p.ld_hidden;
   const T* z = p.z_v != nullptr ? p.z_v + begin * ld : t.z;
   if (p.z_v == nullptr) {
-    gemm(t.h, p.ld_in, rows, p.w_v, p.in, vectors, Start::kBias, p.vel_b1, t.z, ld);
+    gemm(t.h, p.ld_in, rows, p.vel_w1, p.in, vectors, Start::kBias, p.vel_b1, t.z, ld);
   }
-  activate_rows<T, act>(z, t.z, t.d, static_cast<int64_t>(rows) * ld, p.slope);
-  T g_gate[kBlockRows];
+  activate_rows<T, act>(z, t.z, t.d, static_cast<int64_t>(rows) * ld, p.options.negative_slope);
+  T g_speed[kBlockRows];
   for (int b = 0; b < rows; ++b) {
     const int64_t at = (begin + b) * p.dim;
-    const T gate = dot(t.z + b * ld, p.vel_w2, vectors) + p.vel_b2;
-    g_gate[b] = 0;
+    const T speed = dot(t.z + b * ld, p.vel_w2, vectors) + p.vel_b2;
+    g_speed[b] = 0;
     for (int c = 0; c < p.dim; ++c) {
       const T g = step_gradient(p, at + c);
-      g_gate[b] += g * p.v[at + c];
-      if (p.g_v != nullptr) p.g_v[at + c] = gate * g;
+      g_speed[b] += g * p.v[at + c];
+      if (p.g_v != nullptr) p.g_v[at + c] = speed * g;
     }
     for (int v = 0; v < vectors; ++v) {
       const int column = v * kWidth<T>;
       store(t.g_z + b * ld + column,
-            load(t.d + b * ld + column) * load(p.vel_w2 + column) * g_gate[b]);
+            load(t.d + b * ld + column) * load(p.vel_w2 + column) * g_speed[b]);
     }
   }
   if (sums != nullptr) {
-    const auto& at = p.at_update;
-    add_columns(t.z, ld, static_cast<const T*>(g_gate), rows, vectors, fresh, sums + at.vel_w2);
-    T gate_bias = fresh ? T(0) : sums[at.vel_b2];
-    for (int b = 0; b < rows; ++b) gate_bias += g_gate[b];
-    sums[at.vel_b2] = gate_bias;
-    weight_gemm(t.g_z, ld, t.h, p.ld_in, rows, p.hidden, p.ld_in / kWidth<T>, fresh, sums + at.v,
-                p.ld_in);
-    add_columns(t.g_z, ld, kNone<T>, rows, vectors, fresh, sums + at.vel_bias);
+    const auto& at = p.update_offsets;
+    add_columns(t.z, ld, static_cast<const T*>(g_speed), rows, vectors, overwrite,
+                sums + at.vel_w2);
+    T bias = overwrite ? T(0) : sums[at.vel_b2];
+    for (int b = 0; b < rows; ++b) bias += g_speed[b];
+    sums[at.vel_b2] = bias;
+    weight_gemm(t.g_z, ld, t.h, p.ld_in, rows, p.hidden, p.ld_in / kWidth<T>, overwrite,
+                sums + at.vel_w1, p.ld_in);
+    add_columns(t.g_z, ld, kNone<T>, rows, vectors, overwrite, sums + at.vel_b1);
   }
-  gemm(t.g_z, ld, rows, p.w_v_back, p.hidden, p.ld_in / kWidth<T>, Start::kResult, kNone<T>, t.g_h,
-       p.ld_in);
+  gemm(t.g_z, ld, rows, p.vel_w1_backward, p.hidden, p.ld_in / kWidth<T>, Start::kResult, kNone<T>,
+       t.g_h, p.ld_in);
 }
 
-template <class T, int act>
-inline void node_update_back(const NodeProblem<T>& p, int64_t begin, int64_t end, T* scratch,
-                             T* sums, bool fresh) {
+// The gradients of node_update. Those of M and X are the cotangents of the edge pass.
+template <class T, Activation act>
+inline void node_update_backward(const NodeProblem<T>& p, int64_t begin, int64_t end, T* scratch,
+                                 T* sums, bool overwrite) {
   NodeTiles<T> t(p, scratch);
   const int rows = static_cast<int>(end - begin);
   const bool moves = p.g_x_out != nullptr || p.g_v_out != nullptr;
   if (p.g_h_out != nullptr) {
-    features_back<T, act>(p, begin, rows, t, sums, fresh);
+    phi_h_backward<T, act>(p, begin, rows, t, sums, overwrite);
   } else {
     read_rows(p.h, begin, rows, p.in, p.ld_in, t.h);
     memset(t.g_h, 0, static_cast<size_t>(rows) * p.ld_in * sizeof(T));
   }
-  if (moves && p.velocity) velocity_back<T, act>(p, begin, rows, t, sums, fresh);
-  if (p.needs_h) write_rows(t.g_h, p.ld_in, begin, rows, p.in, p.g_h);
-  if (!moves || !p.shifts) return;
+  if (moves && p.velocity) phi_v_backward<T, act>(p, begin, rows, t, sums, overwrite);
+  if (p.g_h != nullptr) write_rows(t.g_h, p.ld_in, begin, rows, p.in, p.g_h);
+  if (!moves || !p.head) return;
   for (int64_t node = begin; node < end; ++node) {
     const T factor = shift_factor(p, node);
-    T along = 0;
+    T g_dot_shift = 0;
     for (int c = 0; c < p.dim; ++c) {
       const T g = step_gradient(p, node * p.dim + c);
       p.g_shift[node * p.dim + c] = factor * g;
-      along += g * p.shift[node * p.dim + c];
+      g_dot_shift += g * p.shift[node * p.dim + c];
     }
-    if (p.g_coord_weight != nullptr) p.g_coord_weight[node] = p.coord_scale * along;
+    if (p.g_coord_weight != nullptr) p.g_coord_weight[node] = p.options.coord_scale * g_dot_shift;
   }
 }
 
+// The gradients of node_pq: of h added to g_h, of weights into `sums`.
 template <class T>
-inline void node_pq_back(const NodeProblem<T>& p, int64_t begin, int64_t end, T* scratch, T* sums,
-                         bool fresh) {
+inline void node_pq_backward(const NodeProblem<T>& p, int64_t begin, int64_t end, T* scratch,
+                             T* sums, bool overwrite) {
   NodeTiles<T> t(p, scratch);
   const int rows = static_cast<int>(end - begin), vectors = p.ld_in / kWidth<T>;
   const int64_t stride = 2 * static_cast<int64_t>(p.ld_hidden);
@@ -267,15 +284,18 @@ inline void node_pq_back(const NodeProblem<T>& p, int64_t begin, int64_t end, T*
   const T* g_q = g_p + p.ld_hidden;
   if (sums != nullptr) {
     read_rows(p.h, begin, rows, p.in, p.ld_in, t.h);
-    weight_gemm(g_p, stride, t.h, p.ld_in, rows, p.hidden, vectors, fresh, sums + p.at_pq.i,
-                p.ld_in);
-    weight_gemm(g_q, stride, t.h, p.ld_in, rows, p.hidden, vectors, fresh, sums + p.at_pq.j,
-                p.ld_in);
-    add_columns(g_p, stride, kNone<T>, rows, p.ld_hidden / kWidth<T>, fresh, sums + p.at_pq.bias);
+    weight_gemm(g_p, stride, t.h, p.ld_in, rows, p.hidden, vectors, overwrite,
+                sums + p.pq_offsets.w_i, p.ld_in);
+    weight_gemm(g_q, stride, t.h, p.ld_in, rows, p.hidden, vectors, overwrite,
+                sums + p.pq_offsets.w_j, p.ld_in);
+    add_columns(g_p, stride, kNone<T>, rows, p.ld_hidden / kWidth<T>, overwrite,
+                sums + p.pq_offsets.edge_b1);
   }
-  if (!p.needs_h) return;
-  gemm(g_p, stride, rows, p.w_i_back, p.hidden, vectors, Start::kZero, kNone<T>, t.g_h, p.ld_in);
-  gemm(g_q, stride, rows, p.w_j_back, p.hidden, vectors, Start::kResult, kNone<T>, t.g_h, p.ld_in);
+  if (p.g_h == nullptr) return;
+  gemm(g_p, stride, rows, p.w_i_backward, p.hidden, vectors, Start::kZero, kNone<T>, t.g_h,
+       p.ld_in);
+  gemm(g_q, stride, rows, p.w_j_backward, p.hidden, vectors, Start::kResult, kNone<T>, t.g_h,
+       p.ld_in);
   for (int b = 0; b < rows; ++b) {
     T* g_h = p.g_h + (begin + b) * p.in;
     for (int c = 0; c < p.in; ++c) g_h[c] += t.g_h[b * p.ld_in + c];
