@@ -1,5 +1,4 @@
-// Runs a schedule in one parallel region, with OpenMP found by name at run time or with
-// std::thread.
+// Runs a schedule on the threads of OpenMP, looked up at run time, or of std::thread.
 #include "schedule.h"
 
 #include <dlfcn.h>

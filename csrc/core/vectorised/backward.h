@@ -105,8 +105,8 @@ inline const T* recompute(const Problem<T>& p, int64_t edge, Block<T>& blk, Tile
   return message;
 }
 
-// From gX to the head's output: g_s, g_d = g_u / rho and, where rho = |d| + k, minus its share
-// through rho; g_mask += gX . clamp(s u). g_s and g_mask are [count].
+// From gX: g_s = g_t . u, times 1 - s^2 with tanh; g_d = g_u / rho, and where rho = |d| + k minus
+// d (d . g_u) / (|d| rho^2); g_mask += gX . clamp(s u). g_s and g_mask are [count].
 template <class T>
 inline void shift_backward(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t, T* g_s,
                            T* g_mask) {
@@ -299,8 +299,8 @@ inline void first_backward(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t
   if (p.g_x != nullptr) products.sum(count, g_r);
 }
 
-// The gradients of w_a, edge_attr = W_a^T g_z1 and of d, which is completed by 2 g_r d, written to
-// g_d_out [count, D] for the senders and added to the receivers' rows of x.
+// The gradients of w_a, of edge_attr (W_a^T g_z1), and of d: 2 g_r d is added to t.g_d, which is
+// written to g_d_out [count, D] for the senders and added to the receivers' rows of g_x.
 template <class T>
 inline void inputs_backward(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t, const T* g_z1,
                             const T* g_r, T* g_d_out, bool overwrite, T* sums, RowSink<T>& sink) {
@@ -332,8 +332,8 @@ inline void inputs_backward(const Problem<T>& p, const Block<T>& blk, Tiles<T>& 
 }
 
 // All gradients of one block. `overwrite`: its share of the weight gradients is written to `sums`,
-// as in a task's first block, else added. g_z1 [count, ld] and g_d [count, D] are kept for the
-// senders.
+// as in a task's first block, else added. g_z1 [count, ld] and g_d [count, D] are left to the sums
+// to senders.
 template <class T, Activation act>
 inline void backward_block(const Problem<T>& p, int64_t edge, Block<T>& blk, Tiles<T>& t, T* g_z1,
                            T* g_d, bool overwrite, T* sums, RowSink<T>& sink) {

@@ -181,8 +181,8 @@ EGNN_INLINE void weight_tile(const T* g, int64_t ldg, const T* a, int64_t lda, i
 
 // c [outputs, columns] = (overwrite) or += g^T a, for g [rows, outputs] and a [rows, columns],
 // columns in whole vectors: a weight's gradient. The last register tile also reads columns of g
-// beyond `outputs` (padding, or the next row); what comes of them is written to kWeightRows rows
-// that follow c.
+// beyond `outputs` (padding, or the next row) and writes their products to the rows after c, of
+// which there must be kWeightRows.
 template <class T>
 inline __attribute__((noinline)) void weight_gemm(const T* g, int64_t ldg, const T* a, int64_t lda,
                                                   int rows, int outputs, int vectors,

@@ -1,5 +1,6 @@
-// The node-level parts of a layer for a block of nodes: P and Q, phi_h, phi_v and the new
-// coordinates, forward and backward.
+// The node-level parts of a layer for one block of nodes, forward and backward.
+//
+// P and Q before the edge pass; phi_h, phi_v and the new coordinates after it.
 #pragma once
 
 #include "block.h"
@@ -26,6 +27,7 @@ inline void read_rows(const T* from, int64_t begin, int rows, int columns, int l
   }
 }
 
+// Copies a tile without its padding to rows [begin, begin + rows) of an array [N, columns].
 template <class T>
 inline void write_rows(const T* tile, int ld, int64_t begin, int rows, int columns, T* to) {
   if (columns == 0) return;
@@ -51,19 +53,20 @@ inline void activate_rows(const T* z, T* a, T* derivative, int64_t count, T slop
   }
 }
 
+// a *= b, element by element.
 template <class T>
 inline void multiply_rows(T* a, const T* b, int64_t count) {
   for (int64_t k = 0; k < count; k += kWidth<T>) store(a + k, load(a + k) * load(b + k));
 }
 
-// A worker's tiles [kBlockRows, ld].
+// A worker's tiles [kBlockRows, ld_*]. z holds the result of phi_h's or phi_v's first linear, then
+// its activation; d is act'(z); out is h_i'.
 template <class T>
 struct NodeTiles {
-  T *h, *g_h;  // ld_in
-  T *m, *z, *d, *g_z,
-      *g_m;          // ld_hidden: M; a linear's result, then its activation; act'(z); gradients
-  T *out, *g_out;    // ld_out: h_i' and its gradient
-  T *attr, *g_attr;  // ld_attrs
+  T *h, *g_h;                // ld_in
+  T *m, *z, *d, *g_z, *g_m;  // ld_hidden
+  T *out, *g_out;            // ld_out
+  T *attr, *g_attr;          // ld_attrs
 
   NodeTiles(const NodeProblem<T>& p, T* scratch) {
     Scratch<T> memory{scratch};

@@ -1,4 +1,4 @@
-// Sums to senders. Edges are in receiver order, so a sender's edges are anywhere.
+// Sums to senders. Edges are in receiver order, so those of a sender are scattered.
 //
 // A wave of tasks leaves its per-edge gradients in cache. Then each range of senders adds up those
 // of its own edges, in the order of the edges: no two threads write to one row.
@@ -98,6 +98,7 @@ inline void complete_sums(const Problem<T>& p, const Wave<T>& wave, int64_t rang
   }
 }
 
+// See KernelTable::sender_sums.
 template <class T>
 inline void sender_sums(const Problem<T>& p, const Wave<T>& wave, int64_t range) {
   if (p.senders != nullptr) {

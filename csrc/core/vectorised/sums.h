@@ -7,9 +7,10 @@
 namespace egnn {
 namespace EGNN_ISA {
 
-// As many elements as a vector of doubles has, converted to doubles and back.
+// As many floats as a vector of doubles has elements.
 typedef float Half __attribute__((vector_size(kVectorBytes / 2), aligned(4), may_alias));
 
+// A vector of doubles, converted from T or rounded to it.
 EGNN_INLINE Vec<double> load_doubles(const float* p) {
   return __builtin_convertvector(*reinterpret_cast<const Half*>(p), Vec<double>);
 }
@@ -20,6 +21,7 @@ EGNN_INLINE void store_rounded(float* p, Vec<double> v) {
 }
 EGNN_INLINE void store_rounded(double* p, Vec<double> v) { store(p, v); }
 
+// NV vectors of add_sums.
 template <class T, int NV>
 EGNN_INLINE void add_sums_piece(const T* sums, int64_t stride, int64_t tasks, bool overwrite,
                                 double* total) {
@@ -62,6 +64,7 @@ EGNN_INLINE void write_vectors(const Sum* from, int64_t stride, int64_t tasks, T
   for (int n = 0; n < NV; ++n) store_rounded(to + n * kWidth<double>, acc[n]);
 }
 
+// See KernelTable::write_sums; in double precision, whether the sums are T or double.
 template <class T, class Sum>
 EGNN_INLINE void write_rows_of_sums(const Sum* sums, int64_t stride, int64_t tasks,
                                     const GradientRows<T>& to) {
