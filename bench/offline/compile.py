@@ -110,16 +110,18 @@ def compile_here(c: Configuration) -> Record:
     target = TARGETS[c.arch]
     driver.set_active(_NoDevice(target))
     kernel, args, keywords = arguments(c)
-    found = kernel.warmup(*args, grid=(1,), **keywords)
+    compiled = kernel.warmup(*args, grid=(1,), **keywords)
     shape: dict[str, Any] = {"configuration": c, "warps": c.warps, "edges": c.edges}
-    if "amdgcn" in found.asm:
-        return Record(**shape, shared=found.metadata.shared, **amdgcn_record(found.asm["amdgcn"]))
-    cubin = found.asm["cubin"]
+    if "amdgcn" in compiled.asm:
+        return Record(
+            **shape, shared=compiled.metadata.shared, **amdgcn_record(compiled.asm["amdgcn"])
+        )
+    cubin = compiled.asm["cubin"]
     usage, sass = _dump(cubin)
     lines, assembler = instructions_of(sass), in_use(target.arch)
     return Record(
         **shape, registers=_stated("REG", usage), stack=_stated("STACK", usage),
-        shared=found.metadata.shared, counts=counts_of(lines), macs=macs_by_type(lines),
+        shared=compiled.metadata.shared, counts=counts_of(lines), macs=macs_by_type(lines),
         loops=block_loops(lines), assembler=assembler.version if assembler else "",
         code=code_hash(cubin), hazards=hazards(lines),
     )  # fmt: skip

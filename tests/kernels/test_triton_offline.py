@@ -37,7 +37,7 @@ from bench.offline.disassembly import (
 )
 from egnn_fast.kernels import blocks
 from egnn_fast.kernels.blocks import Blocks, blocks_for
-from egnn_fast.kernels.records import MAX_ATTRS
+from egnn_fast.kernels.records import MAX_ATTRS, LayerOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,14 +70,16 @@ def representative() -> list[Configuration]:
     found.append(Configuration("edge_forward", hidden=33, complete=True))
     found.append(Configuration("edge_forward", hidden=128, precision="high"))
     found.append(Configuration("edge_forward", "gfx942", precision="highest"))
-    found.append(Configuration("edge_forward", dim=1, activation="leaky_relu"))
+    leaky = LayerOptions(activation="leaky_relu")
+    found.append(Configuration("edge_forward", dim=1, options=leaky))
     # what needs the most shared memory
-    widest = {"attrs": MAX_ATTRS, "dim": 16, "activation": "leaky_relu"}
+    widest = {"attrs": MAX_ATTRS, "dim": 16, "options": leaky}
     found.append(Configuration("edge_forward", "sm_89", precision="highest", **widest))  # type: ignore[arg-type]
     found.append(Configuration("edge_backward", "sm_89", precision="high", **widest))  # type: ignore[arg-type]
     found.append(Configuration("edge_backward", hidden=128, precision="high", **widest))  # type: ignore[arg-type]
     for activation in ("silu", "leaky_relu"):
-        wide = replace(every, hidden=128, **{**widest, "activation": activation})  # type: ignore[arg-type]
+        options = replace(every.options, activation=activation)
+        wide = replace(every, hidden=128, **{**widest, "options": options})  # type: ignore[arg-type]
         found.append(wide)
     return found
 
@@ -122,9 +124,9 @@ def check_special(record: Record) -> None:
         return
     exponentials = table.per_edge_and_channel(record, "MUFU.EX2")
     reciprocals = table.per_edge_and_channel(record, "MUFU.RCP")
-    activations = 0 if c.activation != "silu" else 3 if c.head else 2
+    activations = 0 if c.options.activation != "silu" else 3 if c.head else 2
     inverses = activations / 2 if c.row.paired else activations
-    if c.attention or c.tanh or c.norm:  # these have some for each edge
+    if c.attention or c.options.tanh or c.options.norm:  # these have some for each edge
         assert activations <= exponentials < activations + 1, c.label
         assert inverses <= reciprocals < inverses + 1, c.label
     elif activations == 0:
