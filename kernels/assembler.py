@@ -8,10 +8,8 @@ these do. Triton is not imported before it is asked.
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import re
-import struct
 import subprocess
 from typing import NamedTuple
 
@@ -20,19 +18,18 @@ ENV_ANY = "EGNN_FAST_ANY_ASSEMBLER"
 _ANY = os.environ.get(ENV_ANY, "").lower() in ("1", "true", "on", "yes")
 _VARIABLES = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "DISABLE_MMA_V3")
 _SAFE = "13.3"  # the first release without a fault that is known
-_HASH_DIGITS = 16
 
 
 class Assembler(NamedTuple):
-    """An assembler, and what it is given.
+    """An assembler, and how Triton calls it.
 
     Attributes
     ----------
-    path : where it lies
+    path : the file
     version : in full, like "12.8.93"
     origin : who chose it: "Triton 3.7.0", or the environment variable
     variable : the environment variable that would choose another one
-    wgmma : whether Triton gives it Hopper's asynchronous matrix instructions
+    wgmma : whether Triton emits Hopper's asynchronous matrix instructions
     """
 
     path: str
@@ -202,29 +199,3 @@ def _named_by_triton(arch: int) -> str | None:
 def _full_version(told: str) -> str | None:
     found = re.search(r"\bV(\d+\.\d+\.\d+)", told)
     return found[1] if found else None
-
-
-def code_hash(cubin: bytes) -> str:
-    """The first 16 hex digits of the sha256 of a cubin's machine code: its executable sections.
-
-    What else a cubin holds differs from machine to machine: the names of source files.
-
-    Raises
-    ------
-    ValueError
-        If it is no ELF file of 64 bits with machine code.
-    """
-    if cubin[:5] != b"\x7fELF\x02":
-        raise ValueError(f"cubin: expected an ELF file of 64 bits, got {cubin[:5]!r}")
-    (table,) = struct.unpack_from("<Q", cubin, 40)
-    size, number = struct.unpack_from("<HH", cubin, 58)
-    found, digest = 0, hashlib.sha256()
-    for i in range(number):
-        # type, flags, address, offset, size
-        kind, flags, _, at, length = struct.unpack_from("<IQQQQ", cubin, table + i * size + 4)
-        if kind == 1 and flags & 4:  # SHT_PROGBITS, SHF_EXECINSTR
-            digest.update(cubin[at : at + length])
-            found += length
-    if not found:
-        raise ValueError("cubin: no section with machine code")
-    return digest.hexdigest()[:_HASH_DIGITS]

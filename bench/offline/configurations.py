@@ -232,6 +232,13 @@ def recorded() -> Iterator[list[Launch]]:
             kind.run = run
 
 
+def kernel_functions() -> dict[str, Any]:
+    """The kernels by their names."""
+    modules = (forward, backward, staged, staged_backward, sums, nodes)
+    members = {k: v for module in modules for k, v in vars(module).items()}
+    return {name: members[name] for name in KERNELS}
+
+
 def arguments(c: Configuration) -> Launch:
     """The launch of a kernel, with addresses that stand for tensors."""
     with recorded() as launches:
