@@ -17,10 +17,10 @@ class EdgeBlock(NamedTuple):
     ----------
     begin, end : int32
         The number of its first edge, and one past that of its last.
+    chunk : int32
+        The number of the first edge of the chunk.
     edge : [BLOCK], int32
         The edges' numbers; those beyond ``end`` do not exist.
-    position : [BLOCK], int32
-        The same, counted from the first edge of the chunk: rows of a chunk's tiles.
     live : [BLOCK], bool
         Which edges exist.
     first, last : int32
@@ -29,8 +29,8 @@ class EdgeBlock(NamedTuple):
 
     begin: Any
     end: Any
+    chunk: Any
     edge: Any
-    position: Any
     live: Any
     first: Any
     last: Any
@@ -66,7 +66,13 @@ def block_of_edges(edges, begin_edge, end_edge, number, spec):
     edge = begin + tl.arange(0, spec.BLOCK)
     first = tl.load(edges.block_rows + 2 * number)
     last = tl.load(edges.block_rows + 2 * number + 1)
-    return EdgeBlock(begin, end, edge, edge - begin_edge, edge < end, first, last)
+    return EdgeBlock(begin, end, begin_edge, edge, edge < end, first, last)
+
+
+@triton.jit
+def positions_of(block):
+    """The edges' numbers ``[BLOCK]``, counted from the chunk's first edge: rows of its tiles."""
+    return block.edge - block.chunk
 
 
 @triton.jit

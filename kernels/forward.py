@@ -47,6 +47,7 @@ def edge_forward(problem, m_rows, x_rows, begin_edge, end_edge, num_blocks, spec
         tl.full((), -1, tl.int32),
         tl.zeros((spec.HP,), tl.float32),
         tl.zeros((spec.DP,), tl.float32),
+        head_row,
     )
     for number in tl.range(begin, end, disable_licm=True):
         block = block_of_edges(edges, begin_edge, end_edge, number, spec)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from egnn_fast.kernels.device import add_rows_at, load_vector, operand, product, store_rows
-from egnn_fast.kernels.edges import senders_of
+from egnn_fast.kernels.edges import positions_of, senders_of
 from egnn_fast.kernels.records import VECTOR_COLUMNS, VECTORS
 from egnn_fast.kernels.rows import EdgeValues, add_block_rows
 
@@ -170,11 +170,11 @@ def first_gradients(problem, w_a, gradients, sums, block, pairs, g_z1, g_d, carr
     # loaded again: pairs.j would take registers until here
     j = senders_of(problem.edges, block, pairs.i)
     if gradients.messages is not None:
-        store_rows(gradients.messages, block.position, block.live, g_z1, H, H)
+        store_rows(gradients.messages, positions_of(block), block.live, g_z1, H, H)
     elif gradients.p is not None:
         add_rows_at(gradients.p.out + H, j, block.live, g_z1, 2 * H, H)
     if gradients.shifts is not None:
-        store_rows(gradients.shifts, block.position, block.live, g_d, spec.D, spec.D)
+        store_rows(gradients.shifts, positions_of(block), block.live, g_d, spec.D, spec.D)
     elif gradients.receiver is not None:
         add_rows_at(gradients.sender, j, block.live, g_d, spec.D, spec.D)
     return carry

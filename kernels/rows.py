@@ -55,11 +55,15 @@ class Carry(NamedTuple):
         The last row of the blocks so far; -1 before the first block.
     wide : [HP], float32, or None
     narrow : [DP], float32, or None
+    last : int32
+        As ``row``, but the program's first row before the first block. One number for both would
+        do; the compiled kernels then spill more.
     """
 
     row: Any
     wide: Any
     narrow: Any
+    last: Any
 
 
 @triton.jit
@@ -311,7 +315,7 @@ def add_block_rows(
                 sums.narrow, rows, row, block, shift_carried, sums.head_row, spec.D, spec.D, ADD
             )
         row = _next_window(order, row, block, spec.BLOCK)
-    return Carry(block.last, total, shift_total)
+    return Carry(block.last, total, shift_total, block.last)
 
 
 @triton.jit
@@ -321,9 +325,9 @@ def finish_block_rows(sums, carry, spec):
     The first slot is set to 0 if no other row was written there.
     """
     if sums.wide is not None:
-        _finish(sums.wide, spec.H, carry.wide, carry.row, sums.head_row)
+        _finish(sums.wide, spec.H, carry.wide, carry.last, sums.head_row)
     if sums.narrow is not None:
-        _finish(sums.narrow, spec.D, carry.narrow, carry.row, sums.head_row)
+        _finish(sums.narrow, spec.D, carry.narrow, carry.last, sums.head_row)
 
 
 @triton.jit

@@ -27,6 +27,7 @@ from egnn_fast.kernels.edges import (
     first_linear,
     mask_of,
     pairs_of,
+    positions_of,
     users_of,
 )
 from egnn_fast.kernels.head import shift_of
@@ -37,7 +38,7 @@ from egnn_fast.kernels.rows import Carry, EdgeValues, Sums, add_block_rows, fini
 @triton.jit
 def load_linear(tile, block, bias, spec):
     """A linear layer's output ``[BLOCK, HP]``: its product, a tile, and its bias."""
-    z = load_rows(tile, block.position, block.live, spec.H, spec.H, spec.HP)
+    z = load_rows(tile, positions_of(block), block.live, spec.H, spec.H, spec.HP)
     return z + load_vector(bias, spec)[None, :]
 
 
@@ -57,9 +58,9 @@ def staged_first(problem, tile, added, begin_edge, end_edge, num_blocks, spec):
         pairs = pairs_of(edges, inputs, block, spec)
         z = first_linear(problem, w_a, block, pairs, spec)
         if added is not None:
-            z += load_rows(added, block.position, block.live, spec.H, spec.H, spec.HP)
+            z += load_rows(added, positions_of(block), block.live, spec.H, spec.H, spec.HP)
         a1 = activation(z, problem.numbers, spec)
-        store_rows(tile, block.position, block.live, a1, spec.H, spec.H)
+        store_rows(tile, positions_of(block), block.live, a1, spec.H, spec.H)
 
 
 def launch_staged_first(plan: Plan, problem: Problem, tile: Any, added: Any, chunk: Chunk) -> None:
@@ -80,7 +81,7 @@ def staged_messages(problem, tile, messages, rows, begin_edge, end_edge, num_blo
     begin, end = run_of_blocks(num_blocks)
     head_row = tl.load(edges.block_rows + 2 * begin)
     sums = Sums(rows, None, head_row)
-    carry = Carry(tl.full((), -1, tl.int32), tl.zeros((spec.HP,), tl.float32), None)
+    carry = Carry(tl.full((), -1, tl.int32), tl.zeros((spec.HP,), tl.float32), None, head_row)
     for number in tl.range(begin, end, disable_licm=True):
         block = block_of_edges(edges, begin_edge, end_edge, number, spec)
         m = activation(load_linear(tile, block, weights.b2, spec), numbers, spec)
@@ -88,7 +89,7 @@ def staged_messages(problem, tile, messages, rows, begin_edge, end_edge, num_blo
             m *= gate_of(m, weights, spec)[:, None]
         m *= mask_of(inputs, users_of(edges, block), block.live)[:, None]
         if messages is not None:
-            store_rows(messages, block.position, block.live, m, spec.H, spec.H)
+            store_rows(messages, positions_of(block), block.live, m, spec.H, spec.H)
         if rows is not None:
             broken = not_finite(tl.sum(m.to(spec.OPERAND).to(tl.float32), axis=1))
             values = EdgeValues(m, None, broken, None)
@@ -114,7 +115,7 @@ def staged_shifts(problem, tile, rows, begin_edge, end_edge, num_blocks, spec):
     begin, end = run_of_blocks(num_blocks)
     head_row = tl.load(edges.block_rows + 2 * begin)
     sums = Sums(None, rows, head_row)
-    carry = Carry(tl.full((), -1, tl.int32), None, tl.zeros((spec.DP,), tl.float32))
+    carry = Carry(tl.full((), -1, tl.int32), None, tl.zeros((spec.DP,), tl.float32), head_row)
     for number in tl.range(begin, end, disable_licm=True):
         block = block_of_edges(edges, begin_edge, end_edge, number, spec)
         pairs = pairs_of(edges, inputs, block, spec)

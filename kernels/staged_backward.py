@@ -27,6 +27,7 @@ from egnn_fast.kernels.edges import (
     mask_of,
     nodes_of,
     pairs_of,
+    positions_of,
     users_of,
 )
 from egnn_fast.kernels.gradients import (
@@ -79,11 +80,11 @@ def staged_shifts_backward(
         g_s = head_gradient(pairs, s, g_x, mask, numbers, spec)
         g_shift, g_share = shift_gradients(pairs, s, g_x, mask, numbers, spec)
         g_z3 = g_s[:, None] * load_vector(weights.w_x, spec)[None, :] * slope3
-        store_rows(tile, block.position, block.live, g_z3, spec.H, spec.H)
+        store_rows(tile, positions_of(block), block.live, g_z3, spec.H, spec.H)
         if g_d is not None:
-            store_rows(g_d, block.position, block.live, g_shift, spec.D, spec.D)
+            store_rows(g_d, positions_of(block), block.live, g_shift, spec.D, spec.D)
         if g_mask is not None:
-            tl.store(g_mask + block.position, g_share, mask=block.live)
+            tl.store(g_mask + positions_of(block), g_share, mask=block.live)
         if for_weights:
             vectors = add_vector(vectors, W_X, g_s, operand(a3, spec), spec)
             vectors = add_vector(vectors, B3, block.live.to(tl.float32), operand(g_z3, spec), spec)
@@ -130,7 +131,7 @@ def staged_messages_backward(
             share = mask * gate
         g_m = tl.zeros((spec.BLOCK, spec.HP), tl.float32)
         if g_messages is not None:
-            g_m += load_rows(g_messages, block.position, block.live, spec.H, spec.H, spec.HP)
+            g_m += load_rows(g_messages, positions_of(block), block.live, spec.H, spec.H, spec.HP)
         if cotangents.m is not None:
             i, _ = nodes_of(edges, block)
             g_m += load_rows(cotangents.m, i, block.live, spec.H, spec.H, spec.HP)
@@ -141,7 +142,7 @@ def staged_messages_backward(
             if has_gate:
                 g_share *= gate
             if g_mask is not None:
-                g_share += tl.load(g_mask + block.position, mask=block.live, other=0.0)
+                g_share += tl.load(g_mask + positions_of(block), mask=block.live, other=0.0)
             tl.store(gradients.edge_mask + user, g_share, mask=block.live)
         g_n = share[:, None] * g_m
         if has_gate:
@@ -151,7 +152,7 @@ def staged_messages_backward(
                 vectors = add_vector(vectors, W_G, g_gate, operand(n, spec), spec)
                 g_b_g += tl.sum(g_gate, axis=0)
         g_z2 = g_n * slope2
-        store_rows(tile, block.position, block.live, g_z2, spec.H, spec.H)
+        store_rows(tile, positions_of(block), block.live, g_z2, spec.H, spec.H)
         if for_weights:
             vectors = add_vector(vectors, B2, block.live.to(tl.float32), operand(g_z2, spec), spec)
     if for_weights:
@@ -195,20 +196,21 @@ def staged_first_backward(
         tl.full((), -1, tl.int32),
         tl.zeros((spec.HP,), tl.float32),
         tl.zeros((spec.DP,), tl.float32),
+        head_row,
     )
     for number in tl.range(begin, end, disable_licm=True):
         block = block_of_edges(edges, begin_edge, end_edge, number, spec)
         pairs = pairs_of(edges, inputs, block, spec)
         z = first_linear(problem, w_a, block, pairs, spec)
         if added is not None:
-            z += load_rows(added, block.position, block.live, H, H, spec.HP)
+            z += load_rows(added, positions_of(block), block.live, H, H, spec.HP)
         _, slope1 = activation_and_slope(z, numbers, spec)
-        g_z1 = load_rows(tile, block.position, block.live, H, H, spec.HP) * slope1
+        g_z1 = load_rows(tile, positions_of(block), block.live, H, H, spec.HP) * slope1
         if added is not None:
-            store_rows(tile, block.position, block.live, g_z1, H, H)
+            store_rows(tile, positions_of(block), block.live, g_z1, H, H)
         g_shift = tl.zeros((spec.BLOCK, spec.DP), tl.float32)
         if g_d is not None:
-            g_shift += load_rows(g_d, block.position, block.live, spec.D, spec.D, spec.DP)
+            g_shift += load_rows(g_d, positions_of(block), block.live, spec.D, spec.D, spec.DP)
         if gradients.weights is not None:
             vectors = add_first_weights(vectors, inputs, w_a, block, pairs, g_z1, spec)
         carry = first_gradients(

@@ -97,16 +97,17 @@ def sender_sums(senders, messages, shifts, q_rows, x_rows, num_edges, num_blocks
         tl.full((), -1, tl.int32),
         tl.zeros((spec.HP,), tl.float32),
         tl.zeros((spec.DP,), tl.float32),
+        head_row,
     )
     for number in range(begin, end):
         first_edge = number * spec.BLOCK
-        last_edge = tl.minimum(first_edge + spec.BLOCK, num_edges)
+        end_edge = tl.minimum(first_edge + spec.BLOCK, num_edges)
         edge = first_edge + tl.arange(0, spec.BLOCK)
-        live = edge < last_edge
+        live = edge < end_edge
         position = tl.load(senders.positions + edge, mask=live, other=0)
         first = tl.load(senders.block_rows + 2 * number)
         last = tl.load(senders.block_rows + 2 * number + 1)
-        block = EdgeBlock(first_edge, last_edge, edge, position, live, first, last)
+        block = EdgeBlock(first_edge, end_edge, 0, edge, live, first, last)
         message, shift = None, None
         if messages is not None:
             message = load_rows(messages, position, live, spec.H, spec.H, spec.HP)
