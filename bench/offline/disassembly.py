@@ -36,11 +36,11 @@ class Instruction(NamedTuple):
 
     Attributes
     ----------
-    at : where it stands
+    at : its address
     conditional : whether it has a predicate
     name : with its modifiers
-    target : where it may go; None if it is no jump
-    operands : what follows the name
+    target : the address it may jump to; None if it is no jump
+    operands : those after the name
     """
 
     at: int
@@ -51,7 +51,7 @@ class Instruction(NamedTuple):
 
 
 class Flow(NamedTuple):
-    """Basic blocks: the numbers of their first instructions, their ends, the blocks after each."""
+    """Basic blocks: numbers of their first instructions, their ends, the successors of each."""
 
     starts: list[int]
     ends: list[int]
@@ -173,8 +173,8 @@ def number_of(counts: Mapping[str, int], *bases: str) -> int:
 def block_loops(instructions: list[Instruction]) -> list[Loop]:
     """The loop over blocks and those inside it, outermost first.
 
-    It is the outermost loop with matrix instructions or, in a stage without products, with those of
-    the special units; without such, there is none.
+    It is the outermost loop with matrix instructions or, in a stage without products, with
+    instructions of the special function units. A kernel without either has none.
     """
     loops = _natural_loops(instructions)
 

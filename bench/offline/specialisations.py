@@ -45,10 +45,10 @@ def recorded(arch: str = "sm_90") -> Iterator[Keys]:
     """Inside the block kernels do not run: their cache keys are written down, by kernel."""
     if interpreting():
         raise RuntimeError("TRITON_INTERPRET is set: the interpreter has no keys")
-    found: Keys = defaultdict(set)
+    keys: Keys = defaultdict(set)
 
     def note(self: Any, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
-        found[self.__name__].add(key_of(self, args, keywords))
+        keys[self.__name__].add(key_of(self, args, keywords))
 
     call: Any = triton_backend.call.Call
     jit: Any = JITFunction
@@ -63,7 +63,7 @@ def recorded(arch: str = "sm_90") -> Iterator[Keys]:
     for owner, name, value in replaced:
         setattr(owner, name, value)
     try:
-        yield found
+        yield keys
     finally:
         for (owner, name, _), value in zip(replaced, before, strict=True):
             setattr(owner, name, value)
@@ -71,13 +71,13 @@ def recorded(arch: str = "sm_90") -> Iterator[Keys]:
 
 def of_suite(rows: Sequence[tuple[str, Any, str]]) -> Keys:
     """The keys of rows of the suite's table; outputs, gradients and second order."""
-    with recorded() as found:
+    with recorded() as keys:
         for face, case, precision in rows:
             small = replace(case, edges=min(case.edges, FEW))
             make = small.edge_pass if face == "edge pass" else small.layer
             with matmul(precision):
                 checks.evaluate(at(make(torch.float32), precision, "cpu"), "triton")
-    return found
+    return keys
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -89,8 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="only the suite's --quick subset")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts there too")
     args = parser.parse_args(arguments)
-    found = of_suite(table(Setting("cuda", args.quick)))
-    counts = {name: len(keys) for name, keys in sorted(found.items())}
+    keys = of_suite(table(Setting("cuda", args.quick)))
+    counts = {name: len(own) for name, own in sorted(keys.items())}
     for name, count in counts.items():
         print(f"{count:5} {name}")
     print(f"{sum(counts.values()):5} in all")
