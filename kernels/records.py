@@ -261,16 +261,16 @@ class Spec(NamedTuple):
     TANH, CLAMP : whether the coordinate head has them
     OPERAND : type of the products' operands
     DOT : ``input_precision`` of products of float32 operands
-    ROUND : whether these are rounded to tf32 first; the matrix units would cut them off
+    ROUND : whether these are rounded to tf32 first; the matrix units would truncate them
     EXACT : whether products are as accurate as float32
-    SHARED_SLOPES : of how many layers, from the first, slopes wait in shared memory (backward)
-    PART : type of the parts of 8 digits that float32 values are summed in
+    SHARED_SLOPES : how many layers, from the first, hold their slopes in shared memory (backward)
+    PART : type of the parts of 8 bits in which float32 values are summed
     APPROX : whether SiLU is computed from the special units' tanh, to 11 bits
     PAIRED : whether one reciprocal serves two activations
-    PTX : whether NVIDIA's own instructions may be used where Triton has none for them
+    PTX : whether NVIDIA's instructions may be used that Triton has no function for
     K : width of a program's sums for the weights (backward)
-    STREAMED : how many of w3 and w2 are read anew for each block, as too large for shared memory
-    IN_MEMORY : how many of the sums for w2 and w3 lie in memory, not in registers (backward)
+    STREAMED : how many of w3 and w2 are loaded again for each block, as shared memory is too small
+    IN_MEMORY : how many of the sums for w2 and w3 are in memory, not in registers (backward)
     """
 
     H: Any
