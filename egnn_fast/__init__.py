@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from egnn_fast.nn import explain
     from egnn_fast.operators.budget import set_activation_budget
     from egnn_fast.operators.precision import approximate_activations
-    from egnn_fast.options import EdgeWeights, LayerWeights, Options
+    from egnn_fast.options import Options
+    from egnn_fast.weights import EdgeWeights, LayerWeights
 
 __version__ = "0.1.0"
 
@@ -40,8 +41,8 @@ __all__ = [
 _HOMES = {
     "Graph": "graph",
     "Options": "options",
-    "EdgeWeights": "options",
-    "LayerWeights": "options",
+    "EdgeWeights": "weights",
+    "LayerWeights": "weights",
     "egcl": "functional",
     "egcl_messages": "functional",
     "use_backend": "backends",

@@ -12,8 +12,15 @@ from egnn_fast import backends
 from egnn_fast.graph import Graph
 from egnn_fast.graph.edge_cache import graph_of
 from egnn_fast.graph.edge_lists import EdgeIndexLike, as_edge_index
-from egnn_fast.options import EdgeWeights, LayerWeights, Options
+from egnn_fast.operators.signature import (
+    FIRST_LAYER_WEIGHT,
+    FIRST_MESSAGES_WEIGHT,
+    LAYER,
+    MESSAGES,
+)
+from egnn_fast.options import Options
 from egnn_fast.runtime.eager import PLAIN_OR_NONE, tracing
+from egnn_fast.weights import EdgeWeights, LayerWeights
 
 
 def check_nodes(h: Tensor, x: Tensor, name: str = "h") -> None:
@@ -136,27 +143,19 @@ def check_edge_weights(weights: EdgeWeights, options: Options, hidden: int, like
     """Shapes, dtypes, devices and presence of the split edge weights."""
     if not isinstance(weights, EdgeWeights):
         raise TypeError(f"weights: expected EdgeWeights, got {type(weights).__name__}")
-    gate, head = options.attention, options.updates_coords
     _check_hidden("P", hidden)
-    w_a = weights.w_a
-    if w_a is not None:
-        check_float("weights.w_a", w_a, 2)
-    _check_weights(
-        weights,
-        EdgeWeights._fields,
-        (
-            (hidden,),
-            None if w_a is None else (hidden, w_a.shape[1]),
-            (hidden, hidden),
-            (hidden,),
-            (hidden,) if gate else None,
-            (1,) if gate else None,
-            (hidden, hidden) if head else None,
-            (hidden,) if head else None,
-            (hidden,) if head else None,
-        ),
-        like,
-    )
+    attrs = 0
+    if weights.w_a is not None:
+        check_float("weights.w_a", weights.w_a, 2)
+        attrs = weights.w_a.shape[1]
+    shapes = MESSAGES.shapes(0, 0, hidden, 0, attrs, 0, 0, 0)[FIRST_MESSAGES_WEIGHT:]
+    present = MESSAGES.presence(gate=options.attention, head=options.updates_coords)
+    expected = [
+        s if p else None for s, p in zip(shapes, present[FIRST_MESSAGES_WEIGHT:], strict=True)
+    ]
+    if weights.w_a is None:
+        expected[EdgeWeights._fields.index("w_a")] = None
+    _check_weights(weights, tuple(expected), like)
 
 
 def check_layer_weights(
@@ -184,31 +183,14 @@ def check_layer_weights(
             f"h and node_attr: expected {inputs - hidden} features together as the node MLP takes, "
             f"got {features} and {node_attrs}"
         )
-    gate, head, moving = options.attention, options.updates_coords, weights.vel_w1 is not None
-    _check_weights(
-        weights,
-        LayerWeights._fields,
-        (
-            (hidden, width),
-            (hidden,),
-            (hidden, hidden),
-            (hidden,),
-            (hidden, inputs),
-            (hidden,),
-            (out, hidden),
-            (out,),
-            (1, hidden) if gate else None,
-            (1,) if gate else None,
-            (hidden, hidden) if head else None,
-            (hidden,) if head else None,
-            (1, hidden) if head else None,
-            (hidden, features) if moving else None,
-            (hidden,) if moving else None,
-            (1, hidden) if moving else None,
-            (1,) if moving else None,
-        ),
-        like,
-    )
+    shapes = LAYER.shapes(0, 0, hidden, 0, attrs, node_attrs, features, out)[FIRST_LAYER_WEIGHT:]
+    present = LAYER.presence(
+        gate=options.attention,
+        head=options.updates_coords,
+        velocity=weights.vel_w1 is not None,
+    )[FIRST_LAYER_WEIGHT:]
+    expected = tuple([s if p else None for s, p in zip(shapes, present, strict=True)])
+    _check_weights(weights, expected, like)
     return attrs
 
 
@@ -219,14 +201,13 @@ def _check_hidden(name: str, hidden: int) -> None:
 
 def _check_weights(
     weights: EdgeWeights | LayerWeights,
-    names: tuple[str, ...],
     shapes: tuple[tuple[int, ...] | None, ...],
     like: Tensor,
 ) -> None:
     # in every layer of every step: what is right must pass quickly
     if not torch.compiler.is_compiling() and _fit(weights, shapes, like):
         return
-    for name, value, shape in zip(names, weights, shapes, strict=True):
+    for name, value, shape in zip(weights._fields, weights, shapes, strict=True):
         if shape is None:
             if value is not None:
                 raise ValueError(f"weights.{name}: expected None with these options, got a tensor")

@@ -21,6 +21,7 @@ from rich.text import Text
 from egnn_fast import __version__
 from egnn_fast.experiments.errors import ExperimentError, UsageError
 from egnn_fast.experiments.nbody.config import MAX_TRAIN_SYSTEMS, Config
+from egnn_fast.runtime.backend_names import AUTO, BACKENDS
 
 if TYPE_CHECKING:
     from egnn_fast.checks import EquivarianceRow, Report, Row
@@ -45,11 +46,9 @@ _CommandLineError: Any = typer.BadParameter.__base__
 class Backend(str, Enum):
     """What may run a layer."""
 
-    auto = "auto"
-    reference = "reference"
-    cpu = "cpu"
-    triton = "triton"
-    cuda = "cuda"
+    _ignore_ = "name"
+    for name in (AUTO, *BACKENDS):
+        vars()[name] = name
 
 
 class DType(str, Enum):

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from egnn_fast import arguments, backends, reference
 from egnn_fast.graph import EdgeIndexLike, Graph
-from egnn_fast.operators import composed, ops
-from egnn_fast.options import Activation, EdgeWeights, LayerWeights, Options
+from egnn_fast.operators.layer import layer, try_direct_layer
+from egnn_fast.operators.messages import messages
+from egnn_fast.options import Activation, Options
 from egnn_fast.runtime.eager import refuse_jit_trace, without_default_device
+from egnn_fast.weights import EdgeWeights, LayerWeights
 
 __all__ = ["egcl", "egcl_messages", "explain"]
 
@@ -31,8 +33,8 @@ def egcl_messages(
 
     With ``d = x_i - x_j`` and ``r = |d|^2``, for each edge from sender j to receiver i::
 
-        n = act(w2 act(P_i + Q_j + w_r r + w_a a + b?) + b2)     m = mask * gate(n) * n
-        s = w_x . act(w3 m + b3)                                 t = mask * clamp(s d / rho)
+        n = act(w2 act(P_i + Q_j + w_r r + w_a a) + b2)     m = mask * gate(n) * n
+        s = w_x . act(w3 m + b3)                            t = mask * clamp(s d / rho)
 
     (the first linear's bias belongs into P).
 
@@ -87,9 +89,9 @@ def egcl_messages(
     if chosen == "reference":
         receiver, sender = graph.shared_edge_index()
         return reference.messages(
-            P, Q, x, receiver, sender, weights, options, edge_attr=edge_attr, edge_mask=mask
+            P, Q, x, receiver, sender, weights, options, edge_attr=edge_attr, edge_mask=edge_mask
         )
-    m, shift = ops.messages(
+    m, shift = messages(
         torch.cat(_of_one_dtype(P, Q, x), dim=1),
         x,
         graph,
@@ -175,9 +177,9 @@ def egcl(
         and backends.requested(backend) in ("auto", "cpu")
     ):
         # fast: the extension checks the tensors; what it refuses, the checks below name
-        found = ops.try_direct_layer(
+        found = try_direct_layer(
             h, x, graph, weights, options, v=v, edge_attr=edge_attr, node_attr=node_attr,
-            residual=residual, carry=carry_velocity and v is not None,
+            residual=residual, carry_velocity=carry_velocity and v is not None,
         )  # fmt: skip
         if found is not None:
             new_h, moved, step = found
@@ -193,28 +195,30 @@ def egcl(
             f"got {weights.node_w2.shape[0]} and {h.shape[1]}"
         )
     _check_velocity(v, weights.vel_w1 is not None, x)
-    nodes, mask, v = _masked(node_mask, edge_mask, v, graph, x)
+    nodes = arguments.as_mask("node_mask", node_mask, x.shape[0], x)
+    mask = _edge_mask(edge_mask, graph, x)
 
     name = None if activation is not None else options.activation
     chosen = backends.select(backend, _call(x, weights.edge_w1.shape[0], name))
-    weight = reference.coord_weight(graph, options, mask, x.dtype)
     if chosen == "reference":
-        maps = reference.maps_of(weights, options, activation)
-        new_h, new_x, new_v = _in_plain_pytorch(
-            h, x, v, graph, maps, options, edge_attr, node_attr, mask, weight, residual
-        )
-    else:
-        carry = carry_velocity and v is not None
-        new_h, moved, step = ops.layer(
-            h, x, graph, weights, options, v=v, edge_attr=edge_attr, edge_mask=mask,
-            node_attr=node_attr, coord_weight=weight, residual=residual, carry=carry,
-            backend=chosen,
+        return reference.egcl(
+            h, x, graph, reference.maps_of(weights, options, activation), options,
+            edge_attr=edge_attr, node_attr=node_attr, edge_mask=edge_mask, node_mask=node_mask,
+            v=v, residual=residual, carry_velocity=carry_velocity,
         )  # fmt: skip
-        new_x = x if moved is None or not (options.updates_coords or v is not None) else moved
-        new_v = step if carry else None
+    # from here on nothing that the reference uses: the checks compare the two
+    mask, v = _with_node_mask(nodes, mask, v, graph)
+    weight = _coord_weight(mask, graph, options, x.dtype)
+    carry = carry_velocity and v is not None
+    new_h, moved, step = layer(
+        h, x, graph, weights, options, v=v, edge_attr=edge_attr, edge_mask=mask,
+        node_attr=node_attr, coord_weight=weight, residual=residual, carry_velocity=carry,
+        backend=chosen,
+    )  # fmt: skip
+    new_x = x if moved is None or not (options.updates_coords or v is not None) else moved
     if nodes is not None:
         new_h = new_h * nodes.unsqueeze(1).to(new_h.dtype)
-    return new_h, new_x, new_v if carry_velocity else None
+    return new_h, new_x, step if carry else None
 
 
 def egcl_by_maps(
@@ -251,38 +255,13 @@ def egcl_by_maps(
         raise ValueError(f"node_attr: expected {wanted}, got {got}")
     arguments.check_edge_attr(edge_attr, edge_attrs, graph, x)
     _check_velocity(v, maps.coord_mlp_vel is not None, x)
-    nodes, mask, v = _masked(node_mask, edge_mask, v, graph, x)
+    arguments.as_mask("node_mask", node_mask, x.shape[0], x)
+    _edge_mask(edge_mask, graph, x)
     backends.select(backend, _call(x, hidden, options.activation, changed))
-    weight = reference.coord_weight(graph, options, mask, x.dtype)
-    new_h, new_x, new_v = _in_plain_pytorch(
-        h, x, v, graph, maps, options, edge_attr, node_attr, mask, weight, residual
-    )
-    if nodes is not None:
-        new_h = new_h * nodes.unsqueeze(1).to(new_h.dtype)
-    return new_h, new_x, new_v if carry_velocity else None
-
-
-def _in_plain_pytorch(
-    h: Tensor,
-    x: Tensor,
-    v: Tensor | None,
-    graph: Graph,
-    maps: reference.Maps,
-    options: Options,
-    edge_attr: Tensor | None,
-    node_attr: Tensor | None,
-    mask: Tensor | None,
-    coord_weight: Tensor | None,
-    residual: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A layer of checked arguments, by the reference."""
-    update, _, shift = reference.egcl(
-        h, x, graph, maps, options, edge_attr=edge_attr, node_attr=node_attr, edge_mask=mask
-    )
-    if shift is not None:
-        shift = composed.scale_shift(shift, coord_weight, options)
-    gate = None if v is None or maps.coord_mlp_vel is None else maps.coord_mlp_vel(h)
-    return composed.apply_updates(h, x, v, update, shift, gate, residual)
+    return reference.egcl(
+        h, x, graph, maps, options, edge_attr=edge_attr, node_attr=node_attr, edge_mask=edge_mask,
+        node_mask=node_mask, v=v, residual=residual, carry_velocity=carry_velocity,
+    )  # fmt: skip
 
 
 def explain(
@@ -342,21 +321,33 @@ def _check_velocity(v: Tensor | None, wanted: bool, x: Tensor) -> None:
         arguments.check_like("v", v, x, "x")
 
 
-def _masked(
-    node_mask: Tensor | None, edge_mask: Tensor | None, v: Tensor | None, graph: Graph, x: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The node mask, the edge mask times that of both nodes, the velocities times the node mask."""
-    nodes = arguments.as_mask("node_mask", node_mask, x.shape[0], x)
-    mask = _edge_mask(edge_mask, graph, x)
+def _with_node_mask(
+    nodes: Tensor | None, mask: Tensor | None, v: Tensor | None, graph: Graph
+) -> tuple[Tensor | None, Tensor | None]:
+    """``mask [E]`` times the masks ``[N]`` of an edge's two nodes; ``v [N, D]`` times a node's."""
     if nodes is None:
-        return None, mask, v
+        return mask, v
     receiver, sender = graph.shared_edge_index()
     between = nodes[receiver] * nodes[sender]
     mask = between if mask is None else mask * between
-    return nodes, mask, None if v is None else v * nodes.unsqueeze(1)
+    return mask, None if v is None else v * nodes.unsqueeze(1)
+
+
+def _coord_weight(
+    mask: Tensor | None, graph: Graph, options: Options, dtype: torch.dtype
+) -> Tensor | None:
+    """1 / max(sum of a node's edge masks ``[E]``, 1), ``[N]``; None without a mean."""
+    if options.coord_agg != "mean":
+        return None
+    if mask is None:
+        return graph.inverse_degree(dtype)
+    receiver = graph.shared_edge_index()[0]
+    total = mask.new_zeros(graph.num_nodes).index_add(0, receiver, mask)
+    return total.clamp(min=1).reciprocal()
 
 
 def _edge_mask(edge_mask: Tensor | None, graph: Graph, x: Tensor) -> Tensor | None:
+    """The edge mask ``[E]`` in the dtype of ``x``, checked."""
     mask = arguments.as_mask("edge_mask", edge_mask, None, x)
     if mask is not None:
         arguments.check_edge_rows("edge_mask", mask, graph)

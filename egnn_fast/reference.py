@@ -1,7 +1,11 @@
-"""The layer in plain PyTorch, equation by equation: the definition of what is right.
+"""The whole layer in plain PyTorch, equation by equation: the definition of what is right.
 
-Satorras, Hoogeboom & Welling, "E(n) Equivariant Graph Neural Networks" (arXiv 2102.09844).
-Any device and dtype, differentiable to any order. Node i receives, node j sends.
+Satorras, Hoogeboom & Welling, "E(n) Equivariant Graph Neural Networks" (arXiv 2102.09844), whose
+equation numbers stand in the comments. :func:`egcl` is the layer, to be read beside the paper.
+:func:`messages` is its edge pass with the first linear split, as the kernels compute it.
+
+Any device and dtype, differentiable to any order. Node i receives, node j sends. N nodes, E edges,
+F input, H hidden and O output features, A edge and B node attributes, D dimensions.
 """
 
 from __future__ import annotations
@@ -14,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from egnn_fast.graph import Graph
-from egnn_fast.options import UNIT_NORM_EPS, Activation, EdgeWeights, LayerWeights, Options
+from egnn_fast.options import UNIT_NORM_EPS, Activation, Options
+from egnn_fast.weights import EdgeWeights, LayerWeights
 
 Map = Callable[[Tensor], Tensor]
 
@@ -35,19 +40,6 @@ class Maps(NamedTuple):
     coord_mlp_vel: Map | None = None
 
 
-def maps_of(weights: LayerWeights, options: Options, activation: Activation | None = None) -> Maps:
-    """The MLPs with these weights; ``activation`` replaces the one that ``options`` names."""
-    act = activation or options.activation_fn()
-    w = weights
-    return Maps(
-        lambda z: act(_mlp(z, w.edge_w1, w.edge_b1, w.edge_w2, w.edge_b2, act)),
-        lambda z: _mlp(z, w.node_w1, w.node_b1, w.node_w2, w.node_b2, act),
-        _gate(w.att_w, w.att_b),
-        _head(w.coord_w1, w.coord_b1, w.coord_w2, options, act),
-        None if w.vel_w1 is None else lambda h: velocity_gate(h, w, act),
-    )
-
-
 def egcl(
     h: Tensor,
     x: Tensor,
@@ -58,8 +50,14 @@ def egcl(
     edge_attr: Tensor | None = None,
     node_attr: Tensor | None = None,
     edge_mask: Tensor | None = None,
+    node_mask: Tensor | None = None,
+    v: Tensor | None = None,
+    residual: bool = True,
+    carry_velocity: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One layer, unsplit: eqs. 3 to 6 of the paper (eq. 8 with attention).
+    """One layer: eqs. 3 to 6 of the paper, 7 with velocities, 8 with attention.
+
+    Checks no argument: :func:`egnn_fast.functional.egcl` does.
 
     Parameters
     ----------
@@ -72,69 +70,191 @@ def egcl(
     maps : Maps
         The layer's MLPs, made by :func:`maps_of` or from its submodules.
     options : Options
-        How coordinates are normalised and clamped; the rest is in the MLPs.
+        How coordinates are normalised, clamped, aggregated and scaled; the rest is in the MLPs.
     edge_attr : Tensor [E, A], optional
         Edge attributes in the user's edge order.
     node_attr : Tensor [N, B], optional
         Attributes that enter the node MLP only.
-    edge_mask : Tensor [E], optional
-        Factor on every message and coordinate update.
+    edge_mask : Tensor [E] or [E, 1], optional
+        Factor on each edge's message and coordinate update; bool or floating point.
+    node_mask : Tensor [N] or [N, 1], optional
+        Factor on every edge at a node, on its new features and on its velocity.
+    v : Tensor [N, D], optional
+        Velocities, if the layer has phi_v.
+    residual : bool
+        Add h to the node MLP's output; F = O then.
+    carry_velocity : bool
+        Return the new velocities.
 
     Returns
     -------
-    (update, messages, shift)
-        ``update [N, O]``: the node MLP's output, without residual; ``messages [N, H]``: the sum
-        of the messages; ``shift [N, D]``: the sum of the coordinate updates, None without a head.
+    (h, x, v)
+        ``h [N, O]``; ``x [N, D]``; ``v [N, D]``, the whole step that x made, or None without
+        velocities or ``carry_velocity``.
     """
-    receiver, sender = graph.shared_edge_index()
+    receiver, sender = graph.shared_edge_index()  # i and j of each edge
+    nodes, mask = _factors(node_mask, x.dtype), _factors(edge_mask, x.dtype)
+    if nodes is not None:
+        at_both_ends = nodes[receiver] * nodes[sender]
+        mask = at_both_ends if mask is None else mask * at_both_ends
+        v = None if v is None else v * nodes.unsqueeze(1)
+    weight = coord_weight(graph, options, mask, x.dtype)
+
+    # eq. 3: n_ij = phi_e(h_i, h_j, |x_i - x_j|^2, a_ij)
     d = x[receiver] - x[sender]
     r = (d * d).sum(dim=1, keepdim=True)
     parts = [h[receiver], h[sender], r]
     if edge_attr is not None:
         parts.append(edge_attr)
     n = maps.edge_mlp(torch.cat(parts, dim=1))
-    m, t = _edge_model(n, d, r, maps.att_mlp, maps.coord_mlp, options, edge_mask)
-    # under autocast m is of low precision, its sum is not
-    messages = segment_sum(m.to(d.dtype), receiver, h.shape[0])
-    parts = [h, messages] if node_attr is None else [h, messages, node_attr]
-    update = maps.node_mlp(torch.cat(parts, dim=1))
-    if t is None:
-        return update, messages, None
-    return update, messages, segment_sum(t, receiver, h.shape[0])
+    # eq. 8: m_ij = phi_inf(n_ij) n_ij; and eq. 4's summand
+    m, t = _edge_model(n, d, r, maps.att_mlp, maps.coord_mlp, options, mask)
+    # eq. 5 and eq. 4's sum; under autocast m is of low precision, its sum is not
+    message_sum = segment_sum(m.to(d.dtype), receiver, h.shape[0])
+    coord_sum = None if t is None else segment_sum(t, receiver, h.shape[0])
+
+    new_h, new_x, step = update_nodes(
+        h, x, v, message_sum, coord_sum, maps, options,
+        node_attr=node_attr, weight=weight, residual=residual,
+    )  # fmt: skip
+    if nodes is not None:
+        new_h = new_h * nodes.unsqueeze(1).to(new_h.dtype)
+    return new_h, new_x, step if carry_velocity and v is not None else None
 
 
-def messages(
-    p: Tensor,
-    q: Tensor,
+def _factors(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask ``[K]`` or ``[K, 1]`` as numbers ``[K]``."""
+    return None if mask is None else mask.reshape(-1).to(dtype)
+
+
+def _edge_model(
+    n: Tensor,
+    d: Tensor,
+    r: Tensor,
+    gate: Map | None,
+    head: Map | None,
+    options: Options,
+    edge_mask: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """From phi_e's output to an edge's message and coordinate update.
+
+    ``n [E, H]``, ``d [E, D]``, ``r [E, 1]`` and ``edge_mask [E]`` give ``m [E, H]`` and
+    ``t [E, D]``, which is None without a head.
+    """
+    mask = None if edge_mask is None else edge_mask.unsqueeze(1)
+    m = n if gate is None else n * gate(n)
+    if mask is not None:
+        m = m * mask
+    if head is None:
+        return m, None
+    t = head(m) * _direction(d, r, options)
+    if options.coord_clamp is not None:
+        t = t.clamp(-options.coord_clamp, options.coord_clamp)
+    # the head is not zero at m = 0, so the mask acts here too
+    return m, t if mask is None else t * mask
+
+
+def _direction(d: Tensor, r: Tensor, options: Options) -> Tensor:
+    """u = d / rho ``[E, D]``."""
+    if options.coord_norm is None:
+        return d
+    if options.coord_norm == "unit":
+        return d / (torch.sqrt(r.detach()) + UNIT_NORM_EPS)
+    # sqrt has no derivative at 0; the norm's is taken as 0 there, to any order
+    nonzero = r != 0
+    norm = torch.where(nonzero, torch.where(nonzero, r, 1.0).sqrt(), 0.0)
+    return d / (norm + float(options.coord_norm))
+
+
+def update_nodes(
+    h: Tensor,
     x: Tensor,
-    receiver: Tensor,
-    sender: Tensor,
-    weights: EdgeWeights,
+    v: Tensor | None,
+    message_sum: Tensor,
+    coord_sum: Tensor | None,
+    maps: Maps,
     options: Options,
     *,
-    edge_attr: Tensor | None = None,
-    edge_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """The edge pass with the first linear split: what the fused kernels compute.
+    node_attr: Tensor | None,
+    weight: Tensor | None,
+    residual: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The node-level equations 4, 6 and 7, from the sums over each node's senders.
 
-    ``p [N, H]`` and ``q [N, H]`` are the receiver's and the sender's part of the first linear
-    (bias in p), under autocast also of lower precision than ``x``; ``receiver``, ``sender``,
-    ``edge_attr`` and ``edge_mask`` hold one entry an edge. Returns the sums over senders
-    ``M [N, H]`` and ``X [N, D]`` (None without a head), before any mean or scale.
+    ``message_sum [N, H]`` and ``coord_sum [N, D]`` (None without a head) are M and X;
+    ``weight [N]`` is from :func:`coord_weight`. Returns the new ``h [N, O]`` and ``x [N, D]``, and
+    the step ``[N, D]`` that x made: the new velocity, or None where nothing moves.
     """
-    d = x[receiver] - x[sender]
-    r = (d * d).sum(dim=1, keepdim=True)
-    # under autocast a linear leaves p and q in its dtype; their sum has that of the distances
-    z1 = p[receiver].to(d.dtype) + q[sender].to(d.dtype) + r * weights.w_r
-    if edge_attr is not None and weights.w_a is not None:
-        z1 = z1 + edge_attr @ weights.w_a.T
-    act = options.activation_fn()
-    n = act(F.linear(act(z1), weights.w2, weights.b2))
-    w_g, w_x = (None if w is None else w.reshape(1, -1) for w in (weights.w_g, weights.w_x))
-    gate, head = _gate(w_g, weights.b_g), _head(weights.w3, weights.b3, w_x, options, act)
-    m, t = _edge_model(n, d, r, gate, head, options, edge_mask)
-    shift = None if t is None else segment_sum(t, receiver, p.shape[0])
-    return segment_sum(m.to(d.dtype), receiver, p.shape[0]), shift
+    update = node_model(h, message_sum, node_attr, maps.node_mlp)
+    step = coord_model(h, v, coord_sum, weight, maps.coord_mlp_vel, options)
+    new_h = h + update if residual else update
+    return new_h, x if step is None else x + step, step
+
+
+def node_model(h: Tensor, message_sum: Tensor, node_attr: Tensor | None, node_mlp: Map) -> Tensor:
+    """Eq. 6: phi_h([h ; M ; node_attr]) ``[N, O]``, without residual."""
+    parts = [h, message_sum] if node_attr is None else [h, message_sum, node_attr]
+    return node_mlp(torch.cat(parts, dim=1))
+
+
+def coord_model(
+    h: Tensor,
+    v: Tensor | None,
+    coord_sum: Tensor | None,
+    weight: Tensor | None,
+    velocity_mlp: Map | None,
+    options: Options,
+) -> Tensor | None:
+    """Eq. 4's ``C sum_j t_ij``, with velocities eq. 7's ``phi_v(h) v`` too: ``[N, D]``.
+
+    None where nothing moves. Shapes as for :func:`update_nodes`.
+    """
+    shift = coord_sum
+    if shift is not None and weight is not None:
+        shift = shift * weight.unsqueeze(1)
+    if shift is not None and options.coord_scale != 1:
+        shift = shift * options.coord_scale
+    if v is None:
+        return shift
+    if velocity_mlp is None:
+        raise ValueError("v: the layer has no velocity MLP")
+    step = velocity_mlp(h).to(v.dtype) * v
+    return step if shift is None else step + shift
+
+
+def coord_weight(
+    graph: Graph, options: Options, edge_mask: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
+    """What the mean multiplies a node's summed coordinate updates by: 1 / max(sum of masks, 1).
+
+    ``[N]``, from ``edge_mask [E]``; None without a mean.
+    """
+    if options.coord_agg != "mean":
+        return None
+    if edge_mask is None:
+        return graph.inverse_degree(dtype)
+    receiver = graph.shared_edge_index()[0]
+    total = segment_sum(edge_mask.unsqueeze(1).to(dtype), receiver, graph.num_nodes)
+    return total.squeeze(1).clamp(min=1).reciprocal()
+
+
+def segment_sum(values: Tensor, index: Tensor, num_segments: int) -> Tensor:
+    """Sum the rows of ``values [E, K]`` that share an index: ``[num_segments, K]``."""
+    out = values.new_zeros((num_segments, values.shape[1]))
+    return out.scatter_add_(0, index.unsqueeze(1).expand_as(values), values)
+
+
+def maps_of(weights: LayerWeights, options: Options, activation: Activation | None = None) -> Maps:
+    """The MLPs with these weights; ``activation`` replaces the one that ``options`` names."""
+    act = activation or options.activation_fn()
+    w = weights
+    return Maps(
+        lambda z: act(_mlp(z, w.edge_w1, w.edge_b1, w.edge_w2, w.edge_b2, act)),
+        lambda z: _mlp(z, w.node_w1, w.node_b1, w.node_w2, w.node_b2, act),
+        _gate(w.att_w, w.att_b),
+        _head(w.coord_w1, w.coord_b1, w.coord_w2, options, act),
+        _velocity(w.vel_w1, w.vel_b1, w.vel_w2, w.vel_b2, act),
+    )
 
 
 def _gate(w: Tensor | None, b: Tensor | None) -> Map | None:
@@ -153,84 +273,71 @@ def _head(
     return lambda m: _mlp(m, w1, b1, w2, None, act)
 
 
-def _edge_model(
-    n: Tensor,
-    d: Tensor,
-    r: Tensor,
-    gate: Map | None,
-    head: Map | None,
-    options: Options,
-    edge_mask: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """From phi_e's output to an edge's message m and coordinate update t."""
-    mask = None if edge_mask is None else edge_mask.reshape(-1, 1)
-    m = n if gate is None else n * gate(n)
-    if mask is not None:
-        m = m * mask
-    if head is None:
-        return m, None
-    t = head(m) * _direction(d, r, options)
-    if options.coord_clamp is not None:
-        t = t.clamp(-options.coord_clamp, options.coord_clamp)
-    # the head is not zero at m = 0, so the mask acts here too
-    return m, t if mask is None else t * mask
-
-
-def _direction(d: Tensor, r: Tensor, options: Options) -> Tensor:
-    """u = d / rho."""
-    if options.coord_norm is None:
-        return d
-    if options.coord_norm == "unit":
-        return d / (torch.sqrt(r.detach()) + UNIT_NORM_EPS)
-    # sqrt has no derivative at 0; the norm's is taken as 0 there, to any order
-    apart = r != 0
-    norm = torch.where(apart, torch.where(apart, r, 1.0).sqrt(), 0.0)
-    return d / (norm + float(options.coord_norm))
-
-
-def node_model(
-    h: Tensor,
-    messages: Tensor,
-    node_attr: Tensor | None,
-    weights: LayerWeights,
-    act: Activation,
-) -> Tensor:
-    """phi_h: the node MLP on ``[h ; M ; node_attr]``, without residual (eq. 6)."""
-    parts = [h, messages] if node_attr is None else [h, messages, node_attr]
-    z = torch.cat(parts, dim=1)
-    return _mlp(z, weights.node_w1, weights.node_b1, weights.node_w2, weights.node_b2, act)
-
-
-def velocity_gate(h: Tensor, weights: LayerWeights, act: Activation) -> Tensor:
-    """phi_v(h) ``[N, 1]``: the factor on a node's velocity (eq. 7)."""
-    assert weights.vel_w1 is not None and weights.vel_w2 is not None
-    return _mlp(h, weights.vel_w1, weights.vel_b1, weights.vel_w2, weights.vel_b2, act)
+def _velocity(
+    w1: Tensor | None, b1: Tensor | None, w2: Tensor | None, b2: Tensor | None, act: Activation
+) -> Map | None:
+    """phi_v; None without velocities."""
+    return None if w1 is None or w2 is None else lambda h: _mlp(h, w1, b1, w2, b2, act)
 
 
 def _mlp(
     z: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation
 ) -> Tensor:
-    """Linear, activation, linear."""
+    """Linear, activation, linear: rows of ``z [K, in]`` to ``[K, out]``."""
     return F.linear(act(F.linear(z, w1, b1)), w2, b2)
 
 
-def segment_sum(values: Tensor, index: Tensor, num_segments: int) -> Tensor:
-    """Sum the rows of ``values [E, K]`` that share an index: ``[num_segments, K]``."""
-    out = values.new_zeros((num_segments, values.shape[1]))
-    return out.scatter_add_(0, index.unsqueeze(1).expand_as(values), values)
+def messages(
+    p: Tensor,
+    q: Tensor,
+    x: Tensor,
+    receiver: Tensor,
+    sender: Tensor,
+    weights: EdgeWeights,
+    options: Options,
+    *,
+    edge_attr: Tensor | None = None,
+    edge_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The edge pass, eqs. 3, 5, 8 and the sum of 4, with the first linear split into P and Q.
 
+    The kernels compute it so, and their second derivatives are this function's. It shares
+    :func:`egcl`'s edge model, from phi_e's output on.
 
-def coord_weight(
-    graph: Graph, options: Options, edge_mask: Tensor | None, dtype: torch.dtype
-) -> Tensor | None:
-    """What the mean multiplies a node's summed coordinate updates by: 1 / max(sum of masks, 1).
+    Parameters
+    ----------
+    p, q : Tensor [N, H]
+        The receiver's (with the bias) and the sender's part of the first linear; under autocast
+        also of lower precision than ``x``.
+    x : Tensor [N, D]
+        Coordinates.
+    receiver, sender : Tensor [E]
+        Of all edges or of some: the result is a sum over those.
+    weights : EdgeWeights
+        The rest of the edge MLP, the gate and the coordinate head.
+    options : Options
+        As for :func:`egcl`, but for aggregation and scale, which come after.
+    edge_attr : Tensor [E, A], optional
+        Edge attributes.
+    edge_mask : Tensor [E] or [E, 1], optional
+        Factor on m and t.
 
-    ``[N]``; None without a mean.
+    Returns
+    -------
+    (M, X)
+        ``[N, H]`` and ``[N, D]``: the sums of m and t over senders, before any mean or scale; X is
+        None without a head.
     """
-    if options.coord_agg != "mean":
-        return None
-    if edge_mask is None:
-        return graph.inverse_degree(dtype)
-    receiver = graph.shared_edge_index()[0]
-    total = segment_sum(edge_mask.reshape(-1, 1).to(dtype), receiver, graph.num_nodes)
-    return total.squeeze(1).clamp(min=1).reciprocal()
+    d = x[receiver] - x[sender]
+    r = (d * d).sum(dim=1, keepdim=True)
+    # under autocast a linear leaves p and q in its dtype; their sum has that of the distances
+    z1 = p[receiver].to(d.dtype) + q[sender].to(d.dtype) + r * weights.w_r
+    if edge_attr is not None and weights.w_a is not None:
+        z1 = z1 + edge_attr @ weights.w_a.T
+    act = options.activation_fn()
+    n = act(F.linear(act(z1), weights.w2, weights.b2))
+    w_g, w_x = (None if w is None else w.reshape(1, -1) for w in (weights.w_g, weights.w_x))
+    gate, head = _gate(w_g, weights.b_g), _head(weights.w3, weights.b3, w_x, options, act)
+    m, t = _edge_model(n, d, r, gate, head, options, _factors(edge_mask, x.dtype))
+    coord_sum = None if t is None else segment_sum(t, receiver, p.shape[0])
+    return segment_sum(m.to(d.dtype), receiver, p.shape[0]), coord_sum

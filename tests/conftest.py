@@ -24,6 +24,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 sys.path.append(str(Path(__file__).resolve().with_name("support")))
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from egnn_fast import backends, checks
+from egnn_fast.backends import available, decision
 from egnn_fast.runtime import native
 
 pytest.register_assert_rewrite(
@@ -66,7 +67,7 @@ def shares_a_fixture(item: pytest.Item) -> bool:
 @pytest.fixture(autouse=True)
 def _isolated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(backends.ENV_BACKEND, raising=False)
-    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(decision, "_warned", set())
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     isa = None if native.core is None else native.core.instruction_set()
@@ -94,7 +95,7 @@ def bfloat16() -> Iterator[None]:
 @pytest.fixture
 def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton is not installed."""
-    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    monkeypatch.setattr(available, "find_spec", lambda name: None)
 
 
 @pytest.fixture

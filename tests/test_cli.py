@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nbody import cache_of, takes_official
+from nbody import cache_of
 
 import egnn_fast
 from egnn_fast import backends, checks, cli
@@ -130,6 +130,7 @@ def test_check_fails_where_an_error_is_too_large(
         (["train", "nbody", "--lr", "-1"], ["--lr", "positive", "-1"]),
         (["train", "nbody", "--seed", "-3"], ["--seed", "-3"]),
         (["train", "nbody", "--batch-size", "4000"], ["--batch-size", "4000"]),
+        (["train", "nbody", "--backend", "cuda"], ["--backend", "cuda", "triton"]),
         (["train", "nbody", "--backend", "tpu"], ["--backend", "tpu", "reference"]),
         (["train", "nbody", "--device", "[tpu]"], ["--device", "[tpu]"]),
         (["train", "nbody", "--precision", "8"], ["--precision", "8"]),
@@ -150,7 +151,7 @@ def test_no_command_shows_the_help(call: Call) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--backend", "cuda"], ["--backend", "cuda"]),
+        (["--backend", "triton", "--precision", "64-true"], ["--backend", "triton"]),
         (["--device", "cuda:99"], ["--device", "cuda:99"]),
         (["--resume"], ["--resume", "no run"]),
         (["--resume", "--overwrite"], ["--resume", "--overwrite"]),

@@ -1,4 +1,4 @@
-"""The wheel and the editable install hold what they should, with and without the extension."""
+"""Wheel, sdist and editable install hold what they should, with and without the extension."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -99,6 +100,18 @@ def test_wheel_holds_nothing_else(wheel: Path) -> None:
         top = name.split("/")[0]
         assert top == "egnn_fast" or top.endswith(".dist-info"), name
         assert name.endswith((".py", EXT_SUFFIX, "py.typed")) or ".dist-info/" in name, name
+
+
+def test_sdist_holds_the_manual_and_the_sources(tmp_path: Path) -> None:
+    build = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    succeed([sys.executable, "-c", build], EGNN_FAST_NO_EXT="1")
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    pages = {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
+    assert len(pages) > 5
+    assert pages | {"README.md", "CONTRIBUTING.md", "Makefile", "CMakeLists.txt"} <= held
+    assert {"csrc/bindings.cpp", "kernels/forward.py", "tests/conftest.py"} <= held
 
 
 def test_installed_wheel_imports(wheel: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from egnn_fast import Graph, Options, functional
 from egnn_fast.checks.cases import Case
-from egnn_fast.options import LayerWeights
+from egnn_fast.weights import LayerWeights
 
 pytestmark = pytest.mark.native
 every_backend = pytest.mark.parametrize("backend", FUSED_BACKENDS)

@@ -20,7 +20,8 @@ from bench.gpu.checks import judge_tensors, launched
 from bench.gpu.setting import LEFT_OUT, Item, Outcome, Setting, autocast, low_type, matmul
 from egnn_fast import functional, reference
 from egnn_fast.graph import Graph
-from egnn_fast.options import EdgeWeights, Options
+from egnn_fast.options import Options
+from egnn_fast.weights import EdgeWeights
 
 CHUNK_NUMBERS = 1 << 25  # of a tensor [chunk, H]
 # of GPU memory at the peak of a check of 32 M edges, estimated: 15 at H = 64, 26 at 128

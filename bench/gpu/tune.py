@@ -22,7 +22,8 @@ from bench.gpu.checks import judge_tensors
 from bench.gpu.large import Pass
 from bench.gpu.setting import Item, Outcome, Setting, autocast, matmul
 from egnn_fast import functional
-from egnn_fast.options import EdgeWeights, Options
+from egnn_fast.options import Options
+from egnn_fast.weights import EdgeWeights
 
 EDGES = (16, 32, 64, 128)
 WARPS = (4, 8)

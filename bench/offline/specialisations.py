@@ -26,7 +26,8 @@ if not __package__:  # run as a file
 from bench.gpu.checks import at, table
 from bench.gpu.setting import Setting, matmul
 from bench.offline import compile, configurations
-from egnn_fast import backends, checks
+from egnn_fast import checks
+from egnn_fast.backends import decision
 from egnn_fast.backends import triton as triton_backend
 from egnn_fast.kernels import interpreting
 
@@ -60,7 +61,7 @@ def recorded(arch: str = "sm_90") -> Iterator[Keys]:
         (jit, "run", note),
         (call, "multiprocessors", property(lambda self: MULTIPROCESSORS)),
         # the tensors lie on the CPU
-        (backends, "refusal", lambda backend, call: None),
+        (decision, "refusal", lambda backend, call: None),
     ]
     before = [getattr(owner, name) for owner, name, _ in replaced]
     driver.set_active(compile._NoDevice(configurations.TARGETS[arch]))

@@ -1,7 +1,8 @@
 """The layer written the official code's way, on the weights of a layer of this package.
 
 Unsplit first linear on the concatenation, sums by ``scatter_add_``, a mean that counts its
-neighbours at each call. It is a baseline: only what the benchmarks use is here.
+neighbours at each call. It is a baseline of time, only what the benchmarks use is here; what is
+right, :mod:`egnn_fast.reference` says.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from egnn_fast.graph import Graph
 from egnn_fast.nn.layers import EGCLBase
+from egnn_fast.reference import segment_sum
 
 
 class OfficialLayer(nn.Module):
@@ -73,7 +75,7 @@ class OfficialLayer(nn.Module):
             moved = x + _segment_mean(shift, row, len(x))
         if self.coord_mlp_vel is not None and v is not None:
             moved = moved + self.coord_mlp_vel(h) * v
-        aggregated = _segment_sum(message, row, len(h))
+        aggregated = segment_sum(message, row, len(h))
         update = self.node_mlp(torch.cat([h, aggregated], dim=1))
         return (h + update if self.residual else update), moved
 
@@ -93,14 +95,7 @@ def official(module: nn.Module, edges: Tensor, order: Tensor | None = None) -> n
     return module
 
 
-def _segment_sum(values: Tensor, index: Tensor, segments: int) -> Tensor:
-    out = values.new_full((segments, values.shape[1]), 0)
-    return out.scatter_add_(0, index.unsqueeze(-1).expand(-1, values.shape[1]), values)
-
-
 def _segment_mean(values: Tensor, index: Tensor, segments: int) -> Tensor:
-    index = index.unsqueeze(-1).expand(-1, values.shape[1])
-    total = values.new_full((segments, values.shape[1]), 0).scatter_add_(0, index, values)
-    count = values.new_full((segments, values.shape[1]), 0)
-    count.scatter_add_(0, index, torch.ones_like(values))
-    return total / count.clamp(min=1)
+    """Mean of the rows of ``values [E, K]`` that share an index: ``[segments, K]``."""
+    count = segment_sum(torch.ones_like(values), index, segments)
+    return segment_sum(values, index, segments) / count.clamp(min=1)

@@ -18,7 +18,8 @@ from egnn_fast.bench import cases, eager
 from egnn_fast.bench.problems import Problem, Step
 from egnn_fast.experiments.errors import UsageError
 from egnn_fast.nn import EGCL
-from egnn_fast.operators import composed, ops
+from egnn_fast.operators import second_order
+from egnn_fast.operators.messages import messages
 
 Outputs = tuple[Tensor, ...]
 
@@ -59,8 +60,8 @@ class Runner:
         """By leaf; those that the outputs do not depend on are left out."""
         pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
         outs, towards = zip(*pairs, strict=True)
-        found = torch.autograd.grad(outs, list(self.leaves.values()), towards, allow_unused=True)
-        named = zip(self.leaves, found, strict=True)
+        grads = torch.autograd.grad(outs, list(self.leaves.values()), towards, allow_unused=True)
+        named = zip(self.leaves, grads, strict=True)
         return {name: grad for name, grad in named if grad is not None}
 
     def _backward(self, outputs: Outputs) -> None:
@@ -128,8 +129,8 @@ def _edge_op(problem: Problem) -> Runner:
     weight = graph.inverse_degree(x.dtype)
 
     def forward() -> Outputs:
-        new_h, new_x, _ = composed.layer(
-            ops.messages, h, x, graph, layer.weights(), layer.options, v=None, edge_attr=None,
+        new_h, new_x, _ = second_order.layer_around(
+            messages, h, x, graph, layer.weights(), layer.options, v=None, edge_attr=None,
             edge_mask=None, node_attr=None, coord_weight=weight, residual=True, backend="cpu",
         )  # fmt: skip
         return new_h, new_x
@@ -147,9 +148,10 @@ def _node_ops(problem: Problem) -> Runner:
     def forward() -> Outputs:
         weights = layer.weights()
         w_pq, b_pq, _ = weights.split(h.shape[1])
-        update = reference.node_model(h, m, None, weights, F.silu)
-        shift = composed.scale_shift(total, weight, layer.options)
-        new_h, new_x, _ = composed.apply_updates(h, x, None, update, shift, None, True)
+        new_h, new_x, _ = reference.update_nodes(
+            h, x, None, m, total, reference.maps_of(weights, layer.options), layer.options,
+            node_attr=None, weight=weight, residual=True,
+        )  # fmt: skip
         return new_h, new_x, F.linear(h, w_pq, b_pq)
 
     return Runner(forward, {**problem.leaves(layer), "m": m, "total": total})

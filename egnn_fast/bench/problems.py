@@ -20,7 +20,8 @@ from egnn_fast.experiments.nbody.task import NBodyModel, Trainer
 from egnn_fast.graph import Graph
 from egnn_fast.nn import EGCL, EGNN
 from egnn_fast.nn.layers import EGCLBase
-from egnn_fast.options import EdgeWeights, Options
+from egnn_fast.options import Options
+from egnn_fast.weights import EdgeWeights
 
 SEED = 0
 Step = Callable[[], Tensor]

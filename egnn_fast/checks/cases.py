@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from egnn_fast import functional
+from egnn_fast import functional, reference
 from egnn_fast.graph import Graph
-from egnn_fast.options import EdgeWeights, LayerWeights, Options
+from egnn_fast.options import Options
+from egnn_fast.weights import EdgeWeights, LayerWeights
 
 Outputs = dict[str, Tensor]
 
@@ -35,6 +36,7 @@ _EDGE_ROWS = {"edge_attr", "edge_mask"}
 class Problem(NamedTuple):
     """A differentiable call: ``run(leaves, backend, order)`` gives named outputs.
 
+    Backend "reference" is :mod:`egnn_fast.reference` itself, without :mod:`egnn_fast.functional`.
     Every order is the same function of the leaves, but adds in another sequence.
     """
 
@@ -54,7 +56,7 @@ class Case:
         How receivers and senders are drawn: both uniformly; the k-th node receiving in
         proportion to 1/(k+1)^1.5; all to node 0; to a tenth of the nodes only; uniformly but
         given in receiver order; self-loops and repeated edges; uniformly with every second node
-        on the place of its neighbour; or all pairs of the components ``sizes``.
+        where its neighbour is; or all pairs of the components ``sizes``.
     nodes, edges : int
         N and E; for complete graphs they follow from ``sizes``.
     hidden, dim, attrs : int
@@ -159,10 +161,16 @@ class Case:
                 t["w_r"], t.get("w_a"), t["w2"], t["b2"],
                 *(t.get(name) for name in ("w_g", "b_g", "w3", "b3", "w_x")),
             )  # fmt: skip
-            m, x = functional.egcl_messages(
-                t["P"], t["Q"], t["x"], edges, weights, self.options,
-                edge_attr=t.get("edge_attr"), edge_mask=t.get("edge_mask"), backend=backend,
-            )  # fmt: skip
+            inputs: dict[str, Any] = {k: t.get(k) for k in ("edge_attr", "edge_mask")}
+            if backend == "reference":
+                receiver, sender = edges.shared_edge_index()
+                m, x = reference.messages(
+                    t["P"], t["Q"], t["x"], receiver, sender, weights, self.options, **inputs
+                )
+            else:
+                m, x = functional.egcl_messages(
+                    t["P"], t["Q"], t["x"], edges, weights, self.options, **inputs, backend=backend
+                )
             return shuffle.outputs({"M": m} if x is None else {"M": m, "X": x})
 
         return Problem({name: t.to(device) for name, t in leaves.items()}, run)
@@ -207,12 +215,18 @@ class Case:
             shuffle = shuffles[order]
             t, edges = shuffle.leaves(leaves), shuffle.graph
             weights = LayerWeights(**{name: t[name] for name in shapes})
-            new_h, new_x, new_v = functional.egcl(
-                t["h"], t["x"], edges, weights, self.options,
-                edge_attr=t.get("edge_attr"), node_attr=t.get("node_attr"),
-                edge_mask=t.get("edge_mask"), node_mask=t.get("node_mask"),
-                v=t.get("v"), residual=self.residual, carry_velocity=self.carry, backend=backend,
-            )  # fmt: skip
+            optional = ("edge_attr", "node_attr", "edge_mask", "node_mask", "v")
+            inputs: dict[str, Any] = {k: t.get(k) for k in optional}
+            inputs |= {"residual": self.residual, "carry_velocity": self.carry}
+            if backend == "reference":
+                maps = reference.maps_of(weights, self.options)
+                new_h, new_x, new_v = reference.egcl(
+                    t["h"], t["x"], edges, maps, self.options, **inputs
+                )
+            else:
+                new_h, new_x, new_v = functional.egcl(
+                    t["h"], t["x"], edges, weights, self.options, **inputs, backend=backend
+                )
             out = {"h": new_h, "x": new_x}
             return shuffle.outputs(out if new_v is None else out | {"v": new_v})
 
@@ -308,9 +322,10 @@ def check_cases(quick: bool) -> tuple[Case, ...]:
     cases = (
         Case("plain, H 16"),
         Case(
-            "edge attributes, soft mask, velocity",
+            "edge attributes, soft masks, velocity",
             attrs=4,
             mask="soft",
+            node_mask=True,
             velocity=True,
             carry=True,
             hidden=33,

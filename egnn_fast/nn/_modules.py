@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from egnn_fast import arguments
 from egnn_fast.nn._parts import FUSED_ACTIVATIONS
-from egnn_fast.options import LayerWeights, Options
+from egnn_fast.options import Options
 from egnn_fast.reference import Map, Maps
+from egnn_fast.weights import LayerWeights
 
 # names of this module cost less than attributes of torch.nn
 Linear, Sequential, Sigmoid, Tanh = nn.Linear, nn.Sequential, nn.Sigmoid, nn.Tanh

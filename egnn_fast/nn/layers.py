@@ -21,7 +21,8 @@ from egnn_fast.nn._parts import (
     fused_activation,
     mlp,
 )
-from egnn_fast.options import LayerWeights, Options, as_bool
+from egnn_fast.options import Options, as_bool
+from egnn_fast.weights import LayerWeights
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -21,6 +21,9 @@ from torch._C._functorch import (
 )
 from torch.autograd import forward_ad
 
+from egnn_fast.operators.registry import kernels_of
+from egnn_fast.operators.signature import Signature
+
 MAX_ORDER_MESSAGE = (
     "egnn_fast: the fused operators support derivatives up to the second order; "
     "for higher orders use backend='reference'"
@@ -32,7 +35,6 @@ FORWARD_MODE_MESSAGE = (
 
 F = TypeVar("F", bound=type[torch.autograd.Function])
 Tensors = Sequence[Tensor | None]
-Reached = Callable[[Sequence[bool], Tensors, Tensors], list[bool]]
 
 lib = torch.library.Library("egnn_fast", "DEF")
 
@@ -65,45 +67,30 @@ class Operator:
 
     Parameters
     ----------
-    name : str
-        Within the namespace ``egnn_fast``.
-    inputs : str
-        The schema of the inputs: ``n_diff`` differentiable tensors, then other tensors up to
-        ``n_tensors``, then scalars.
-    outputs, kept : int
-        How many outputs take part in derivatives, and how many more are handed to
-        ``name_backward`` as they are (constants to every derivative).
+    signature : Signature
+        Its arguments and results.
     fake : callable
-        Empty outputs for the inputs.
-    reached : callable
-        ``reached(needed, cotangents, inputs)``: which gradients among the needed ones exist,
-        given the outputs' cotangents and the differentiable inputs, some of each None.
+        Empty outputs and constants for the arguments.
     double_backward : callable
-        Takes ``(cotangents, *output cotangents, *kept, *inputs, needed, needed2)``; returns the
-        gradients that ``needed2`` marks among the output cotangents and differentiable inputs.
+        Takes ``(cotangents, *the derivative's arguments, needed, needed2)``; returns the gradients
+        that ``needed2`` marks among the outputs' cotangents and the inputs.
     """
 
     def __init__(
         self,
-        name: str,
-        inputs: str,
+        signature: Signature,
         *,
-        outputs: int,
-        kept: int,
-        n_diff: int,
-        n_tensors: int,
         fake: Callable[..., tuple[Tensor, ...]],
-        reached: Reached,
         double_backward: Callable[..., list[Tensor]],
     ) -> None:
-        self.name, self.outputs, self.kept = name, outputs, kept
-        self.n_diff, self.n_tensors, self.reached = n_diff, n_tensors, reached
-        cotangents = "".join(f"Tensor? g_{k}, " for k in range(outputs))
-        constants = "".join(f"Tensor kept_{k}, " for k in range(kept))
-        lib.define(f"{name}({inputs}) -> ({', '.join(['Tensor'] * (outputs + kept))})")
-        lib.define(f"{name}_backward({cotangents}{constants}{inputs}, bool[] needed) -> Tensor[]")
+        self.signature, name = signature, signature.name
+        self.outputs, self.constants = len(signature.outputs), len(signature.constants)
+        self.n_inputs, self.n_tensors = signature.n_inputs, signature.n_tensors
+        results = ", ".join(["Tensor"] * (self.outputs + self.constants))
+        lib.define(f"{name}({signature.schema}) -> ({results})")
+        lib.define(f"{name}_backward({signature.backward_schema}, bool[] needed) -> Tensor[]")
         lib.define(
-            f"{name}_double_backward(Tensor?[] cotangents, {cotangents}{constants}{inputs}, "
+            f"{name}_double_backward(Tensor?[] cotangents, {signature.backward_schema}, "
             "bool[] needed, bool[] needed2) -> Tensor[]"
         )
         space = torch.ops.egnn_fast
@@ -113,6 +100,9 @@ class Operator:
         self.function = _first_order(self)
         self.backward_function = _second_order(self)
         self.double_backward_function = _last_order(self)
+        for device in ("CPU", "CUDA"):
+            lib.impl(name, self._run, device)
+            lib.impl(f"{name}_backward", self._run_backward, device)
         lib.impl(f"{name}_double_backward", double_backward, "CompositeExplicitAutograd")
         lib.impl(name, self._autograd, "Autograd")
         lib.impl(f"{name}_backward", self._backward_autograd, "Autograd")
@@ -124,7 +114,7 @@ class Operator:
         )
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
-        """Run the operator: its outputs, the kept ones last."""
+        """Run the operator: its outputs, then its constants."""
         return transformable(self.function, self.op, *args)
 
     def backward(
@@ -132,22 +122,32 @@ class Operator:
     ) -> list[Tensor | None]:
         """The derivative, differentiable itself: a gradient or None for each input.
 
-        ``saved`` holds the kept outputs and the input tensors.
+        ``saved`` holds the constants, the inputs and the graph's tensors.
         """
         if are_batched(cotangents):
             return over_batch(lambda each: self.backward(wanted, each, saved, scalars), cotangents)
-        inputs = saved[self.kept : self.kept + self.n_diff]
-        needed = self.reached(wanted, cotangents, inputs)
+        inputs = saved[self.constants : self.constants + self.n_inputs]
+        needed = self.signature.reached(wanted, cotangents, inputs)
         if all(g is None for g in cotangents) or not any(needed):
-            return [None] * self.n_diff
+            return [None] * self.n_inputs
         found = transformable(
             self.backward_function, self.backward_op, *cotangents, *saved, *scalars, needed
         )
-        return _spread(found, needed)
+        return spread(found, needed)
 
     def double_backward_flat(self, n_cotangents: int, *args: Any) -> list[Tensor]:
         """The operator for a Function, which sees tensors only where they are no list."""
         return self.double_backward_op(list(args[:n_cotangents]), *args[n_cotangents:])
+
+    def _run(self, *args: Any) -> tuple[Tensor, ...]:
+        backend = args[self.signature.index("backend")]
+        results: tuple[Tensor, ...] = getattr(kernels_of(backend), self.signature.name)(*args)
+        return results
+
+    def _run_backward(self, *args: Any) -> list[Tensor]:
+        kernels = kernels_of(args[self.outputs + self.constants + self.signature.index("backend")])
+        grads: list[Tensor] = getattr(kernels, f"{self.signature.name}_backward")(*args)
+        return grads
 
     def _autograd(self, *args: Any) -> tuple[Tensor, ...]:
         run = self.function.apply if wants_grad(*args) else self.function.forward
@@ -165,12 +165,12 @@ class Operator:
         return list((function.apply if wants_grad(*flat) else function.forward)(*flat))
 
     def _backward_fake(self, *args: Any) -> list[Tensor]:
-        first = self.outputs + self.kept
-        return _empty_like(args[first : first + self.n_diff], args[-1])
+        first = self.outputs + self.constants
+        return _empty_like(args[first : first + self.n_inputs], args[-1])
 
     def _double_backward_fake(self, cotangents: Any, *args: Any) -> list[Tensor]:
-        first = self.outputs + self.kept
-        return _empty_like((*args[: self.outputs], *args[first : first + self.n_diff]), args[-1])
+        first = self.outputs + self.constants
+        return _empty_like((*args[: self.outputs], *args[first : first + self.n_inputs]), args[-1])
 
 
 def transformable(function: type[torch.autograd.Function], operator: Any, *args: Any) -> Any:
@@ -214,7 +214,7 @@ def over_batch(
 
 
 def _first_order(operator: Operator) -> type[_Function]:
-    outputs, n_diff, n_tensors = operator.outputs, operator.n_diff, operator.n_tensors
+    outputs, n_inputs, n_tensors = operator.outputs, operator.n_inputs, operator.n_tensors
 
     class Forward(_Function):
         @staticmethod
@@ -233,16 +233,16 @@ def _first_order(operator: Operator) -> type[_Function]:
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
             found = operator.backward(
-                ctx.needs_input_grad[:n_diff], grads[:outputs], ctx.saved_tensors, ctx.scalars
+                ctx.needs_input_grad[:n_inputs], grads[:outputs], ctx.saved_tensors, ctx.scalars
             )
-            return (*found, *(None,) * (n_tensors - n_diff + len(ctx.scalars)))
+            return (*found, *(None,) * (n_tensors - n_inputs + len(ctx.scalars)))
 
-    return named(Forward, f"EgnnFast_{operator.name}")
+    return named(Forward, f"EgnnFast_{operator.signature.name}")
 
 
 def _second_order(operator: Operator) -> type[_Function]:
-    outputs, kept, n_diff = operator.outputs, operator.kept, operator.n_diff
-    n_tensors = outputs + kept + operator.n_tensors
+    outputs, constants, n_inputs = operator.outputs, operator.constants, operator.n_inputs
+    n_tensors = outputs + constants + operator.n_tensors
 
     class Backward(_Function):
         @staticmethod
@@ -266,21 +266,21 @@ def _second_order(operator: Operator) -> type[_Function]:
     def run(
         wanted: Sequence[bool], cotangents: Tensors, saved: Tensors, scalars: Sequence[Any]
     ) -> tuple[Tensor | None, ...]:
-        first = outputs + kept
-        diff = slice(first, first + n_diff)
-        reached = operator.reached(wanted[diff], saved[:outputs], saved[diff])
+        first = outputs + constants
+        diff = slice(first, first + n_inputs)
+        reached = operator.signature.reached(wanted[diff], saved[:outputs], saved[diff])
         needed2 = [*wanted[:outputs], *reached]
-        rest = (None,) * (n_tensors - first - n_diff + len(scalars))
+        rest = (None,) * (n_tensors - first - n_inputs + len(scalars))
         if all(c is None for c in cotangents) or not any(needed2):
-            return (None,) * (first + n_diff) + rest
+            return (None,) * (first + n_inputs) + rest
         found = transformable(
             operator.double_backward_function, operator.double_backward_flat,
             len(cotangents), *cotangents, *saved, *scalars, needed2,
         )  # fmt: skip
-        places = _spread(found, needed2)
-        return (*places[:outputs], *(None,) * kept, *places[outputs:], *rest)
+        places = spread(found, needed2)
+        return (*places[:outputs], *(None,) * constants, *places[outputs:], *rest)
 
-    return named(Backward, f"EgnnFast_{operator.name}_backward")
+    return named(Backward, f"EgnnFast_{operator.signature.name}_backward")
 
 
 def _last_order(operator: Operator) -> type[_Function]:
@@ -298,7 +298,7 @@ def _last_order(operator: Operator) -> type[_Function]:
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
             raise NotImplementedError(MAX_ORDER_MESSAGE)
 
-    return named(DoubleBackward, f"EgnnFast_{operator.name}_double_backward")
+    return named(DoubleBackward, f"EgnnFast_{operator.signature.name}_double_backward")
 
 
 def named(function: F, name: str) -> F:
@@ -309,9 +309,9 @@ def named(function: F, name: str) -> F:
     return function
 
 
-def _spread(found: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
-    """Put the gradients that were asked for in their places."""
-    rest = iter(found)
+def spread(tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
+    """A tensor for each needed place, in order, and None for the others."""
+    rest = iter(tensors)
     return [next(rest) if n else None for n in needed]
 
 

@@ -1,4 +1,4 @@
-"""Second derivatives: of the edge pass by the reference, of the layer by the composed layer.
+"""Second derivatives: of the edge pass by the reference, of the layer through its edge pass.
 
 The edge pass is a sum over edges, so the derivative of its derivative is one too: chunks of
 edges, added up, keep the memory bounded.
@@ -8,44 +8,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from egnn_fast import reference
 from egnn_fast.graph import Graph
-from egnn_fast.operators import composed
-from egnn_fast.operators.composed import EdgePass
+from egnn_fast.operators.autograd import spread
 from egnn_fast.operators.precision import float32_products, in_float32
-from egnn_fast.options import LAYER_INPUTS, EdgeWeights, LayerWeights, Options
+from egnn_fast.operators.signature import GRAPH, LAYER, MESSAGES, decode_options
+from egnn_fast.options import Options
+from egnn_fast.weights import EdgeWeights, LayerWeights
+
+EdgePass = Callable[..., tuple[Tensor, Tensor | None]]
 
 # elements of a [chunk, H] tensor; a chunk keeps some forty of them alive
 CHUNK_ELEMENTS = 1 << 20
-_EDGE_INPUTS = (2, 3)  # edge_attr and edge_mask have a row an edge
-_N_DIFF = 13
-_N_LAYER = len(LAYER_INPUTS) + len(LayerWeights._fields)
+# the inputs that have a row for each edge
+_EDGE_INPUTS = tuple(map(MESSAGES.names.index, ("edge_attr", "edge_mask")))
 
 
-def messages(
-    cotangents: Sequence[Tensor | None],
-    g_m: Tensor | None,
-    g_x: Tensor | None,
-    *args: Any,
-) -> list[Tensor]:
-    """The derivative of ``messages_backward``; arguments as in :mod:`egnn_fast.operators.ops`.
+def messages(cotangents: Sequence[Tensor | None], *args: Any) -> list[Tensor]:
+    """The derivative of ``messages_backward``.
 
-    ``cotangents`` belong to the outputs of ``messages_backward``, those that ``needed`` marks;
-    the result holds a gradient for each of ``g_m, g_x`` and the 13 inputs that ``needed2`` marks.
+    ``args`` are those of ``messages_backward``, which ends with ``needed``, and ``needed2``.
+    ``cotangents`` belong to its outputs, the gradients that ``needed`` marks. Returns a gradient
+    for each of the cotangents of M and X and the inputs that ``needed2`` marks.
     """
-    inputs = list(args[:_N_DIFF])
-    graph = Graph.trusted(*args[_N_DIFF : _N_DIFF + 4], None, None)
-    *scalars, backend, precision, needed, needed2 = args[_N_DIFF + 4 :]
-    options = _options(*scalars)
-    spread = iter(cotangents)
-    towards = [next(spread) if n else None for n in needed]
+    *args, needed2 = args  # type: ignore[assignment]
+    call = MESSAGES.BackwardArguments(*args)
+    g_m, g_x, inputs = call.g_m, call.g_x, [getattr(call, name) for name in MESSAGES.names]
+    graph = _graph(call)
+    options = decode_options(call)
+    towards = spread(cotangents, call.needed)
 
     totals = [
         t.new_zeros(t.shape) if need else None
@@ -53,28 +51,18 @@ def messages(
     ]
     receiver, sender = graph.receivers, graph.sorted_senders()
     order = receiver.new_tensor([]) if graph.perm is None else graph.perm.long()
-    chunk = max(1, CHUNK_ELEMENTS // inputs[0].shape[1])
+    chunk = max(1, CHUNK_ELEMENTS // call.pq.shape[1])
     for begin in range(0, graph.num_edges, chunk):
         end = min(begin + chunk, graph.num_edges)
         rows = slice(begin, end) if graph.perm is None else order[begin:end]
-        local = [
-            t[rows] if t is not None and k in _EDGE_INPUTS else t for k, t in enumerate(inputs)
-        ]
-        local_towards = [
-            t[rows] if t is not None and k in _EDGE_INPUTS else t for k, t in enumerate(towards)
-        ]
-        grads = _chunk(
-            local,
-            local_towards,
-            g_m,
-            g_x,
-            receiver[begin:end],
-            sender[begin:end],
-            options,
-            needed2,
-            backend,
-            precision,
+        local, local_towards = (
+            [t[rows] if t is not None and k in _EDGE_INPUTS else t for k, t in enumerate(tensors)]
+            for tensors in (inputs, towards)
         )
+        grads = _chunk(
+            local, local_towards, g_m, g_x, receiver[begin:end], sender[begin:end], options,
+            needed2, call.backend, call.precision,
+        )  # fmt: skip
         for k, (total, grad) in enumerate(zip(totals, grads, strict=True)):
             if total is None or grad is None:
                 continue
@@ -83,6 +71,10 @@ def messages(
             else:
                 total += grad
     return [t for t in totals if t is not None]
+
+
+def _graph(call: Any) -> Graph:
+    return Graph.trusted(*(getattr(call, name) for name in GRAPH), None, None)
 
 
 @contextmanager
@@ -103,43 +95,76 @@ def _autograd(device: str, backend: str, precision: str) -> Iterator[None]:
 
 
 def layer(edge_pass: EdgePass) -> Callable[..., list[Tensor]]:
-    """The derivative of ``layer_backward``, by differentiating the composed layer twice.
+    """The derivative of ``layer_backward``, by differentiating :func:`layer_around` twice.
 
     ``edge_pass`` is the operator ``messages``: its own derivatives keep the memory bounded.
     """
 
     def double_backward(cotangents: Sequence[Tensor | None], *args: Any) -> list[Tensor]:
-        g_out, inputs = args[:3], args[6 : 6 + _N_LAYER]  # three kept outputs between them
-        graph = Graph.trusted(*args[6 + _N_LAYER : 10 + _N_LAYER], None, None)
-        rest = args[10 + _N_LAYER :]
-        *scalars, scale, residual, _carry, backend, precision, _kept, needed, needed2 = rest
-        spread = iter(cotangents)
-        towards = [next(spread) if n else None for n in needed]
-        with _autograd(inputs[0].device.type, backend, precision):
+        *args, needed2 = args  # type: ignore[assignment]
+        call = LAYER.BackwardArguments(*args)
+        inputs = [getattr(call, name) for name in LAYER.names]
+        g_out = [getattr(call, name) for name in LAYER.cotangents]
+        towards = spread(cotangents, call.needed)
+        with _autograd(call.h.device.type, call.backend, call.precision):
             leaves: list[Any] = _leaves([*g_out, *inputs])
-            h, x, v, edge_attr, edge_mask, node_attr, coord_weight = leaves[3:10]
-            weights = LayerWeights(*leaves[10:])
-            options = replace(
-                _options(*scalars),
-                coord_scale=scale,
+            tensors = dict(zip(LAYER.names, leaves[len(g_out) :], strict=True))
+            weights = LayerWeights(*(tensors[name] for name in LayerWeights._fields))
+            options = decode_options(
+                call,
+                coord_scale=call.coord_scale,
                 attention=weights.att_w is not None,
                 coord_agg=None if weights.coord_w2 is None else "sum",
             )
-            outputs = composed.layer(
-                partial(edge_pass, precision=in_float32(precision)), h, x, graph, weights, options,
-                v=v, edge_attr=edge_attr, edge_mask=edge_mask, node_attr=node_attr,
-                coord_weight=coord_weight, residual=residual, backend=backend,
+            outputs = layer_around(
+                partial(edge_pass, precision=in_float32(call.precision)),
+                tensors["h"], tensors["x"], _graph(call), weights, options,
+                **{k: tensors[k] for k in ("v", "edge_attr", "edge_mask", "node_attr")},
+                coord_weight=tensors["coord_weight"], residual=call.residual, backend=call.backend,
             )  # fmt: skip
-            value = h.new_zeros(())
-            for g, output in zip(leaves[:3], outputs, strict=True):
+            value = call.h.new_zeros(())
+            for g, output in zip(leaves[: len(g_out)], outputs, strict=True):
                 if g is not None and output is not None:
                     value = value + (g * output).sum()
-            found = _second(value, leaves[3:], towards, leaves, needed2)
+            grads = _second(value, leaves[len(g_out) :], towards, leaves, needed2)
         return [
-            _own(t, grad) for t, grad, n in zip([*g_out, *inputs], found, needed2, strict=True) if n
+            _own(t, grad) for t, grad, n in zip([*g_out, *inputs], grads, needed2, strict=True) if n
         ]
 
     return double_backward
+
+
+def layer_around(
+    edge_pass: EdgePass,
+    h: Tensor,
+    x: Tensor,
+    graph: Graph,
+    weights: LayerWeights,
+    options: Options,
+    *,
+    v: Tensor | None,
+    edge_attr: Tensor | None,
+    edge_mask: Tensor | None,
+    node_attr: Tensor | None,
+    coord_weight: Tensor | None,
+    residual: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A layer in PyTorch's operations around an edge pass: ``(h [N, O], x [N, D], v [N, D])``.
+
+    ``edge_pass`` is :func:`egnn_fast.operators.ops.messages`; ``coord_weight [N]`` is what the
+    mean divides by, inverted. v is the step that x made, None where nothing moves. The other
+    arguments are those of :func:`egnn_fast.functional.egcl`.
+    """
+    w_pq, b_pq, edge = weights.split(h.shape[1])
+    message_sum, coord_sum = edge_pass(
+        F.linear(h, w_pq, b_pq), x, graph, edge, options, edge_attr, edge_mask, backend
+    )
+    return reference.update_nodes(
+        h, x, v, message_sum, coord_sum if options.updates_coords else None,
+        reference.maps_of(weights, options), options,
+        node_attr=node_attr, weight=coord_weight, residual=residual,
+    )  # fmt: skip
 
 
 def _own(tensor: Any, grad: Tensor | None) -> Tensor:
@@ -147,16 +172,6 @@ def _own(tensor: Any, grad: Tensor | None) -> Tensor:
     if grad is None:
         return tensor.new_zeros(tensor.shape)
     return grad.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _options(activation: str, slope: float, norm: float, tanh: bool, clamp: float) -> Options:
-    return Options(
-        activation=activation,
-        negative_slope=slope,
-        coord_norm=None if norm == 0 else "unit" if norm < 0 else norm,
-        coord_tanh=tanh,
-        coord_clamp=clamp or None,
-    )
 
 
 def _leaves(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -183,8 +198,8 @@ def _second(
     if not total.requires_grad:
         return out
     wanted = [k for k, need in enumerate(needed) if need]
-    found = torch.autograd.grad(total, [leaves[k] for k in wanted], allow_unused=True)
-    for k, grad in zip(wanted, found, strict=True):
+    second = torch.autograd.grad(total, [leaves[k] for k in wanted], allow_unused=True)
+    for k, grad in zip(wanted, second, strict=True):
         out[k] = grad
     return out
 

@@ -32,8 +32,8 @@ from torch import Tensor
 from egnn_fast import Options, checks, functional
 from egnn_fast.checks import Row
 from egnn_fast.checks.cases import ORDERS, Case, Problem
-from egnn_fast.options import LayerWeights
 from egnn_fast.runtime import native
+from egnn_fast.weights import LayerWeights
 
 pytestmark = [pytest.mark.native, pytest.mark.usefixtures("one_thread")]
 every_backend = pytest.mark.parametrize("backend", FUSED_BACKENDS)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from egnn_fast import Graph, Options, checks, functional
-from egnn_fast.options import EdgeWeights
+from egnn_fast.weights import EdgeWeights
 
 OVER = 2**31
 EPS = torch.finfo(torch.float32).eps

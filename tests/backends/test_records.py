@@ -16,8 +16,8 @@ from ways import leaves_of, total
 from egnn_fast import Graph, Options, functional, nn
 from egnn_fast.backends import cpu
 from egnn_fast.checks.cases import Case
-from egnn_fast.options import LayerWeights
 from egnn_fast.runtime import native
+from egnn_fast.weights import LayerWeights
 
 N, E, F, H, O, D, A, B = 7, 20, 4, 8, 5, 3, 2, 1  # noqa: E741 (the widths' names)
 LAYER = {

@@ -1,4 +1,4 @@
-"""``egnn-fast bench``: options, files, pictures; and the README's figures."""
+"""``egnn-fast bench``: options, files, pictures; and the figures of README and docs/."""
 
 from __future__ import annotations
 
@@ -326,24 +326,32 @@ def test_a_failing_process_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         memory.peak(CASES[0], FUSED, 1)
 
 
-def test_figures_of_the_readme_are_those_of_the_committed_run() -> None:
-    text = update_readme.README.read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", update_readme.PAGES, ids=lambda page: page.name)
+def test_figures_of_the_pages_are_those_of_the_committed_run(page: Path) -> None:
     results = Results.load(update_readme.RESULTS)
     assert results.passed
-    assert update_readme.insert(text, update_readme.figures(results)) == text
+    assert update_readme.updated(page, results) == page.read_text(encoding="utf-8")
+
+
+def test_every_figure_has_a_page() -> None:
+    placed = [name for blocks in update_readme.PAGES.values() for name in blocks]
+    assert sorted(placed) == sorted(update_readme.figures(some_results()))
 
 
 def test_figures_are_taken_from_the_results() -> None:
     blocks = update_readme.figures(some_results())
     told, table = blocks["speed"].split("\n\n")
-    assert told == (
+    assert told.replace("\n", " ") == (
         "`egnn-fast bench` on a CPU, avx2, 2 threads, torch 2.13, egnn_fast 0.1, commit abc, "
         "2026-01-01; 7 samples."
     )
     busy = some_results()
     busy.environment = dataclasses.replace(busy.environment, load=3.0)
-    assert "while other programs ran (load 3.0)" in update_readme.figures(busy)["speed"]
+    told_busy = update_readme.figures(busy)["speed"].replace("\n", " ")
+    assert "while other programs ran (load 3.0)" in told_busy
     assert "| `layer-64` | inference | 100 ms | – | 10 ms | 10.0x | 90% |" in table
+    assert blocks["summary"].startswith(told)
+    assert "| `layer-64` | inference | 100 ms | – | 10 ms | 10.0x |\n" in blocks["summary"]
     assert "| would need about 9 GB, 1 GB are free | 40 MB | 15.6 |" in blocks["memory"]
     with pytest.raises(ValueError, match="once"):
         update_readme.insert("no markers", blocks)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from egnn_fast import Graph, backends, nn
+from egnn_fast import Graph, nn
+from egnn_fast.backends import decision
 from egnn_fast.graph.edge_lists import as_count
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -239,7 +240,7 @@ def test_on_other_devices_lists_are_sorted_each_time_with_one_warning(
     object.__setattr__(made, "__class__", type("GraphOnGPU", (Graph,), {"device": OnGPU.device}))
     monkeypatch.setattr(arguments, "as_edge_index", lambda edges, device: edges)
     monkeypatch.setattr(arguments, "graph_of", lambda edges, count: made)
-    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(decision, "_warned", set())
     h: Any = OnGPU()
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")

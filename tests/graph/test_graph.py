@@ -19,8 +19,8 @@ from torch import Tensor
 from egnn_fast import Graph, Options, functional
 from egnn_fast.checks.cases import Case
 from egnn_fast.graph import edge_cache, sorting
-from egnn_fast.options import LayerWeights
 from egnn_fast.runtime import native
+from egnn_fast.weights import LayerWeights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

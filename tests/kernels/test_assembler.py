@@ -24,6 +24,7 @@ import triton
 from triton.backends.nvidia import compiler
 
 from egnn_fast import BackendError, backends, info
+from egnn_fast.backends import available
 from egnn_fast.cli import app
 from egnn_fast.kernels import assembler
 from egnn_fast.kernels.assembler import REPORTS, Assembler, code_hash, doubt, doubt_here, in_use
@@ -61,9 +62,9 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "DISABLE_MMA_V3"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(assembler, "_ANY", False)
-    monkeypatch.setattr(backends, "interpreting", lambda: False)
-    monkeypatch.setattr(backends, "_on_nvidia", lambda: True)
-    monkeypatch.setattr(backends, "_architecture", lambda: (9, 0))
+    monkeypatch.setattr(available, "interpreting", lambda: False)
+    monkeypatch.setattr(available, "_on_nvidia", lambda: True)
+    monkeypatch.setattr(available, "_architecture", lambda: (9, 0))
     compiler.get_ptxas_version.cache_clear()
     assembler._doubt_with.cache_clear()
 
@@ -224,7 +225,7 @@ def test_the_ways_out(way: str, install: Install, monkeypatch: pytest.MonkeyPatc
     if way == "any":
         monkeypatch.setattr(assembler, "_ANY", True)
     if way == "another GPU":
-        monkeypatch.setattr(backends, "_architecture", lambda: (8, 0))
+        monkeypatch.setattr(available, "_architecture", lambda: (8, 0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert backends.select("triton", CALL) == "triton"
@@ -279,7 +280,7 @@ def test_compiled_code_takes_it_for_a_constant(
     use(install(DOUBTED), monkeypatch)
 
     def count(x: torch.Tensor) -> torch.Tensor:
-        return x + len(backends._warning() or "")
+        return x + len(available.warning() or "")
 
     compiled = torch.compile(count, backend="eager", fullgraph=True)
     assert compiled(torch.zeros(1)) == count(torch.zeros(1)) > 100

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import egnn_fast
 from egnn_fast import Graph, Options, functional
 from egnn_fast import nn as fast
+from egnn_fast.backends import decision
 from egnn_fast.nn import EGCL, EGNN, EGNNVel
 
 Change = Callable[[Any], None]
@@ -94,7 +95,7 @@ def test_one_warning_names_the_module_and_the_cost(change: Change, named: str, d
     assert told.refused["cpu"] in told.reason
     # named backends do the same; a named reference needs no warning
     for name in ("cpu", "triton", "cuda"):
-        egnn_fast.backends._warned.clear()
+        decision._warned.clear()
         with egnn_fast.use_backend(name):
             with pytest.warns(UserWarning, match=said):
                 layer(graph=data.edges, **given)

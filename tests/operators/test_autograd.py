@@ -25,7 +25,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from egnn_fast import Graph, Options, checks, functional
 from egnn_fast.checks.cases import Case, Problem
 from egnn_fast.operators import second_order
-from egnn_fast.options import EdgeWeights, LayerWeights
+from egnn_fast.weights import EdgeWeights, LayerWeights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_backend = pytest.mark.parametrize("backend", FUSED_BACKENDS)

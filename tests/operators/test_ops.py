@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from egnn_fast import Graph, Options, checks, functional
 from egnn_fast.checks.cases import Case, Problem
-from egnn_fast.options import EdgeWeights
+from egnn_fast.weights import EdgeWeights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_backend = pytest.mark.parametrize("backend", FUSED_BACKENDS)
@@ -305,11 +305,17 @@ def test_autocast_takes_p_and_q_of_another_dtype(backend: str) -> None:
 
 @even_interpreted_or_reference
 def test_low_precision_is_for_autocast(backend: str) -> None:
-    problem, leaves = low_pass(torch.bfloat16)
+    problem, t = low_pass(torch.bfloat16)
+    weights = EdgeWeights(**{k: t.get(k) for k in EdgeWeights._fields})  # type: ignore[arg-type]
+
+    def run(p: Tensor) -> None:
+        graph = Graph.complete([3, 3, 3])
+        functional.egcl_messages(p, t["Q"], t["x"], graph, weights, CASE.options, backend=backend)
+
     with pytest.raises(TypeError, match=r"x: expected dtype torch.bfloat16 as P has, got .*32"):
-        problem.run(leaves, backend, 0)
+        run(t["P"])
     with pytest.raises(TypeError, match=r"Q: expected dtype torch.float32 as P has, got .*bfloat"):
-        problem.run({**leaves, "P": problem.leaves["P"]}, backend, 0)
+        run(problem.leaves["P"])
 
 
 @interpreted

@@ -16,6 +16,7 @@ from torch.utils._device import DeviceContext
 
 import egnn_fast
 from egnn_fast import Graph, backends, checks, nn
+from egnn_fast.backends import user_choice
 from egnn_fast.operators import autograd, precision
 from egnn_fast.runtime.settings import Blocks
 
@@ -39,7 +40,7 @@ def test_blocks_end_in_any_order() -> None:
     ("block", "setting"),
     [
         (lambda: egnn_fast.approximate_activations(), lambda: precision._approximate),
-        (lambda: egnn_fast.use_backend("reference"), lambda: backends._traced_override),
+        (lambda: egnn_fast.use_backend("reference"), lambda: user_choice._traced_override),
     ],
     ids=["approximate", "backend"],
 )
@@ -63,7 +64,7 @@ def test_a_block_may_end_in_another_context() -> None:
     contextvars.copy_context().run(block.__enter__)
     block.__exit__(None, None, None)
     assert backends.requested(None) == "auto"
-    assert backends._traced_override is None
+    assert user_choice._traced_override is None
 
 
 def test_a_warning_that_is_an_error_is_raised_each_time() -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from egnn_fast import Graph, functional, nn, use_backend
-from egnn_fast.options import EdgeWeights, LayerWeights
+from egnn_fast.weights import EdgeWeights, LayerWeights
 
 if TYPE_CHECKING:
     from sequence_calls import Call

@@ -38,9 +38,8 @@ from egnn_fast.kernels.records import (
     weight_parts,
 )
 from egnn_fast.kernels.sums import finish_rows
+from egnn_fast.operators.signature import GRAPH, MESSAGES
 
-# differentiable inputs of the operator: pq, x, edge_attr, edge_mask; these and EdgeWeights
-_N_INPUTS, N_DIFF = 4, 13
 # bytes of what is held for the edges of a chunk. More than L2 has: a wide layer's tiles go to HBM,
 # 4 KB an edge forward and 11 backward at H = 256 in 16 bits. Chunks that stay in L2 save that, but
 # have the host launch for longer than the GPU works (bench/results/NOTES.md)
@@ -59,6 +58,10 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def _contiguous(tensor: Any) -> Any:
+    return None if tensor is None else tensor.contiguous()
+
+
 class Call:
     """A call of the edge pass, forward or backward, for one set of inputs.
 
@@ -68,12 +71,14 @@ class Call:
 
     def __init__(self, direction: str, args: Sequence[Any]) -> None:
         self.direction = direction
-        dense: list[Any] = [t if t is None else t.contiguous() for t in args[:_N_INPUTS]]
-        pq, x, edge_attr, edge_mask = dense
-        weights = Weights(*args[_N_INPUTS:N_DIFF])
-        graph: list[Any] = [t if t is None else t.contiguous() for t in args[N_DIFF : N_DIFF + 4]]
-        self.rowptr, self.senders, self.perm, self.first = graph
-        activation, slope, norm, tanh, clamp, _, self.precision = args[N_DIFF + 4 :]
+        call = MESSAGES.Arguments(*args)
+        pq, x, edge_attr, edge_mask = map(_contiguous, args[: MESSAGES.index("w_r")])
+        weights = Weights(*(getattr(call, name) for name in Weights._fields))
+        self.rowptr, self.senders, self.perm, self.first = (
+            _contiguous(getattr(call, name)) for name in GRAPH
+        )
+        activation, slope, norm = call.activation, call.negative_slope, call.coord_norm
+        tanh, clamp, self.precision = call.coord_tanh, call.coord_clamp, call.precision
         self.device, self.nodes = x.device, x.shape[0]
         channels, self.dim = weights.w2.shape[0], x.shape[1]
         self.attrs = 0 if edge_attr is None else edge_attr.shape[1]

@@ -26,23 +26,22 @@ from egnn_fast.kernels.nodes import (
     update_nodes,
 )
 from egnn_fast.kernels.records import only
-from egnn_fast.options import LAYER_INPUTS, LayerWeights
-
-_NAMES = (*LAYER_INPUTS, *LayerWeights._fields)  # of the operator's differentiable inputs
-_N_GRAPH, _N_OPTIONS = 4, 5
+from egnn_fast.operators.signature import EDGE_OPTIONS, GRAPH, LAYER, MESSAGES
+from egnn_fast.weights import LayerWeights
 
 
 class _Layer:
     """A call of the operator: its inputs by name, its widths, the edge pass in it."""
 
     def __init__(self, args: Sequence[Any]) -> None:
-        n = len(_NAMES)
-        dense = (t if t is None else t.contiguous() for t in args[:n])
-        self.inputs: dict[str, Any] = dict(zip(_NAMES, dense, strict=True))
+        call = LAYER.Arguments(*args)
+        dense = (t if t is None else t.contiguous() for t in args[: LAYER.n_inputs])
+        self.inputs: dict[str, Any] = dict(zip(LAYER.names, dense, strict=True))
         self.weights = LayerWeights(*(self.inputs[name] for name in LayerWeights._fields))
-        self.graph, rest = args[n : n + _N_GRAPH], args[n + _N_GRAPH :]
-        self.options = rest[:_N_OPTIONS]
-        self.scale, self.residual, self.carry, _, self.precision = rest[_N_OPTIONS : _N_OPTIONS + 5]
+        self.graph = {name: getattr(call, name) for name in GRAPH}
+        self.options = {each.name: getattr(call, each.name) for each in EDGE_OPTIONS}
+        self.scale, self.residual, self.carry = call.coord_scale, call.residual, call.carry_velocity
+        self.precision = call.precision
         self.h, self.x, self.v = (self.inputs[name] for name in ("h", "x", "v"))
         (self.nodes, self.features), self.dim = self.h.shape, self.x.shape[1]
         self.hidden, self.out = self.weights.edge_w1.shape[0], self.weights.node_w2.shape[0]
@@ -58,10 +57,13 @@ class _Layer:
 
     def edge_call(self, direction: str) -> Call:
         """The edge pass, whose P and Q are projected."""
-        inputs = (None, self.x, self.inputs["edge_attr"], self.inputs["edge_mask"])
         weights = self.weights.edge_weights(self.w_r, self.w_a)
-        scalars = (*self.options, "triton", self.precision)
-        return Call(direction, (*inputs, *weights, *self.graph, *scalars))
+        call = MESSAGES.Arguments(
+            pq=None, x=self.x, edge_attr=self.inputs["edge_attr"],
+            edge_mask=self.inputs["edge_mask"], **weights._asdict(), **self.graph, **self.options,
+            backend="triton", precision=self.precision,
+        )  # fmt: skip
+        return Call(direction, call)
 
     def project(self, call: Call, m: Tensor | None, shift: Tensor | None) -> None:
         """P and Q for an edge pass, and 0 in its sums, if not None."""
@@ -131,12 +133,14 @@ class Backward:
     ) -> None:  # fmt: skip
         self.layer = _Layer(args)
         self.given = self.layer.inputs
-        self.needed = dict(zip(_NAMES, needed, strict=True))
+        self.needed = dict(zip(LAYER.names, needed, strict=True))
         self.cotangents = [
             None if g is None or not g.numel() else g.contiguous() for g in cotangents
         ]
         self.g_h, self.g_x, self.g_v = self.cotangents
         self.m, self.shift = m, shift
+        options = self.layer.options
+        self._activation = options["activation"], options["negative_slope"]
         self.found: dict[str, Tensor] = {}
 
     def run(self) -> list[Tensor]:
@@ -280,14 +284,14 @@ class Backward:
             self._add("edge_w1", torch.cat(parts if g_w_a is None else [*parts, g_w_a], dim=1))
 
     def _act(self, z: Tensor) -> Tensor:
-        name, slope = self.layer.options[:2]
+        name, slope = self._activation
         if name == "silu":
             return torch.nn.functional.silu(z)
         return torch.nn.functional.leaky_relu(z, 0.0 if name == "relu" else slope)
 
     def _slope(self, grad: Tensor, z: Tensor) -> Tensor:
         """``grad * act'(z)``."""
-        name, slope = self.layer.options[:2]
+        name, slope = self._activation
         aten = torch.ops.aten
         if name == "silu":
             found: Tensor = aten.silu_backward(grad, z)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from egnn_fast.experiments.errors import CheckpointError, UsageError
+from egnn_fast.runtime.backend_names import AUTO, BACKENDS
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 DATA_SYSTEMS = 3000  # training systems of the official run, those that the cache holds
@@ -54,7 +55,7 @@ class Config:
     layers: int = 4
     train_systems: int = DATA_SYSTEMS
     test_every: int = 5
-    backend: str = "auto"
+    backend: str = AUTO
     device: str = "cpu"
     precision: str = "32-true"
 
@@ -89,6 +90,10 @@ class Config:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UsageError(
                 f"--device: expected 'cpu', 'cuda', 'cuda:N' or 'auto', got {self.device!r}"
+            )
+        if self.backend not in (AUTO, *BACKENDS):
+            raise UsageError(
+                f"--backend: expected one of {', '.join((AUTO, *BACKENDS))}, got {self.backend!r}"
             )
         if self.precision not in PRECISIONS:
             raise UsageError(

@@ -70,10 +70,9 @@ def run(
         saved = folder.load_run()
         config = Config.from_checkpoint(saved["config"], folder.last).resumed(given)
         _check_resumable(saved, config, console)
-    try_out(config)
+    ran = try_out(config)
     spec = DataSpec(train=max(DATA_SYSTEMS, config.train_systems))
     data = _load(spec, config, console)
-    ran = summary.what_ran(config, data.test.x.device)
     console.print(
         f"EGNN, {config.layers} layers, H = {config.hidden}, on {len(data.train)} systems; "
         f"backend {ran}, {torch.get_num_threads()} threads; results in {folder.path}",

@@ -10,13 +10,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 import egnn_fast
-from egnn_fast import backends
 from egnn_fast.experiments.io import write_atomic
 from egnn_fast.experiments.nbody.config import Config
 from egnn_fast.experiments.nbody.data import DataSpec, cache_path
 from egnn_fast.experiments.nbody.folder import History, RunFolder
 from egnn_fast.experiments.nbody.speed import Speed
-from egnn_fast.experiments.nbody.train import backend_argument
 
 # Test MSE in table 2 of arXiv 2102.09844
 PAPER = {
@@ -26,12 +24,6 @@ PAPER = {
     "GNN": 0.0107,
     "Radial Field": 0.0104,
     "EGNN": 0.0071,
-}
-# Of what reaches the layers, by precision.
-_LAYER_DTYPES = {
-    "32-true": torch.float32,
-    "64-true": torch.float64,
-    "bf16-mixed": torch.bfloat16,
 }
 
 
@@ -95,11 +87,3 @@ def paths(folder: RunFolder) -> str:
     """Where the results are, a line for each."""
     files = (folder.curve, folder.trajectories, folder.metrics, folder.best, folder.summary)
     return "\n".join(f"{file.stem:<13} {file}" for file in files)
-
-
-def what_ran(config: Config, device: torch.device) -> str:
-    """The backend that runs the model's layers, and its instruction set."""
-    dtype = _LAYER_DTYPES[config.precision]
-    call = backends.Call(device.type, dtype, config.hidden, 3, "silu")
-    found = backends.explain_call(backend_argument(config), call)
-    return f"{found.backend} ({found.instruction_set})" if found.instruction_set else found.backend

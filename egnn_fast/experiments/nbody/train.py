@@ -48,11 +48,6 @@ def make_fabric(config: Config) -> Fabric:
     return fabric
 
 
-def backend_argument(config: Config) -> str | None:
-    """What the layers are told: "auto" leaves the choice to ``EGNN_FAST_BACKEND`` too."""
-    return None if config.backend == "auto" else config.backend
-
-
 def make_trainer(config: Config, *, backend: str | None = None) -> Trainer:
     """Model, optimiser and device of a run.
 
@@ -67,7 +62,7 @@ def make_trainer(config: Config, *, backend: str | None = None) -> Trainer:
         config.seed,
         hidden=config.hidden,
         layers=config.layers,
-        backend=backend or backend_argument(config),
+        backend=backend or config.backend,
     )
     return Trainer(make_fabric(config), model, config.lr, config.weight_decay)
 
@@ -77,8 +72,26 @@ def data_dtype(config: Config) -> torch.dtype:
     return torch.float64 if config.precision == "64-true" else torch.float32
 
 
-def try_out(config: Config) -> None:
+# Of what reaches the layers, by precision.
+_LAYER_DTYPES = {
+    "32-true": torch.float32,
+    "64-true": torch.float64,
+    "bf16-mixed": torch.bfloat16,
+}
+
+
+def what_runs(config: Config, device: torch.device) -> str:
+    """The backend that runs the model's layers, and its instruction set."""
+    dtype = _LAYER_DTYPES[config.precision]
+    call = backends.Call(device.type, dtype, config.hidden, 3, "silu")
+    told = backends.explain_call(config.backend, call)
+    return f"{told.backend} ({told.instruction_set})"
+
+
+def try_out(config: Config) -> str:
     """Take one step on made-up systems, so that what cannot work fails before any work.
+
+    Returns the backend that runs the layers, and its instruction set.
 
     Raises
     ------
@@ -95,9 +108,11 @@ def try_out(config: Config) -> None:
 
     batch = Systems(draw(5, 1), draw(5, 3), draw(5, 3), draw(20, 2), draw(5, 3), draw(5))
     try:
+        ran = what_runs(config, trainer.fabric.device)
         trainer.step(batch)
     except backends.BackendError as error:
         raise UsageError(f"--backend: {error}") from error
+    return ran
 
 
 def train(

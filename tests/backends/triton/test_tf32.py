@@ -24,7 +24,7 @@ from bench.gpu import setting
 from egnn_fast import Options, checks
 from egnn_fast.checks import Row
 from egnn_fast.checks.cases import Case
-from egnn_fast.operators import ops
+from egnn_fast.operators import messages
 
 pytestmark = [
     pytest.mark.interpreted,
@@ -38,7 +38,7 @@ HALF_UNIT = setting.rounding("high")  # half a unit in the last place of tf32, f
 def tf32() -> Iterator[None]:
     """As where the user asked for "high"."""
     with (
-        mock.patch.object(ops, "matmul_precision", return_value="high"),
+        mock.patch.object(messages, "matmul_precision", return_value="high"),
         setting.Tf32Products() as mode,
     ):
         yield
@@ -106,7 +106,7 @@ def test_the_precision_that_was_asked_for_reaches_the_kernel(
     monkeypatch.setattr(Spec, "of", of)
     problem = replace(SMALL, edges=20).edge_pass(torch.float32)
     for precision in ("highest", "high"):
-        monkeypatch.setattr(ops, "matmul_precision", lambda device, p=precision: p)
+        monkeypatch.setattr(messages, "matmul_precision", lambda device, p=precision: p)
         problem.run(problem.leaves, "triton", 0)
     assert found == [("tf32x3", "fp32", False), ("tf32", "fp32", True)]
 
@@ -155,7 +155,7 @@ def test_rows_without_edges_may_hold_anything() -> None:
     """The cotangent of M where a node receives nothing, as of 0 / 0."""
     case = replace(SMALL, graph="isolated")
     for precision in ("highest", "high"):
-        with mock.patch.object(ops, "matmul_precision", return_value=precision):
+        with mock.patch.object(messages, "matmul_precision", return_value=precision):
             found = gradients_with_nan(case, "triton")
             for name, right in gradients_with_nan(case, "reference").items():
                 assert right.isfinite().all()

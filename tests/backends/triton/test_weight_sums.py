@@ -13,7 +13,7 @@ from torch import Tensor
 
 from egnn_fast import checks
 from egnn_fast.checks.cases import Case
-from egnn_fast.operators import ops
+from egnn_fast.operators import messages
 
 if not INTERPRETED_BACKENDS:
     pytest.skip("Triton's wheels are for Linux alone", allow_module_level=True)
@@ -39,7 +39,7 @@ def one_program(precision: str, staged: bool) -> Iterator[None]:
         mock.patch.object(call, "blocks_for", return_value=blocks),
         mock.patch.object(call, "CHUNK_BYTES", 1 << 30),
         mock.patch.object(call, "_INTERPRETED_PROGRAMS", 1),
-        mock.patch.object(ops, "matmul_precision", return_value=precision),
+        mock.patch.object(messages, "matmul_precision", return_value=precision),
     ):
         yield
 

@@ -1,0 +1,69 @@
+"""Which backend the user asked for: by argument, by context or by environment variable."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+from egnn_fast.runtime.backend_names import AUTO, BACKENDS
+from egnn_fast.runtime.settings import Blocks, Entry
+
+ENV_BACKEND = "EGNN_FAST_BACKEND"
+
+# the blocks that are open in this thread or task
+_override: ContextVar[tuple[Entry[str], ...]] = ContextVar("egnn_fast_backend", default=())
+# the same for a traced region: Dynamo cannot read a ContextVar, but guards on a global
+_traced_override: str | None = None
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every layer inside the block on the named backend.
+
+    It goes before ``EGNN_FAST_BACKEND``; a ``backend=`` argument other than None and ``"auto"``
+    goes before it. A block holds in its own thread or task. Compiled code takes the block that was
+    entered last in any thread. A checkpoint that is recomputed after the block takes the backend
+    that is set then, and PyTorch may raise: give ``backend=`` to the layer instead.
+    """
+    block = _blocks.enter(check_name(name, "name"))
+    _override.set((*_override.get(), block))
+    try:
+        yield
+    finally:
+        _blocks.leave(block)
+        # blocks of generators may end in any order, and in another context than they began in
+        _override.set(tuple(other for other in _override.get() if other is not block))
+
+
+def _publish(name: str | None) -> None:
+    global _traced_override
+    _traced_override = name
+
+
+_blocks: Blocks[str] = Blocks(_publish)
+
+
+def check_name(name: str, argument: str) -> str:
+    """The name itself if it names a backend or is "auto"; ValueError otherwise."""
+    if name != AUTO and name not in BACKENDS:
+        raise ValueError(f"{argument}: expected 'auto' or one of {BACKENDS}, got {name!r}")
+    return name
+
+
+def requested(argument: str | None) -> str:
+    """What the user asked for: the argument, else the context, else the environment, else "auto".
+
+    An argument ``"auto"`` asks for nothing, as None does.
+    """
+    if argument is not None and argument != AUTO:
+        return check_name(argument, "backend")
+    if torch.compiler.is_compiling():
+        if _traced_override is not None:
+            return _traced_override
+    elif override := _override.get():
+        return override[-1].value
+    return check_name(os.environ.get(ENV_BACKEND, AUTO), ENV_BACKEND)

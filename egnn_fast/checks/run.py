@@ -1,0 +1,93 @@
+"""The whole check: every case, dtype and backend, and the symmetries of the layer."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+
+from egnn_fast.backends import BACKENDS, BackendError, Call, check_name, refusal, unavailable
+from egnn_fast.checks.cases import check_cases
+from egnn_fast.checks.compare import compare, dtype_name, equivariance, one_thread
+from egnn_fast.checks.report import EquivarianceRow, Report, Row
+
+DTYPES = (torch.float64, torch.float32)
+DIMS = (2, 3, 8)
+THREADED_EDGES = 2000  # enough for several tasks, so for several threads
+
+
+def run(
+    backends: Sequence[str] | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    quick: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Report:
+    """Compare backends with the reference.
+
+    Parameters
+    ----------
+    backends : sequence of str, optional
+        Which ones; all that are available here by default. ``"reference"`` itself is tested for
+        equivariance only. A dtype that one of them has not is left out, and said to be missing.
+    dtypes : sequence of torch.dtype, optional
+        float64 and float32 by default.
+    quick : bool
+        A subset of the cases: seconds rather than a minute.
+    progress : callable, optional
+        Called with a line of text before each case.
+
+    Raises
+    ------
+    ValueError
+        ``backends`` names one that does not exist, or ``dtypes`` one that no backend computes in.
+    BackendError
+        ``backends`` names one that cannot run here.
+    """
+    start = time.perf_counter()
+    names, missing = _resolve(backends)
+    chosen = tuple(DTYPES if dtypes is None else dtypes)
+    for dtype in chosen:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtypes: expected some of {DTYPES}, got {dtype}")
+    say = progress or (lambda line: None)
+    able: dict[torch.dtype, list[str]] = {dtype: [] for dtype in chosen}
+    for name, dtype in itertools.product(names, chosen):
+        reason = refusal(name, Call("cpu", dtype, hidden=1, coord_dim=1, activation="silu"))
+        if reason is None:
+            able[dtype].append(name)
+        else:
+            missing[f"{name}, {dtype_name(dtype)}"] = reason
+    fused = {dtype: [n for n in able[dtype] if n != "reference"] for dtype in chosen}
+    rows: list[Row] = []
+    for case in check_cases(quick) if any(fused.values()) else ():
+        say(case.name)
+        with nullcontext() if case.edges >= THREADED_EDGES else one_thread():
+            for dtype in chosen:
+                if fused[dtype]:
+                    rows += compare(case.layer(dtype), case.name, fused[dtype], dtype)
+    moved: list[EquivarianceRow] = []
+    for dim in DIMS:
+        say(f"equivariance, D {dim}")
+        with one_thread():
+            for dtype in chosen:
+                moved += equivariance(able[dtype], dtype, dim)
+    return Report(tuple(rows), tuple(moved), missing, time.perf_counter() - start)
+
+
+def _resolve(names: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:
+    """The backends to check, and why the others are left out."""
+    if names is None:
+        reasons = {name: unavailable(name) for name in BACKENDS}
+        return [n for n, why in reasons.items() if why is None], {
+            n: why for n, why in reasons.items() if why is not None
+        }
+    for name in names:
+        if name == "auto":
+            raise ValueError(f"backends: expected some of {BACKENDS}, got 'auto'")
+        reason = unavailable(check_name(name, "backends"))
+        if reason is not None:
+            raise BackendError(f"backend {name!r} cannot run here: {reason}")
+    return list(dict.fromkeys(names)), {}
