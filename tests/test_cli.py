@@ -173,6 +173,7 @@ def test_an_output_folder_that_cannot_be_written_is_told_before_any_work(
     refused(call(*TRAIN, "--out", "/dev/null/x"), "--out", "/dev/null/x")
 
 
+@takes_official
 @pytest.mark.usefixtures("quick")
 def test_training_from_start_to_pictures(call: Call, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "run"
@@ -197,6 +198,7 @@ def test_training_from_start_to_pictures(call: Call, tmp_path: Path) -> None:
     assert rates["backend"].startswith("cpu")
 
 
+@takes_official
 @pytest.mark.usefixtures("quick")
 def test_resuming_by_command(call: Call, tmp_path: Path) -> None:
     out = tmp_path / "run"
@@ -217,6 +219,7 @@ def test_resuming_by_command(call: Call, tmp_path: Path) -> None:
     assert (out / "metrics.csv").read_text().count("\n") == 2
 
 
+@takes_official
 @pytest.mark.usefixtures("quick")
 def test_damaged_files_are_one_line(call: Call, tmp_path: Path) -> None:
     out = tmp_path / "run"
@@ -235,6 +238,7 @@ def test_a_damaged_data_set_is_one_line(
     refused(call(*TRAIN, "--out", tmp_path / "run"), path, "corrupt", "delete it", code=1)
 
 
+@takes_official
 @pytest.mark.usefixtures("quick")
 def test_ctrl_c_keeps_what_is_done(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

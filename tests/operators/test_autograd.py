@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -72,12 +73,9 @@ def test_whole_layer(name: str, backend: str) -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("attention", [False, True])
-@pytest.mark.parametrize("activation", ["silu", "relu", "leaky_relu"])
-def test_combinations_of_options(activation: str, attention: bool, backend: str) -> None:
-    for options, mask, attrs in option_grid():
-        if (options.activation, options.attention) != (activation, attention):
-            continue
+def test_combinations_of_options(backend: str) -> None:
+    """Some of all, among which any two values of two options meet; test_kernels compares each."""
+    for options, mask, attrs in itertools.islice(option_grid(), 1, None, 11):
         case = replace(SMALL, options=options, mask=mask, attrs=attrs, nodes=5)
         run, inputs = as_function(case.edge_pass(torch.float64), backend, case.options.coord_norm)
         label = f"{describe(options)} mask {mask} A{attrs}"

@@ -93,8 +93,18 @@ def test_the_recorder_meets_every_operator() -> None:
     assert len(operators()) >= 4
 
 
-@even_interpreted
-@pytest.mark.parametrize("name", VARIANTS)
+# the operators are the same: the others of Triton's are left to the fakes below
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        *itertools.product(VARIANTS, FUSED_BACKENDS),
+        *(
+            pytest.param(name, backend, marks=pytest.mark.interpreted)
+            for name in ("everything", "plain", "no edges")
+            for backend in INTERPRETED_BACKENDS
+        ),
+    ],
+)
 def test_opcheck(name: str, backend: str) -> None:
     for operator, (func, args) in record(VARIANTS[name], backend).items():
         with_grad = tuple(needing_grad(a) for a in args)

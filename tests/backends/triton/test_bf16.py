@@ -53,8 +53,21 @@ def rows_of(case: Case, face: str) -> list[Row]:
     return draws.judged(lambda seed: problem_of(replace(case, seed=seed), face), rows, UNIT)
 
 
-# with one hidden unit sums are so ill-conditioned that an error says nothing
-@pytest.mark.parametrize("case", [c for c in CASES if c.hidden > 1], ids=lambda case: case.name)
+STAGED_OPTIONS = ("wide, option relu", "wide, option everything")
+
+
+def in_bf16(case: Case) -> bool:
+    """Whether bfloat16 may do to a case what float32, in test_passes.py, does not.
+
+    Stages compute options in float32, between products, and the list of edges has no dtype. With
+    one hidden unit sums are so ill-conditioned that an error says nothing.
+    """
+    staged = case.name.startswith("wide, option ") and case.name not in STAGED_OPTIONS
+    complete = case.name.startswith("option ") and case.name.endswith(", complete")
+    return case.hidden > 1 and not staged and not complete
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if in_bf16(c)], ids=lambda case: case.name)
 @pytest.mark.usefixtures("poison")
 def test_edge_pass(case: Case) -> None:
     rows = rows_of(case, "edge_pass")
@@ -73,7 +86,7 @@ def test_layer(case: Case) -> None:
 @pytest.mark.usefixtures("poison")
 def test_cases_of_the_check(case: Case) -> None:
     """With fewer edges where there are many."""
-    assert_passed(rows_of(replace(case, edges=min(case.edges, 200), sizes=case.sizes[:6]), "layer"))
+    assert_passed(rows_of(replace(case, edges=min(case.edges, 80), sizes=case.sizes[:4]), "layer"))
 
 
 # ---- the interpreter put right ------------------------------------------------------------------

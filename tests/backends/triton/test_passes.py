@@ -183,7 +183,7 @@ def test_wide_layers_run_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("options", [EVERYTHING, Options(coord_agg=None)], ids=describe)
 @pytest.mark.usefixtures("poison")
 def test_a_gradient_of_stages_does_not_depend_on_what_else_is_asked_for(options: Options) -> None:
-    case = replace(SMALL, hidden=136, options=options)
+    case = replace(SMALL, nodes=6, edges=20, hidden=136, options=options)
     problem = case.edge_pass(torch.float32)
 
     def gradients(wanted: tuple[str, ...], outputs: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -214,7 +214,7 @@ def test_what_is_not_finite_stays_in_its_row(
     value: float, dim: int, options: Options, hidden: int
 ) -> None:
     """The sums over receivers multiply by 0 what belongs to other rows."""
-    case = replace(SMALL, dim=dim, options=options, mask="binary", hidden=hidden)
+    case = replace(SMALL, nodes=7, edges=24, dim=dim, options=options, mask="binary", hidden=hidden)
     problem = case.edge_pass(torch.float32)
     for leaf in ("P", "Q", "x", "edge_attr"):
         leaves = {k: t.clone() for k, t in problem.leaves.items()}

@@ -93,7 +93,7 @@ def test_the_ordered_sums_are_right(
 
 
 @every_case
-@every_chunk
+@pytest.mark.parametrize("chunk", [None, 48])
 def test_the_same_bits_again(
     case: Case, chunk: int | None, sums: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
