@@ -6,6 +6,7 @@ imported, it compares that table with the extension's; if they differ, the exten
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ _RUN_BY = ("backend", "precision", "stored_elements")
 
 
 def _options_of(signature: Signature) -> list[str]:
-    """The names of a layer's options, which are an operator's first scalars."""
+    """The names of the options among an operator's scalars, of which they are the first."""
     return [each.name for each in signature.scalars if each.name not in _RUN_BY]
 
 
@@ -48,12 +49,15 @@ def _reject_another_version() -> None:
     for signature in (MESSAGES, LAYER):
         theirs = exported.get(signature.name, {})
         for part, names in _names(signature).items():
-            if theirs.get(part) != names:
+            pairs = itertools.zip_longest(names, theirs.get(part, ()))
+            different = [
+                f"{here!r} here and {there!r} there" for here, there in pairs if here != there
+            ]
+            if different:
                 native.reject(
                     "the C++ extension egnn_fast._core was built from another version of "
-                    "egnn_fast; build it again with `pip install .` from a checkout (the "
-                    f"{part} of egnn_fast::{signature.name} are {names} here and "
-                    f"{theirs.get(part)} in the extension)"
+                    "egnn_fast; build it again with `pip install .` from a checkout "
+                    f"({part} of egnn_fast::{signature.name}: {', '.join(different)})"
                 )
                 return
 
@@ -74,7 +78,7 @@ class _Kernel:
     signature: Signature
     # inputs with two dimensions, whose shapes give the sizes N, E, H, ...
     sized_by: tuple[str, ...]
-
+    # how many of the operator's scalars are options of the layer; they come first
     n_options: int
 
     def __init__(self, scalars: Sequence[Any]) -> None:
