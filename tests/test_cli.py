@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nbody import cache_of
+from nbody import cache_of, takes_official
 
 import egnn_fast
 from egnn_fast import backends, checks, cli
