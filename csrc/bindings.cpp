@@ -1,15 +1,20 @@
-// The extension module egnn_fast._core. A kernel is called with a record of its inputs (records.h)
-// and with its outputs, all passed at once: a small graph's layer takes some tens of microseconds,
-// and each Python call is a noticeable part of it. The GIL is released while a kernel runs.
+// The extension module egnn_fast._core: the operators' passes, sorting, memory, instruction sets.
+//
+// A pass takes a record of its inputs (records.h) and all of its outputs at once: the layer of a
+// small graph takes some tens of microseconds, of which each Python call is a noticeable part.
+// The GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <atomic>
+#include <iterator>
 #include <memory>
+#include <vector>
 
+#include "core/api.h"
+#include "core/checksum.h"
 #include "core/memory.h"
-#include "core/parallel.h"
-#include "core/passes.h"
+#include "core/schedule.h"
 #include "core/sorting.h"
 #include "records.h"
 
@@ -17,91 +22,135 @@ namespace py = pybind11;
 
 namespace {
 
-using egnn::Args;
 using egnn::LayerArgs;
+using egnn::MessagesArgs;
 using egnn::TensorList;
 
-// how often each kernel ran: tests assert that nothing quietly went another way
+// How often kernels ran, for tests that a call did not quietly run elsewhere.
 std::atomic<int64_t> forward_calls{0};
 std::atomic<int64_t> backward_calls{0};
 
-// Sets the addresses of tensors that egnn_fast/backends/cpu.py allocated for this call, so that shapes need
-// no check; 0 for None and for tensors without elements.
-template <size_t n, class Record>
-void assign(Record& record, uintptr_t Record::* const (&fields)[n], const py::handle& tensors) {
-  const TensorList<n> list(tensors);
+#define EGNN_NAME(name, ...) #name,
+#define EGNN_COTANGENT(name) "g_" #name,
+#define EGNN_SHAPE(name, presence, ...) #__VA_ARGS__,
+
+// The names of each operator's arguments in order, and the shapes of its inputs:
+// egnn_fast/backends/cpu.py compares them with operators/signature.py.
+py::dict signatures() {
+  using Names = std::vector<const char*>;
+  using py::literals::operator""_a;
+  const Names graph{EGNN_GRAPH(EGNN_NAME)}, activations{EGNN_ACTIVATIONS(EGNN_NAME)};
+  const py::dict messages("inputs"_a = Names{EGNN_MESSAGES_INPUTS(EGNN_NAME)},
+                          "shapes"_a = Names{EGNN_MESSAGES_INPUTS(EGNN_SHAPE)}, "graph"_a = graph,
+                          "options"_a = Names{EGNN_EDGE_OPTIONS(EGNN_NAME)},
+                          "outputs"_a = Names{EGNN_MESSAGES_OUTPUTS(EGNN_NAME)},
+                          "cotangents"_a = Names{EGNN_MESSAGES_OUTPUTS(EGNN_COTANGENT)},
+                          "constants"_a = Names{}, "activations"_a = activations);
+  const py::dict layer(
+      "inputs"_a = Names{EGNN_LAYER_INPUTS(EGNN_NAME)},
+      "shapes"_a = Names{EGNN_LAYER_INPUTS(EGNN_SHAPE)}, "graph"_a = graph,
+      "options"_a = Names{EGNN_EDGE_OPTIONS(EGNN_NAME) EGNN_NODE_OPTIONS(EGNN_NAME)},
+      "outputs"_a = Names{EGNN_LAYER_OUTPUTS(EGNN_NAME)},
+      "cotangents"_a = Names{EGNN_LAYER_OUTPUTS(EGNN_COTANGENT)},
+      "constants"_a = Names{EGNN_LAYER_CONSTANTS(EGNN_NAME)}, "activations"_a = activations);
+  return py::dict("messages"_a = messages, "layer"_a = layer);
+}
+
+#undef EGNN_SHAPE
+#undef EGNN_COTANGENT
+#undef EGNN_NAME
+
+template <class Addresses>
+constexpr size_t kSize = std::size(Addresses::kMembers);
+
+// Outputs and gradients, which egnn_fast/backends/cpu.py allocates for each call: their shapes need
+// no check.
+template <size_t count>
+TensorList<count> output_list(const py::handle& tensors) {
+  const TensorList<count> list(tensors);
   if (!list.valid()) {
     throw std::invalid_argument("outputs and gradients: expected None or dense tensors on the CPU");
   }
-  for (size_t k = 0; k < n; ++k) {
-    record.*fields[k] = list.has(k) ? reinterpret_cast<uintptr_t>(list[k].data) : 0;
+  return list;
+}
+
+// Sets addresses to those of the list's tensors from `first` on; 0 for None and for tensors without
+// elements.
+template <class Addresses, size_t count>
+void assign(Addresses& addresses, const TensorList<count>& list, size_t first = 0) {
+  size_t k = first;
+  for (const auto member : Addresses::kMembers) {
+    addresses.*member = list.has(k) ? reinterpret_cast<uintptr_t>(list[k].data) : 0;
+    ++k;
   }
 }
 
-void forward(Args& a, const py::handle& outputs) {
-  static constexpr uintptr_t Args::* kOutputs[] = {&Args::m, &Args::shift};
-  assign(a, kOutputs, outputs);
+// Positions in the lists below.
+#define EGNN_COTANGENT(name) g_##name,
+#define EGNN_CONSTANT(name) name,
+
+void messages_forward(MessagesArgs& a, const py::handle& outputs) {
+  assign(a.outputs, output_list<kSize<egnn::MessagesOutputs>>(outputs));
   const py::gil_scoped_release release;
-  egnn::forward(a);
+  egnn::messages_forward(a);
   ++forward_calls;
 }
 
-bool backward(Args& a, const py::handle& cotangents, const py::handle& gradients) {
-  static constexpr uintptr_t Args::* kGradients[] = {
-      &Args::g_pq,  &Args::g_coords, &Args::g_edge_attr, &Args::g_edge_mask, &Args::g_w_r,
-      &Args::g_w_a, &Args::g_w2,     &Args::g_b2,        &Args::g_w_g,       &Args::g_b_g,
-      &Args::g_w3,  &Args::g_b3,     &Args::g_w_x};
-  TensorList<2> given(cotangents);
-  a.g_m = given.dense(0, egnn::dtype_of(a), a.num_nodes, a.hidden);
-  a.g_shift = given.dense(1, egnn::dtype_of(a), a.num_nodes, a.coord_dim);
-  if (!given.valid()) return false;
-  assign(a, kGradients, gradients);
+bool messages_backward(MessagesArgs& a, const py::handle& cotangents, const py::handle& gradients) {
+  enum : size_t { EGNN_MESSAGES_OUTPUTS(EGNN_COTANGENT) kCotangents };
+  TensorList<kCotangents> list(cotangents);
+  const auto dtype = egnn::dtype_of(a);
+  a.cotangents.m = list.dense(g_m, dtype, a.num_nodes, a.hidden);
+  a.cotangents.x = list.dense(g_x, dtype, a.num_nodes, a.coord_dim);
+  if (!list.valid()) return false;
+  assign(a.gradients, output_list<kSize<egnn::MessagesInputs>>(gradients));
   const py::gil_scoped_release release;
-  egnn::backward(a);
+  egnn::messages_backward(a);
   ++backward_calls;
   return true;
 }
 
+// `outputs` are those of the operator, then its constants.
 void layer_forward(LayerArgs& a, const py::handle& outputs) {
-  using L = LayerArgs;
-  static constexpr uintptr_t L::* kOutputs[] = {&L::h_out, &L::x_out, &L::v_out,
-                                                &L::m,     &L::shift, &L::kept};
-  assign(a, kOutputs, outputs);
+  constexpr size_t kOutputs = kSize<egnn::LayerOutputs>;
+  const auto list = output_list<kOutputs + kSize<egnn::LayerConstants>>(outputs);
+  assign(a.outputs, list);
+  assign(a.constants, list, kOutputs);
   const py::gil_scoped_release release;
   egnn::layer_forward(a);
   ++forward_calls;
 }
 
-bool layer_backward(LayerArgs& a, const py::handle& cotangents, uintptr_t kept, int64_t kept_bytes,
-                    const py::handle& gradients) {
-  using L = LayerArgs;
-  static constexpr uintptr_t L::* kGradients[] = {
-      &L::g_h,         &L::g_coords,       &L::g_v,       &L::g_edge_attr, &L::g_edge_mask,
-      &L::g_node_attr, &L::g_coord_weight, &L::g_w1,      &L::g_b1,        &L::g_w2,
-      &L::g_b2,        &L::g_node_w1,      &L::g_node_b1, &L::g_node_w2,   &L::g_node_b2,
-      &L::g_w_g,       &L::g_b_g,          &L::g_w3,      &L::g_b3,        &L::g_w_x,
-      &L::g_vel_w1,    &L::g_vel_b1,       &L::g_vel_w2,  &L::g_vel_b2};
-  TensorList<5> given(cotangents);
+// `tensors` are the cotangents, then the constants without activations, which come by address: the
+// tensor that owns them has no elements.
+bool layer_backward(LayerArgs& a, const py::handle& tensors, uintptr_t activation_address,
+                    int64_t activation_bytes, const py::handle& gradients) {
+  enum : size_t { EGNN_LAYER_OUTPUTS(EGNN_COTANGENT) EGNN_LAYER_CONSTANTS(EGNN_CONSTANT) };
+  TensorList<activations> list(tensors);  // as many as stand before them
   const auto dtype = egnn::dtype_of(a);
-  a.g_h_out = given.dense(0, dtype, a.num_nodes, a.out_features);
-  a.g_x_out = given.dense(1, dtype, a.num_nodes, a.coord_dim);
-  a.g_v_out = given.dense(2, dtype, a.num_nodes, a.coord_dim);
-  a.m = given.dense(3, dtype, a.num_nodes, a.hidden);
-  a.shift = given.dense(4, dtype, a.num_nodes, a.coord_dim);
+  a.cotangents.h = list.dense(g_h, dtype, a.num_nodes, a.out_features);
+  a.cotangents.x = list.dense(g_x, dtype, a.num_nodes, a.coord_dim);
+  a.cotangents.v = list.dense(g_v, dtype, a.num_nodes, a.coord_dim);
+  a.constants.m = list.dense(m, dtype, a.num_nodes, a.hidden);
+  a.constants.shift = list.dense(shift, dtype, a.num_nodes, a.coord_dim);
   // without nodes they have no elements, and None is passed
-  given.require(a.num_nodes == 0 || (given.has(3) && given.has(4) == (a.w_x != 0)));
-  if (!given.valid()) return false;
-  // memory of another size is not what the forward kept: the kernel computes the activations again
-  const int64_t size = egnn::layer_kept_size(a) * (a.is_double ? 8 : 4);
-  a.kept = kept_bytes == size ? kept : 0;
-  assign(a, kGradients, gradients);
+  const bool has_head = a.inputs.coord_w2 != 0;
+  list.require(a.num_nodes == 0 || (list.has(m) && list.has(shift) == has_head));
+  if (!list.valid()) return false;
+  // memory of another size is not what the forward stored: the kernel computes them again
+  const int64_t expected_bytes = egnn::layer_stored_elements(a) * (a.is_double ? 8 : 4);
+  a.constants.activations = activation_bytes == expected_bytes ? activation_address : 0;
+  assign(a.gradients, output_list<kSize<egnn::LayerInputs>>(gradients));
   const py::gil_scoped_release release;
   egnn::layer_backward(a);
   ++backward_calls;
   return true;
 }
 
-// A buffer of the pool as a DLPack tensor; it goes back when the tensor dies.
+#undef EGNN_CONSTANT
+#undef EGNN_COTANGENT
+
+// A buffer of the pool as a DLPack tensor; it returns to the pool when the tensor is destroyed.
 struct BufferTensor {
   DLManagedTensor tensor;
   int64_t count;
@@ -121,12 +170,12 @@ py::capsule buffer(int64_t count, bool is_double) {
        0};
   owner->tensor.manager_ctx = owner.get();
   owner->tensor.deleter = [](DLManagedTensor* self) {
-    const DLTensor& dead = self->dl_tensor;
-    egnn::return_buffer(static_cast<char*>(dead.data), dead.shape[0] * dead.dtype.bits / 8);
+    const DLTensor& t = self->dl_tensor;
+    egnn::return_buffer(static_cast<char*>(t.data), t.shape[0] * t.dtype.bits / 8);
     delete static_cast<BufferTensor*>(self->manager_ctx);
   };
   PyObject* capsule = PyCapsule_New(&owner->tensor, "dltensor", [](PyObject* self) {
-    // one that was taken over has another name
+    // a consumer that took the tensor has renamed the capsule
     if (!PyCapsule_IsValid(self, "dltensor")) return;
     auto* unused = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(self, "dltensor"));
     unused->deleter(unused);
@@ -153,31 +202,32 @@ PYBIND11_MODULE(_core, module) {
   module.doc() = "C++ kernels of egnn_fast; see csrc/core/args.h for the fields of the records.";
   module.def("set_tensor_classes", &egnn::set_tensor_classes, py::arg("tensor"),
              py::arg("parameter"),
-             "Tell the module PyTorch's classes, before anything else is called.");
+             "Tells the module PyTorch's classes; must be called before tensors are read.");
   module.def("are_plain", &egnn::are_plain, py::arg("tensors"),
              "Whether all are None or plain tensors on the CPU, of PyTorch's own classes.");
-  py::class_<Args>(module, "Args").def_readonly("hidden", &Args::hidden);
+  module.def("signatures", &signatures,
+             "The names of each operator's arguments in order, and the shapes of its inputs.");
+  py::class_<MessagesArgs>(module, "MessagesArgs").def_readonly("hidden", &MessagesArgs::hidden);
   py::class_<LayerArgs>(module, "LayerArgs")
       .def_readonly("hidden", &LayerArgs::hidden)
       .def_readonly("out_features", &LayerArgs::out_features);
   module.def("messages_record", &egnn::messages_record, py::arg("tensors"), py::arg("threads"),
-             py::arg("scalars"), "An edge pass's record; None if the tensors do not fit.");
+             py::arg("options"), "The record of an edge pass; None if the tensors do not fit.");
   module.def("layer_record", &egnn::layer_record, py::arg("tensors"), py::arg("threads"),
-             py::arg("scalars"), py::arg("coord_scale"), py::arg("residual"),
-             "A layer's record; None if the tensors do not fit.");
+             py::arg("options"), "The record of a layer; None if the tensors do not fit.");
 
-  module.def("forward", &forward, py::arg("args"), py::arg("outputs"));
-  module.def("backward", &backward, py::arg("args"), py::arg("cotangents"), py::arg("gradients"),
-             "False, without writing anything, if the cotangents do not fit.");
+  module.def("messages_forward", &messages_forward, py::arg("args"), py::arg("outputs"));
+  module.def("messages_backward", &messages_backward, py::arg("args"), py::arg("cotangents"),
+             py::arg("gradients"), "False, with nothing written, if the cotangents do not fit.");
   module.def("layer_forward", &layer_forward, py::arg("args"), py::arg("outputs"));
-  module.def("layer_backward", &layer_backward, py::arg("args"), py::arg("cotangents"),
-             py::arg("kept"), py::arg("kept_bytes"), py::arg("gradients"),
-             "False, without writing anything, if the cotangents do not fit.");
-  module.def("layer_kept_size", &egnn::layer_kept_size, py::arg("args"),
-             "Elements of the buffer in which a layer's forward can keep for its backward.");
+  module.def("layer_backward", &layer_backward, py::arg("args"), py::arg("tensors"),
+             py::arg("activation_address"), py::arg("activation_bytes"), py::arg("gradients"),
+             "False, with nothing written, if the cotangents or constants do not fit.");
+  module.def("layer_stored_elements", &egnn::layer_stored_elements, py::arg("args"),
+             "Elements in which a layer's forward can store its activations for the backward.");
 
   module.def("buffer", &buffer, py::arg("count"), py::arg("is_double"),
-             "A DLPack capsule of `count` uninitialised numbers, from memory that is used again.");
+             "A DLPack capsule of `count` uninitialised numbers, from memory that is reused.");
 
   const auto release = py::call_guard<py::gil_scoped_release>();
   module.def("sort_by_receiver", &sort_by_receiver, py::arg("edges"), py::arg("num_edges"),
@@ -204,7 +254,7 @@ PYBIND11_MODULE(_core, module) {
       },
       py::arg("src"), py::arg("dst"), py::arg("count"), py::arg("is_double"), py::arg("threads"),
       py::arg("repeats"), release,
-      "dst = silu(src), each thread's share `repeats` times over: the rate that benchmarks use.");
+      "dst = silu(src), computed `repeats` times: benchmarks measure the kernel's rate by it.");
   module.def(
       "calls", [] { return py::make_tuple(forward_calls.load(), backward_calls.load()); },
       "How often (forward, backward) ran in this process.");

@@ -1,5 +1,6 @@
-// The parts of the DLPack standard that read PyTorch's tensors and hand PyTorch a buffer, declared
-// here so that the build needs no headers of DLPack.
+// The parts of DLPack that read PyTorch's tensors and that give it a buffer.
+//
+// Declared here so that the build needs no headers of DLPack.
 #pragma once
 
 #include <cstdint>
@@ -32,8 +33,8 @@ struct DLManagedTensor {
   void (*deleter)(DLManagedTensor* self);
 };
 
-// Functions that a tensor class of Python offers to C (DLPack 1.3). Those that are not used here
-// are declared without arguments, to keep the layout.
+// Functions that a tensor class of Python offers to C (DLPack 1.3). Those that are not used are
+// declared without arguments, to keep the layout.
 struct DLPackExchangeAPI {
   struct {
     struct {

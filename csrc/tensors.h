@@ -1,11 +1,11 @@
-// Reads PyTorch's tensors by DLPack's C exchange API: a whole tensor takes about as long as one of
-// its attributes takes from Python.
+// Reads PyTorch's tensors by DLPack's C exchange API, and checks them.
+//
+// Reading a whole tensor this way takes about as long as reading one of its attributes in Python.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <array>
-#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -15,7 +15,8 @@ namespace egnn {
 
 namespace py = pybind11;
 
-// torch.Tensor and what belongs to it; set once by set_tensor_classes().
+// torch.Tensor, its subclass Parameter, and what is needed to read them; set by
+// set_tensor_classes().
 struct TensorClasses {
   PyTypeObject *tensor = nullptr, *parameter = nullptr;
   PyObject* is_neg = nullptr;
@@ -23,10 +24,11 @@ struct TensorClasses {
 };
 
 inline TensorClasses& tensor_classes() {
-  static TensorClasses found;
-  return found;
+  static TensorClasses classes;
+  return classes;
 }
 
+// Throws std::runtime_error if this release of PyTorch lacks the API, or has another version of it.
 inline void set_tensor_classes(const py::type& tensor, const py::type& parameter) {
   constexpr const char* kName = "dlpack_exchange_api";
   const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
@@ -42,7 +44,7 @@ inline void set_tensor_classes(const py::type& tensor, const py::type& parameter
   if (api->dltensor_from_py_object_no_sync == nullptr) {
     throw std::runtime_error("the DLPack exchange API cannot describe a tensor");
   }
-  // never released: they live as long as the process
+  // the references are never released: they are needed as long as the process runs
   TensorClasses& c = tensor_classes();
   c.is_neg = py::object(tensor.attr("is_neg")).release().ptr();
   c.tensor = reinterpret_cast<PyTypeObject*>(py::object(tensor).release().ptr());
@@ -67,21 +69,22 @@ inline int64_t numel(const DLTensor& t) {
   return count;
 }
 
-// Whether an object is a strided tensor on the CPU with memory; `view` then describes it, its byte
-// offset added to the address. Freed memory and PyTorch's lazy zeros have no address.
+// Whether an object is a strided tensor on the CPU that has memory. `view` then describes it, with
+// the byte offset added to the address. Freed memory and PyTorch's lazy zeros have no address.
 inline bool describe_tensor(PyObject* object, DLTensor& view) {
   const TensorClasses& c = tensor_classes();
   if (!PyObject_TypeCheck(object, c.tensor)) return false;
   if (c.api->dltensor_from_py_object_no_sync(object, &view) != 0) {
-    PyErr_Clear();  // no strided memory on a device: sparse, quantised or meta
+    PyErr_Clear();  // it has no strided memory: sparse, quantised or meta
     return false;
   }
   view.data = static_cast<char*>(view.data) + (view.data != nullptr ? view.byte_offset : 0);
   return view.device.device_type == 1 && (view.data != nullptr || numel(view) == 0);
 }
 
-// Whether each is None or plain: exactly a torch.Tensor or Parameter, strided, on the CPU, not
-// lazily negated, with memory. eager.is_plain for all tensors of a call at once.
+// Whether each is None or a plain tensor: a torch.Tensor or Parameter but no subclass, strided, on
+// the CPU, with memory, and not lazily negated. The same as is_plain in egnn_fast/runtime/eager.py,
+// for all tensors of a call at once.
 inline bool are_plain(const py::handle& tensors) {
   const TensorClasses& c = tensor_classes();
   const auto all = py::reinterpret_steal<py::object>(PySequence_Fast(tensors.ptr(), "tensors"));
@@ -97,7 +100,7 @@ inline bool are_plain(const py::handle& tensors) {
     }
     PyObject* negated = PyObject_CallOneArg(c.is_neg, item);
     if (negated == nullptr) throw py::error_already_set();
-    Py_DECREF(negated);  // True and False outlive this reference
+    Py_DECREF(negated);  // True and False stay alive
     if (negated == Py_True) return false;
   }
   return true;
@@ -105,17 +108,18 @@ inline bool are_plain(const py::handle& tensors) {
 
 constexpr int64_t kAnySize = -1;
 
-// `count` tensors, some of them None, and whether all checks so far have passed. Owns no tensor.
+// A list of `count` tensors, some of them None, that remembers whether a check has failed. It owns
+// no tensor.
 template <size_t count>
 class TensorList {
  public:
   explicit TensorList(const py::handle& tensors) {
     const auto all = py::reinterpret_steal<py::object>(PySequence_Fast(tensors.ptr(), "tensors"));
     if (!all) throw py::error_already_set();
-    const Py_ssize_t given = PySequence_Fast_GET_SIZE(all.ptr());
-    if (given != static_cast<Py_ssize_t>(count)) {
+    const Py_ssize_t size = PySequence_Fast_GET_SIZE(all.ptr());
+    if (size != static_cast<Py_ssize_t>(count)) {
       throw std::invalid_argument("expected " + std::to_string(count) + " tensors, got " +
-                                  std::to_string(given));
+                                  std::to_string(size));
     }
     PyObject** items = PySequence_Fast_ITEMS(all.ptr());
     for (size_t k = 0; k < count; ++k) {
@@ -129,19 +133,14 @@ class TensorList {
   bool has(size_t k) const { return present_[k]; }
   const DLTensor& operator[](size_t k) const { return views_[k]; }
 
-  // Whether tensor k is there and has so many dimensions: its sizes may be read then.
+  // Whether tensor k is present and has this number of dimensions, so that its sizes may be read.
   bool has_dims(size_t k, int dims) const {
     return valid_ && present_[k] && views_[k].ndim == dims;
   }
 
   void require(bool condition) { valid_ = valid_ && condition; }
 
-  // Requires all tensors of a group, or none.
-  void require_all_or_none(std::initializer_list<size_t> group) {
-    for (size_t k : group) require(present_[k] == present_[*group.begin()]);
-  }
-
-  // Requires that tensor k, if it is there, is dense and has this dtype and shape. Returns its
+  // Requires that tensor k, if it is present, is dense and has this dtype and shape. Returns its
   // address; 0 if it is absent or wrong.
   uintptr_t dense(size_t k, DType dtype, int64_t rows) {
     return address(k, dtype, 1, {rows, 1}, 0);
@@ -158,7 +157,7 @@ class TensorList {
   }
 
  private:
-  // From `first` on, the dimensions must be dense.
+  // Dimensions from `first` on must be dense.
   uintptr_t address(size_t k, DType dtype, int dims, std::array<int64_t, 2> shape, int first) {
     if (!valid_ || !present_[k]) return 0;
     const DLTensor& t = views_[k];
@@ -168,7 +167,7 @@ class TensorList {
     }
     if (!valid_) return 0;
     int64_t expected = 1;
-    // of a size of 1, and without elements, the stride does not matter
+    // the stride of a dimension of size 1 does not matter, nor those of an empty tensor
     for (int d = dims - 1; d >= first && numel(t) != 0; --d) {
       if (t.shape[d] != 1 && t.strides[d] != expected) valid_ = false;
       expected *= t.shape[d];

@@ -1,6 +1,8 @@
-"""Triton kernels of the fused layer, installed as ``egnn_fast.kernels``: one file a kernel.
+"""Triton kernels of the fused layer and their launchers, installed as ``egnn_fast.kernels``.
 
-What can be said of them without Triton stands here.
+This file has what is known of them without importing Triton. Kernels: ``forward``, ``backward``
+(the edge pass), ``staged``, ``staged_backward`` (the same in stages), ``nodes``, ``sums``. Shared:
+``device``, ``edges``, ``head``, ``rows``, ``gradients``, ``records``, ``blocks``.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import os
 import torch
 
 MAX_HIDDEN, MAX_DIM = 256, 16
-# what a precision's name ends with where activations may be approximate
+# the end of a precision's name if activations may be approximate
 APPROXIMATE = "~"
 # compute capabilities of the GPUs on which all checks passed: see bench/results
 PROVEN: frozenset[tuple[int, int]] = frozenset()

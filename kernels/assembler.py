@@ -1,17 +1,15 @@
-"""Which assembler makes machine code of the Triton kernels, and which ones are known to err.
+"""The assembler that Triton calls, and which releases of it generate wrong code.
 
-Triton leaves the last step to NVIDIA's ptxas: its own, or one that the environment names. Some
-versions made wrong Hopper code of kernels that use wgmma with its left operand in registers, as
-these do. Triton is not imported before it is asked.
+Triton leaves the last step of compilation to NVIDIA's ptxas: its own, or one that the environment
+names. Some releases generated wrong Hopper code for kernels that use wgmma with its left operand in
+registers, as these do. Triton is not imported before it is needed.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import re
-import struct
 import subprocess
 from typing import NamedTuple
 
@@ -20,19 +18,18 @@ ENV_ANY = "EGNN_FAST_ANY_ASSEMBLER"
 _ANY = os.environ.get(ENV_ANY, "").lower() in ("1", "true", "on", "yes")
 _VARIABLES = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "DISABLE_MMA_V3")
 _SAFE = "13.3"  # the first release without a fault that is known
-_HASH_DIGITS = 16
 
 
 class Assembler(NamedTuple):
-    """An assembler, and what it is given.
+    """An assembler, and how Triton calls it.
 
     Attributes
     ----------
-    path : where it lies
+    path : the file
     version : in full, like "12.8.93"
     origin : who chose it: "Triton 3.7.0", or the environment variable
     variable : the environment variable that would choose another one
-    wgmma : whether Triton gives it Hopper's asynchronous matrix instructions
+    wgmma : whether Triton emits Hopper's asynchronous matrix instructions
     """
 
     path: str
@@ -48,17 +45,17 @@ class Assembler(NamedTuple):
 
 
 class Doubt(NamedTuple):
-    """Why an assembler may make wrong code; level is "refuse" (it was seen to) or "warn"."""
+    """Why an assembler may generate wrong code; level is "refuse" (it was observed) or "warn"."""
 
     level: str
     reason: str
 
 
 class Report(NamedTuple):
-    """What is known of the releases from ``since`` on and before ``before``.
+    """What was reported of the releases from ``since`` on and before ``before``.
 
-    All of it is of sm_90 and of wgmma with its left operand in registers. ``evidence`` names issues
-    of Triton and of flash-linear-attention (fla), ``date`` the day of the last word in them.
+    All reports are about sm_90 and wgmma with its left operand in registers. ``evidence`` names
+    issues of Triton and of flash-linear-attention (fla), ``date`` the day of their last comment.
     """
 
     since: tuple[int, int]
@@ -119,9 +116,9 @@ def in_use(arch: int) -> Assembler | None:
 
 
 def version_of(path: str) -> str | None:
-    """A ptxas's version in full, like "12.8.93"; None if the file tells none.
+    """The version of a ptxas in full, like "12.8.93"; None if the file prints none.
 
-    Triton itself knows the first two numbers.
+    Triton itself knows the first two numbers only.
     """
     try:
         return _version(path, os.stat(path).st_mtime_ns)
@@ -136,7 +133,7 @@ def _version(path: str, changed: int) -> str | None:
 
 
 def doubt(arch: int, assembler: Assembler) -> Doubt | None:
-    """What speaks against an assembler for an architecture; None if nothing is known to."""
+    """The reason to doubt an assembler on an architecture; None if nothing was reported."""
     if arch // 10 != 9 or not assembler.wgmma:
         return None
     major, minor, *_ = (int(number) for number in assembler.version.split("."))
@@ -159,10 +156,10 @@ def _ways_out(assembler: Assembler) -> str:
 
 
 def doubt_here(arch: int) -> Doubt | None:
-    """What speaks against the assembler in use, or against one that Triton has used before it.
+    """The reason to doubt the assembler in use, or one that this process used before it.
 
-    The ptxas version in Triton's cache key is that of the first in a process: after a change it may
-    load what an earlier one made. None where ``EGNN_FAST_ANY_ASSEMBLER`` is set.
+    The version in Triton's cache key is that of the first ptxas of a process: after a change Triton
+    may load kernels that an earlier one compiled. None if ``EGNN_FAST_ANY_ASSEMBLER`` is set.
     """
     if _ANY:
         return None
@@ -174,10 +171,11 @@ def _doubt_with(arch: int, named: str | None, *environment: str | None) -> Doubt
     now = in_use(arch)
     if now is None:
         return None
-    found = doubt(arch, now)
+    current = doubt(arch, now)
     before = None if named is None else doubt(arch, now._replace(version=named))
-    if named == now.version or before is None or (found is not None and found.level == "refuse"):
-        return found
+    refused = current is not None and current.level == "refuse"
+    if named == now.version or before is None or refused:
+        return current
     return Doubt(
         "refuse",
         f"{now.label}: chosen too late: Triton has already compiled with ptxas {named} in this "
@@ -200,31 +198,5 @@ def _named_by_triton(arch: int) -> str | None:
 
 
 def _full_version(told: str) -> str | None:
-    found = re.search(r"\bV(\d+\.\d+\.\d+)", told)
-    return found[1] if found else None
-
-
-def code_hash(cubin: bytes) -> str:
-    """The first 16 hex digits of the sha256 of a cubin's machine code: its executable sections.
-
-    What else a cubin holds differs from machine to machine: the names of source files.
-
-    Raises
-    ------
-    ValueError
-        If it is no ELF file of 64 bits with machine code.
-    """
-    if cubin[:5] != b"\x7fELF\x02":
-        raise ValueError(f"cubin: expected an ELF file of 64 bits, got {cubin[:5]!r}")
-    (table,) = struct.unpack_from("<Q", cubin, 40)
-    size, number = struct.unpack_from("<HH", cubin, 58)
-    found, digest = 0, hashlib.sha256()
-    for i in range(number):
-        # type, flags, address, offset, size
-        kind, flags, _, at, length = struct.unpack_from("<IQQQQ", cubin, table + i * size + 4)
-        if kind == 1 and flags & 4:  # SHT_PROGBITS, SHF_EXECINSTR
-            digest.update(cubin[at : at + length])
-            found += length
-    if not found:
-        raise ValueError("cubin: no section with machine code")
-    return digest.hexdigest()[:_HASH_DIGITS]
+    version = re.search(r"\bV(\d+\.\d+\.\d+)", told)
+    return version[1] if version else None

@@ -1,8 +1,8 @@
 """Block sizes: edges of a block, warps of a program, programs of a multiprocessor.
 
-One row for each pass, padded width and precision, with where it comes from; Ampere, consumer
-cards and Blackwell have rows of their own. Widths without a row take the next one's. No tuning at
-import.
+One row for each pass, padded width and precision, with its source; Ampere, consumer cards and
+Blackwell have rows of their own. A width without a row takes that of the next larger one. No tuning
+at import.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ class Blocks(NamedTuple):
     edges : edges of a block
     warps : warps of a program
     programs : programs of a multiprocessor
-    in_memory : backward: how many of the sums for w2 and w3, in this order, lie in memory, not in
+    in_memory : backward: how many of the sums for w2 and w3, in this order, are in memory, not in
         registers
-    source : where the row comes from
-    streamed : how many of w3 and w2, in this order, are read anew for each block, not kept in
-        shared memory
-    staged : in stages with products by the BLAS between, these being the blocks of the stages
-    split : how products as accurate as float32 are made: ``input_precision`` on NVIDIA's GPUs
-    paired : one reciprocal for two activations: the special units have less to do, others more
-    shared_slopes : backward: of how many layers, from the first, slopes wait in shared memory, not
-        in registers; none where products are as accurate as float32
+    source : how the row was chosen
+    streamed : how many of w3 and w2, in this order, are loaded again for each block, because they
+        do not fit into shared memory
+    staged : whether the pass runs in stages with products by the BLAS between them; the row is then
+        that of the stages
+    split : ``input_precision`` of products as accurate as float32, on NVIDIA's GPUs
+    paired : whether one reciprocal serves two activations: less work for the special function
+        units, more for others
+    shared_slopes : backward: how many layers, from the first, hold their slopes in shared memory,
+        not in registers; 0 if products are as accurate as float32
     """
 
     edges: int
@@ -42,12 +44,13 @@ class Blocks(NamedTuple):
     shared_slopes: int = 0
 
     def launch_options(self, direction: str, nvidia: bool) -> dict[str, int]:
-        """How Triton is to compile a pass.
+        """Triton's options for compiling a pass.
 
-        The programs of a multiprocessor share its registers. Left to itself NVIDIA's assembler
-        takes fewer than that forward, for programs that do not come, and spills.
+        The programs of a multiprocessor share its registers. Without ``maxnreg`` NVIDIA's assembler
+        takes fewer than a program's share forward, as if more programs came, and spills.
         """
-        # one stage: Triton's pipeliner, which begins the next block's loads, fails on our assembly
+        # one stage: Triton's pipeliner, which starts the next block's loads early, fails on inline
+        # assembly
         options = {"num_warps": self.warps, "num_stages": 1}
         if nvidia and direction == "forward" and not self.staged:
             share = _REGISTERS // (_LANES * self.warps * self.programs)
@@ -64,7 +67,7 @@ _HOLDS = "offline: the least predicted time of what spills nothing on {}, Triton
 
 
 def _staged(kind: str, width: int, source: str) -> Blocks:
-    """What runs in stages; wide tiles of float32 take the most registers."""
+    """A row for stages; wide tiles of float32 take the most registers."""
     if width <= 128:
         return Blocks(32, 4, 4, 0, source, staged=True)
     return Blocks(32 if kind == "16" else 16, 8, 2, 0, source, staged=True)
@@ -123,15 +126,15 @@ AMPERE: dict[tuple[str, str, int], Blocks] = {
 def _blackwell(direction: str, kind: str, width: int) -> Blocks:
     """A row for sm_100.
 
-    Its matrix units take 64 rows and more by way of a memory of their own, which Triton 3.7 cannot
-    lay out for all of these kernels: blocks stay below.
+    For 64 rows and more its matrix units use a memory of their own, which Triton 3.7 cannot lay out
+    for all of these kernels: blocks are smaller.
     """
     source = "offline: compiles for sm_100, Triton 3.7"
     if width > 128 or (direction, kind, width) == ("backward", "highest", 128):
         return _staged(kind, width, source)
     if (direction, width) == ("backward", 32) and kind != "highest":
         source = _HOLDS.format("sm_100")
-        # high: what would spill else
+        # high would spill without
         return Blocks(32, 2, 4, 0, source, paired=kind == "high", shared_slopes=2)
     if width <= 64:
         slopes = int(direction == "backward" and kind != "highest")
@@ -157,10 +160,9 @@ BLACKWELL = {(*key[:2], width): _blackwell(*key[:2], width) for key in TABLE for
 
 
 def blocks_for(direction: str, precision: str, width: int, arch: str = "sm_90") -> Blocks:
-    """The row for a pass, a precision and a padded width.
+    """The row for a pass, ``"forward"`` or ``"backward"``, a precision and a padded width.
 
-    The pass is ``"forward"`` or ``"backward"``. ``arch`` is the architecture's name; those without
-    rows of their own take those of sm_90.
+    An architecture without rows of its own takes those of sm_90.
     """
     kind = "16" if precision in ("bf16", "fp16") else precision
     table = TABLE
@@ -175,15 +177,15 @@ def blocks_for(direction: str, precision: str, width: int, arch: str = "sm_90") 
 
 
 def staged_blocks(precision: str, width: int) -> Blocks:
-    """For what runs in stages whatever its row says."""
+    """The row for a call that runs in stages although its own row does not say so."""
     return _staged("16" if precision in ("bf16", "fp16") else precision, width, _LEAST)
 
 
 def node_blocks(width: int, precision: str, few: bool, arch: str) -> tuple[int, int, int]:
-    """Of the kernels over nodes: nodes of a tile, columns multiplied at once, warps.
+    """``(nodes of a tile, columns multiplied at once, warps)`` of the kernels over nodes.
 
-    Few nodes are spread over all multiprocessors; of many, larger tiles read weights less often, as
-    far as registers and shared memory hold them. Blackwell: see above.
+    Few nodes are spread over all multiprocessors. For many, larger tiles load weights less often,
+    as far as registers and shared memory hold them. Blackwell: see :func:`_blackwell`.
     """
     if few or width > (64 if precision == "highest" else 128):
         tile = 16
@@ -198,10 +200,10 @@ def few_nodes(nodes: int, multiprocessors: int) -> bool:
 
 
 def sender_block(width: int) -> int:
-    """Edges of a block of the sums over senders."""
+    """Edges of a block in the sums over senders."""
     return 64 if width <= 64 else 32
 
 
 def sender_options(nvidia: bool) -> dict[str, int]:
-    """How Triton is to compile these sums."""
+    """Triton's options for compiling the sums over senders."""
     return {"num_warps": 4} | ({"maxnreg": _MOST_REGISTERS} if nvidia else {})

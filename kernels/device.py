@@ -1,4 +1,4 @@
-"""What the kernels share: activations, products, an edge's geometry, rows read and written."""
+"""What the kernels share: activations, products, rows read and written."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tanh(z):
 
 @triton.jit
 def _special(t, INSTRUCTION: tl.constexpr):
-    """What the special units compute of t."""
+    """An instruction of the special function units, for each number of a tile."""
     return tl.inline_asm_elementwise(
         INSTRUCTION, "=f,f", [t], dtype=tl.float32, is_pure=False, pack=1
     )
@@ -54,7 +54,7 @@ def _reciprocal(t, PTX: tl.constexpr):
 
 @triton.jit
 def _sigmoid_tile(z, PTX: tl.constexpr, PAIRED: tl.constexpr):
-    """The sigmoid of a tile; PAIRED: one reciprocal for two neighbours, and more products."""
+    """The sigmoid of a tile; PAIRED: one reciprocal for two neighbours, at the cost of products."""
     if PAIRED:
         above = 1.0 + _exp2(tl.minimum(z * -_LOG2_E, _MAX_EXP2), PTX)
         rows: tl.constexpr = z.shape[0]
@@ -68,7 +68,7 @@ def _sigmoid_tile(z, PTX: tl.constexpr, PAIRED: tl.constexpr):
 
 @triton.jit
 def _approximate_sigmoid(z, PTX: tl.constexpr):
-    """The sigmoid by the special units' tanh, which has 11 bits: one operation, no exponential."""
+    """The sigmoid by the special units' tanh of 11 bits: one instruction, no exponential."""
     half = 0.5 * z
     if PTX:
         t = _special(half, "tanh.approx.f32 $0, $1;")
@@ -93,7 +93,7 @@ def activation(z, numbers, spec):
     elif spec.ACT == 1:
         return tl.where(z < 0, 0.0, z)  # NaN stays
     else:
-        return tl.where(z < 0, z * numbers.slope, z)
+        return tl.where(z < 0, z * numbers.negative_slope, z)
 
 
 @triton.jit
@@ -106,12 +106,17 @@ def activation_and_slope(z, numbers, spec):
     elif spec.ACT == 1:
         return tl.where(z < 0, 0.0, z), tl.where(z > 0, 1.0, 0.0)
     else:
-        return tl.where(z < 0, z * numbers.slope, z), tl.where(z > 0, 1.0, numbers.slope)
+        return tl.where(z < 0, z * numbers.negative_slope, z), tl.where(
+            z > 0, 1.0, numbers.negative_slope
+        )
 
 
 @triton.jit
-def kept_slope(slope, spec):
-    """act'(z) as it waits for its use, in fp16, whose digits are tf32's; float32 where exact."""
+def stored_slope(slope, spec):
+    """act'(z) in the type that holds it until its use: fp16, with tf32's digits; float32 if exact.
+
+    :func:`loaded_slope` is the inverse.
+    """
     if spec.EXACT:
         return slope
     elif spec.ACT == 2:
@@ -121,26 +126,26 @@ def kept_slope(slope, spec):
 
 
 @triton.jit
-def slope_again(kept, numbers, spec):
-    """act'(z) of what :func:`kept_slope` kept."""
+def loaded_slope(stored, numbers, spec):
+    """act'(z), float32, of what :func:`stored_slope` returned."""
     if spec.EXACT:
-        return kept
+        return stored
     elif spec.ACT == 2:
-        return tl.where(kept > 0, 1.0, numbers.slope)
+        return tl.where(stored > 0, 1.0, numbers.negative_slope)
     else:
-        return kept.to(tl.float32)
+        return stored.to(tl.float32)
 
 
 @triton.jit
 def shared_slope(slope, layer: tl.constexpr, spec):
-    """The same for a layer's slope (from 0) that waits in shared memory, if spec says so.
+    """:func:`stored_slope` for a layer (from 0) whose slope may wait in shared memory.
 
-    There the right operand of a product waits, from when it is known; see
-    :func:`slope_from_shared`. A NaN must not reach other edges by it.
+    The right operand of a product lies there from when it is known; :func:`slope_from_shared` makes
+    that product. It adds up edges, so a NaN is replaced here.
     """
-    kept = kept_slope(slope, spec)
+    stored = stored_slope(slope, spec)
     if layer >= spec.SHARED_SLOPES or spec.ACT != 0:
-        return kept
+        return stored
     # SiLU's is within -0.1 and 1.1; where it is not finite the products that follow are not either
     elif spec.PTX:
         return tl.inline_asm_elementwise(
@@ -148,25 +153,25 @@ def shared_slope(slope, layer: tl.constexpr, spec):
             { .reg .b32 two; mov.b32 two, 0x40004000; min.f16x2 $0, $1, two;
               mov.b32 two, 0xC000C000; max.f16x2 $0, $0, two; }
             """,
-            "=r,r", [kept], dtype=tl.float16, is_pure=True, pack=2,
+            "=r,r", [stored], dtype=tl.float16, is_pure=True, pack=2,
         )  # fmt: skip
     else:
-        return tl.where(tl.abs(kept) < 2.0, kept, 2.0).to(tl.float16)
+        return tl.where(tl.abs(stored) < 2.0, stored, 2.0).to(tl.float16)
 
 
 @triton.jit
-def slope_from_shared(kept, layer: tl.constexpr, numbers, spec):
-    """act'(z) of what :func:`shared_slope` kept: its product with the identity."""
+def slope_from_shared(stored, layer: tl.constexpr, numbers, spec):
+    """act'(z), float32, of what :func:`shared_slope` returned: its product with the identity."""
     if layer < spec.SHARED_SLOPES:
         edge = tl.arange(0, spec.BLOCK)
         identity = (edge[:, None] == edge[None, :]).to(tl.float16)
-        kept = tl.dot(identity, kept)
-    return slope_again(kept, numbers, spec)
+        stored = tl.dot(identity, stored)
+    return loaded_slope(stored, numbers, spec)
 
 
 @triton.jit
 def operand(t, spec):
-    """t as products take it, rounded, not cut off."""
+    """t in the type of the products' operands, rounded to nearest, not truncated."""
     t = t.to(spec.OPERAND)
     if spec.ROUND:
         # Veltkamp's split, to the nearest number of 13 digits fewer but for 1 of 8,000, just below
@@ -192,104 +197,21 @@ def run_of_blocks(num_blocks):
 
 
 @triton.jit
-def block_of_edges(edges, begin_edge, end_edge, block, spec):
-    """``(start, stop, e, live, first, last)`` of a block.
-
-    Where its edges begin and end; their numbers, which exist; the rows of the first and the last.
-    """
-    start = begin_edge + block * spec.BLOCK
-    stop = tl.minimum(start + spec.BLOCK, end_edge)
-    e = start + tl.arange(0, spec.BLOCK)
-    first = tl.load(edges.block_rows + 2 * block)
-    last = tl.load(edges.block_rows + 2 * block + 1)
-    return start, stop, e, e < stop, first, last
-
-
-@triton.jit
-def nodes_of(edges, e, live, first, last):
-    """``(i, j)``: receivers and senders of a block's edges; ``i`` is -1 where there is no edge."""
-    if edges.receivers is not None:
-        i = tl.load(edges.receivers + e, mask=live, other=-1)
-    else:
-        # the last row that begins at or before e
-        i = tl.zeros_like(e) + first
-        high = tl.zeros_like(e) + last
-        span = last - first
-        while span > 0:
-            middle = i + ((high - i + 1) >> 1)
-            begun = tl.load(edges.order.rowptr + middle) <= e
-            i = tl.where(begun, middle, i)
-            high = tl.where(begun, high, middle - 1)
-            span = span >> 1
-        i = tl.where(live, i, -1)
-    return i, senders_of(edges, e, live, i)
-
-
-@triton.jit
-def senders_of(edges, e, live, i):
-    """The senders of edges that the nodes ``i`` receive."""
-    if edges.senders is not None:
-        return tl.load(edges.senders + e, mask=live, other=0)
-    else:
-        i = tl.maximum(i, 0)
-        j = tl.load(edges.first + i) + (e - tl.load(edges.order.rowptr + i).to(tl.int32))
-        return tl.where(live, j + (j >= i).to(tl.int32), 0)
-
-
-@triton.jit
-def users_of(edges, e, live):
-    """The user's numbers of edges."""
-    if edges.perm is not None:
-        return tl.load(edges.perm + e, mask=live, other=0)
-    else:
-        return e
-
-
-@triton.jit
-def geometry(inputs, i, j, live, spec):
-    """``(d, r)``: x_i - x_j ``[BLOCK, D]`` and its square."""
-    d = load_rows(inputs.x, i, live, spec.D, spec.D, spec.DP)
-    d -= load_rows(inputs.x, j, live, spec.D, spec.D, spec.DP)
-    return d, tl.sum(d * d, axis=1)
-
-
-@triton.jit
-def first_linear(inputs, weights, w_a, user, live, i, j, r, spec):
-    """The first linear layer's output; ``w_a`` is the matrix of the edge attributes, or None."""
-    z = load_rows(inputs.pq, i, live, 2 * spec.H, spec.H, spec.HP)
-    z += load_rows(inputs.pq + spec.H, j, live, 2 * spec.H, spec.H, spec.HP)
-    z += r[:, None] * load_vector(weights.w_r, spec)[None, :]
-    if w_a is not None:
-        a = load_rows(inputs.edge_attr, user, live, spec.A, spec.A, spec.AP)
-        z += product(operand(a, spec), tl.trans(operand(w_a, spec)), spec)
-    return z
-
-
-@triton.jit
 def gate_of(n, weights, spec):
-    """The attention of messages ``[BLOCK, H]``."""
+    """The gates g = σ(w_g · n + b_g) ``[BLOCK]`` of messages n ``[BLOCK, H]``."""
     b_g = tl.load(weights.b_g).to(tl.float32)
     return sigmoid(tl.sum(n * load_vector(weights.w_g, spec)[None, :], axis=1) + b_g)
 
 
 @triton.jit
 def not_finite(values):
-    """Where values are NaN or infinite."""
+    """True where values are NaN or infinite."""
     return (tl.abs(values) < float("inf")) == 0
 
 
 @triton.jit
-def mask_of(inputs, user, live):
-    """The edges' mask, 0 where there is no edge."""
-    if inputs.edge_mask is not None:
-        return tl.load(inputs.edge_mask + user, mask=live, other=0.0)
-    else:
-        return live.to(tl.float32)
-
-
-@triton.jit
 def rows_and_columns(rows, width: tl.constexpr, padded: tl.constexpr):
-    """Which elements of a tile exist, given which rows do; no test where no column is padding."""
+    """Which elements of a tile exist, given which rows do; no test if no column is padding."""
     if width == padded:
         return rows[:, None]
     else:
@@ -309,7 +231,7 @@ def load_rows(base, index, live, stride, width: tl.constexpr, padded: tl.constex
 def load_vector(base, spec):
     """A vector of weights ``[H]`` as float32, 0 beyond its end.
 
-    Read anew for each block: kept over the loop, these would take a third of the registers.
+    Loaded again for each block: held over the loop, they would take a third of the registers.
     """
     columns = tl.arange(0, spec.HP)
     if spec.H == spec.HP:
@@ -343,9 +265,9 @@ def store_rows(base, index, live, values, stride, width: tl.constexpr):
     """Write rows ``[BLOCK, W]`` at ``index`` of a row-major matrix, where live."""
     columns = tl.arange(0, values.shape[1])
     offset = index.to(tl.int64) * stride
-    place = base + offset[:, None] + columns[None, :]
+    address = base + offset[:, None] + columns[None, :]
     inside = rows_and_columns(live, width, values.shape[1])
-    tl.store(place, values.to(base.dtype.element_ty), mask=inside)
+    tl.store(address, values.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -353,6 +275,6 @@ def add_rows_at(base, index, live, values, stride, width: tl.constexpr):
     """Add rows ``[BLOCK, W]`` to those at ``index``, where live; in no particular order."""
     columns = tl.arange(0, values.shape[1])
     offset = index.to(tl.int64) * stride
-    place = base + offset[:, None] + columns[None, :]
+    address = base + offset[:, None] + columns[None, :]
     inside = rows_and_columns(live, width, values.shape[1])
-    tl.atomic_add(place, values, mask=inside, sem="relaxed")
+    tl.atomic_add(address, values, mask=inside, sem="relaxed")

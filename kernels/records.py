@@ -1,8 +1,13 @@
-"""What the kernels are given: records of addresses, and the sizes that they are compiled for."""
+"""Arguments of the kernels: records of addresses, and the constants that they are compiled for.
+
+Triton's compiler takes a named tuple apart: a record costs nothing, in registers or otherwise.
+"""
 
 from __future__ import annotations
 
 from collections import namedtuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -31,7 +36,7 @@ def padded(width: int) -> int:
 
 
 def row_width(hidden: int, staged: bool) -> int:
-    """Channels of what the kernels are given for a hidden width: padding comes from the caller.
+    """Channels of the kernels' arguments for a hidden width: the caller pads them.
 
     A whole tile, or in stages, where tiles lie in memory, a multiple of what wide accesses take.
     """
@@ -41,7 +46,7 @@ def row_width(hidden: int, staged: bool) -> int:
 def weight_parts(hidden: int, attrs: int, staged: bool = False) -> dict[str, int]:
     """Names and sizes of the parts of a row of ``Gradients.weights``; the last is padding.
 
-    ``staged``: without the matrices, which are the BLAS's there.
+    ``staged``: without the matrices, whose gradients the BLAS computes there.
     """
     sizes = {} if staged else {"w2": hidden * hidden, "w3": hidden * hidden}
     sizes |= dict.fromkeys(VECTORS, hidden) | {"w_a": hidden * attrs, "b_g": 1}
@@ -100,7 +105,7 @@ class Rows(NamedTuple):
         The rows; those without an edge are not written.
     slots : [2 programs, W], float32
         The sums of each program's first and last row, which other programs may share: finish_rows
-        brings them to their places.
+        adds them to the rows.
     """
 
     out: Any
@@ -133,13 +138,84 @@ class Weights(NamedTuple):
 class Numbers(NamedTuple):
     """Options that are numbers: slope of LeakyReLU, the k of ``coord_norm``, ``coord_clamp``."""
 
-    slope: Any
-    norm: Any
-    clamp: Any
+    negative_slope: Any
+    coord_norm: Any
+    coord_clamp: Any
 
 
-# The fields of Spec that each kernel reads, itself or in what it calls. It gets only these: Triton
-# compiles a kernel again for each value of a constant, also of one that it does not read.
+class Problem(NamedTuple):
+    """A call of the edge pass as its kernels see it."""
+
+    edges: EdgeList
+    inputs: Inputs
+    weights: Weights
+    numbers: Numbers
+
+
+class Chunk(NamedTuple):
+    """The edges of one launch.
+
+    Attributes
+    ----------
+    begin, end : the first edge, and one past the last
+    blocks : blocks of edges
+    programs : programs that share these
+    """
+
+    begin: int
+    end: int
+    blocks: int
+    programs: int
+
+    @property
+    def arguments(self) -> tuple[int, int, int]:
+        """``begin_edge, end_edge, num_blocks`` of the kernels."""
+        return self.begin, self.end, self.blocks
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """The options of a layer that reach the kernels, as the operator has them.
+
+    Attributes
+    ----------
+    activation : "silu", "relu" or "leaky_relu"
+    negative_slope : of LeakyReLU
+    coord_norm : 0 for none, below 0 for "unit", else k
+    coord_tanh : whether the coordinate head ends with a tanh
+    coord_clamp : 0 for none
+    """
+
+    activation: str = "silu"
+    negative_slope: float = 0.01
+    coord_norm: float = 0.0
+    coord_tanh: bool = False
+    coord_clamp: float = 0.0
+
+    @classmethod
+    def of(cls, arguments: Any) -> LayerOptions:
+        """Those among an operator's arguments by name."""
+        return cls(*(getattr(arguments, each.name) for each in fields(cls)))
+
+    @property
+    def numbers(self) -> Numbers:
+        """Those that are arguments of the kernels, not constants."""
+        return Numbers(*(float(getattr(self, name)) for name in Numbers._fields))
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Those that the kernels are compiled for, by their names in :class:`Spec`."""
+        return {
+            "ACT": ACTIVATIONS[self.activation],
+            "NORM": 0 if self.coord_norm == 0 else 1 if self.coord_norm < 0 else 2,
+            "TANH": self.coord_tanh,
+            "CLAMP": self.coord_clamp > 0,
+        }
+
+
+# The fields of Spec that each kernel reads, itself or in a function that it calls. It gets only
+# these: Triton compiles a kernel again for each value of a constant, also of one that it does not
+# read. A new option of the coordinate head goes into _HEAD.
 _ACTIVATION = ("ACT", "APPROX", "PAIRED", "PTX")
 _PRODUCT = ("OPERAND", "DOT", "ROUND")
 _TILE = ("H", "D", "A", "HP", "DP", "AP", "BLOCK")
@@ -151,7 +227,7 @@ READ: dict[str, tuple[str, ...]] = {
         "IN_MEMORY",
     ),
     "staged_first": (*_TILE, *_ACTIVATION, *_PRODUCT),
-    "staged_messages": ("H", "HP", "BLOCK", *_ACTIVATION, "OPERAND", "PART"),
+    "staged_messages": ("H", "D", "HP", "BLOCK", *_ACTIVATION, "OPERAND", "PART"),
     "staged_shifts": ("H", "D", "HP", "DP", "BLOCK", *_ACTIVATION, *_HEAD, "OPERAND", "PART"),
     "staged_shifts_backward": (
         "H", "D", "A", "HP", "DP", "BLOCK", *_ACTIVATION, *_PRODUCT, *_HEAD, "K",
@@ -160,6 +236,7 @@ READ: dict[str, tuple[str, ...]] = {
         "H", "A", "HP", "BLOCK", *_ACTIVATION, *_PRODUCT, "K",
     ),
     "staged_first_backward": (*_TILE, *_ACTIVATION, *_PRODUCT, "PART", "K"),
+    "sender_sums": ("H", "D", "HP", "DP", "BLOCK", "OPERAND", "PART"),
     "project_nodes": ("H", "D", "HP", "DP", *_PRODUCT),
     "update_nodes": ("H", "D", "HP", "DP", *_ACTIVATION, *_PRODUCT),
     "pack_weights": ("HP", "AP", "OPERAND", "ROUND"),
@@ -168,7 +245,7 @@ READ: dict[str, tuple[str, ...]] = {
 
 @cache
 def _record_of(names: tuple[str, ...]) -> Any:
-    return namedtuple("Constants", names)  # its fields are not known before
+    return namedtuple("Constants", names)  # the fields depend on the kernel
 
 
 def only(record: Any, names: tuple[str, ...]) -> Any:
@@ -189,16 +266,16 @@ class Spec(NamedTuple):
     TANH, CLAMP : whether the coordinate head has them
     OPERAND : type of the products' operands
     DOT : ``input_precision`` of products of float32 operands
-    ROUND : whether these are rounded to tf32 first; the matrix units would cut them off
+    ROUND : whether these are rounded to tf32 first; the matrix units would truncate them
     EXACT : whether products are as accurate as float32
-    SHARED_SLOPES : of how many layers, from the first, slopes wait in shared memory (backward)
-    PART : type of the parts of 8 digits that float32 values are summed in
+    SHARED_SLOPES : how many layers, from the first, hold their slopes in shared memory (backward)
+    PART : type of the parts of 8 bits in which float32 values are summed
     APPROX : whether SiLU is computed from the special units' tanh, to 11 bits
     PAIRED : whether one reciprocal serves two activations
-    PTX : whether NVIDIA's own instructions may be used where Triton has none for them
+    PTX : whether NVIDIA's instructions may be used that Triton has no function for
     K : width of a program's sums for the weights (backward)
-    STREAMED : how many of w3 and w2 are read anew for each block, as too large for shared memory
-    IN_MEMORY : how many of the sums for w2 and w3 lie in memory, not in registers (backward)
+    STREAMED : how many of w3 and w2 are loaded again for each block, as shared memory is too small
+    IN_MEMORY : how many of the sums for w2 and w3 are in memory, not in registers (backward)
     """
 
     H: Any
@@ -231,30 +308,27 @@ class Spec(NamedTuple):
         return cls(**{name: tl.constexpr(value) for name, value in fields.items()})
 
     def read_by(self, kernel: str) -> Any:
-        """The record that a kernel is given: of the constants that it reads."""
+        """The constants that a kernel reads, as a record: its argument ``spec``."""
         return only(self, READ[kernel])
 
     @classmethod
     def make(
-        cls, *, hidden: int, dim: int, attrs: int, precision: str, activation: str, norm: float,
-        tanh: bool, clamp: float, blocks: Blocks, nvidia: bool, staged: bool = False,
+        cls, options: LayerOptions, *, hidden: int, dim: int, attrs: int, precision: str,
+        blocks: Blocks, nvidia: bool,
     ) -> Spec:  # fmt: skip
-        """The constants of a call: options and ``precision`` as the operator has them.
-
-        ``norm`` is 0 for none, below 0 for "unit"; ``clamp`` is 0 for none.
-        """
+        """The constants of a call; ``precision`` is the operator's, ``hidden`` a row's width."""
         products = precision.removesuffix(APPROXIMATE)
-        # products of parts are NVIDIA's alone; elsewhere such products are float32's own
+        # NVIDIA alone has products of parts; elsewhere these are products of float32
         exact = blocks.split if nvidia else "ieee"
         # the interpreter multiplies exactly whatever it is told, and knows fewer names
         exact = "tf32x3" if interpreting() else exact
         # slopes of ReLU come by another way, for which wide tiles leave no room
-        crowded = activation != "silu" and blocks.edges * padded(hidden) > 64 * 64
+        crowded = options.activation != "silu" and blocks.edges * padded(hidden) > 64 * 64
         return cls.of(
+            **options.constants,
             H=hidden, D=dim, A=attrs,
             HP=padded(hidden), DP=triton.next_power_of_2(dim), AP=padded(attrs),
-            BLOCK=blocks.edges, ACT=ACTIVATIONS[activation],
-            NORM=0 if norm == 0 else 1 if norm < 0 else 2, TANH=tanh, CLAMP=clamp > 0,
+            BLOCK=blocks.edges,
             OPERAND=OPERANDS.get(products, tl.float32),
             DOT=exact if products == "highest" else "tf32",
             ROUND=products == "high" and nvidia,
@@ -262,6 +336,48 @@ class Spec(NamedTuple):
             SHARED_SLOPES=0 if products == "highest" or crowded else blocks.shared_slopes,
             PART=PART,
             APPROX=precision != products, PAIRED=blocks.paired, PTX=nvidia and not interpreting(),
-            K=sum(weight_parts(hidden, attrs, staged).values()), STREAMED=blocks.streamed,
+            K=sum(weight_parts(hidden, attrs, blocks.staged).values()), STREAMED=blocks.streamed,
             IN_MEMORY=blocks.in_memory,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the kernels of a call are compiled and launched.
+
+    Attributes
+    ----------
+    spec : constants
+    blocks : block sizes
+    options : how Triton is to compile the edge pass
+    precision : of the products: "highest", "high", "bf16" or "fp16"
+    arch : the architecture, like "sm_90"
+    nvidia : whether it is NVIDIA's
+    """
+
+    spec: Spec
+    blocks: Blocks
+    options: Mapping[str, int]
+    precision: str
+    arch: str
+    nvidia: bool
+    _read: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def make(
+        cls, direction: str, blocks: Blocks, options: LayerOptions, *, hidden: int, dim: int,
+        attrs: int, precision: str, arch: str, nvidia: bool,
+    ) -> Plan:  # fmt: skip
+        """That of a pass, ``"forward"`` or ``"backward"``; other arguments as of Spec.make."""
+        spec = Spec.make(
+            options, hidden=hidden, dim=dim, attrs=attrs, precision=precision, blocks=blocks,
+            nvidia=nvidia,
+        )  # fmt: skip
+        launch = blocks.launch_options(direction, nvidia)
+        return cls(spec, blocks, launch, precision.removesuffix(APPROXIMATE), arch, nvidia)
+
+    def constants(self, kernel: str) -> Any:
+        """The constants that a kernel reads; one record for all its launches."""
+        if kernel not in self._read:
+            self._read[kernel] = self.spec.read_by(kernel)
+        return self._read[kernel]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -11,36 +13,93 @@ from egnn_fast.kernels.device import load_rows, rows_and_columns
 WINDOW = tl.constexpr(16)
 
 
+class Sums(NamedTuple):
+    """Where a program's sums over rows go.
+
+    Attributes
+    ----------
+    wide : Rows [., H], or None
+    narrow : Rows [., D], or None
+    head_row : int32
+        The program's first row, which earlier programs may share: it goes to its slot.
+    """
+
+    wide: Any
+    narrow: Any
+    head_row: Any
+
+
+class EdgeValues(NamedTuple):
+    """Values of a block's edges, to be summed into rows.
+
+    Attributes
+    ----------
+    wide : [BLOCK, HP], float32, or None
+    narrow : [BLOCK, DP], float32, or None
+    wide_broken, narrow_broken : [BLOCK], bool
+        Which edges have values that are not finite; None: such values may reach other rows.
+    """
+
+    wide: Any
+    narrow: Any
+    wide_broken: Any
+    narrow_broken: Any
+
+
+class Carry(NamedTuple):
+    """The sums of a row that may go on in the next block.
+
+    Attributes
+    ----------
+    row : int32
+        The last row of the blocks so far; -1 before the first block.
+    wide : [HP], float32, or None
+    narrow : [DP], float32, or None
+    last : int32
+        As ``row``, but the program's first row before the first block. One number for both would
+        do; the compiled kernels then spill more.
+    """
+
+    row: Any
+    wide: Any
+    narrow: Any
+    last: Any
+
+
 @triton.jit
-def _edges_of_rows(order, row, last, begin, end, BLOCK: tl.constexpr):
+def _edges_of_rows(order, row, block, BLOCK: tl.constexpr):
     """``[BLOCK, WINDOW]``: which edges of a block belong to row, row + 1, ...
 
-    Found anew where it is wanted: receivers held for it would take registers all the while.
+    Computed again for each use: the receivers would take registers from one use to the next.
     """
     rows = row + tl.arange(0, WINDOW)
-    place = tl.arange(0, BLOCK)
+    edge = tl.arange(0, BLOCK)
     if order.keys is None:
-        inside = rows <= last
-        low = tl.load(order.rowptr + rows, mask=inside, other=end) - begin
-        high = tl.load(order.rowptr + rows + 1, mask=inside, other=begin)
+        inside = rows <= block.last
+        low = tl.load(order.rowptr + rows, mask=inside, other=block.end) - block.begin
+        high = tl.load(order.rowptr + rows + 1, mask=inside, other=block.begin)
         low = tl.maximum(low, 0).to(tl.int32)
-        high = (tl.minimum(high, end) - begin).to(tl.int32)
-        return (low[None, :] <= place[:, None]) & (place[:, None] < high[None, :])
+        high = (tl.minimum(high, block.end) - block.begin).to(tl.int32)
+        return (low[None, :] <= edge[:, None]) & (edge[:, None] < high[None, :])
     else:
-        keys = tl.load(order.keys + begin + place, mask=begin + place < end, other=-1)
+        inside = block.begin + edge < block.end
+        keys = tl.load(order.keys + block.begin + edge, mask=inside, other=-1)
         return rows[None, :] == keys[:, None]
 
 
 @triton.jit
-def _next_window(order, row, last, begin, end, BLOCK: tl.constexpr):
-    """The first row at or beyond ``row + WINDOW`` that has an edge; beyond ``last``: none."""
+def _next_window(order, row, block, BLOCK: tl.constexpr):
+    """The first row of the block at or beyond ``row + WINDOW`` that has an edge.
+
+    Without such a row, a number beyond the block's last row.
+    """
     row += WINDOW
-    span = last - row
+    span = block.last - row
     if order.keys is None:
         if span > 0:
             # the last row that begins where this one does is the first that has edges
             edge = tl.load(order.rowptr + row)
-            high = last
+            high = block.last
             while span > 0:
                 middle = row + ((high - row + 1) >> 1)
                 begun = tl.load(order.rowptr + middle) <= edge
@@ -50,24 +109,24 @@ def _next_window(order, row, last, begin, end, BLOCK: tl.constexpr):
         return row
     else:
         if span > 0:
-            place = begin + tl.arange(0, BLOCK)
-            keys = tl.load(order.keys + place, mask=place < end, other=-1)
-            row = tl.min(tl.where(keys >= row, keys, last + 1), axis=0)
+            edge = block.begin + tl.arange(0, BLOCK)
+            keys = tl.load(order.keys + edge, mask=edge < block.end, other=-1)
+            row = tl.min(tl.where(keys >= row, keys, block.last + 1), axis=0)
         return row
 
 
 @triton.jit
 def _upper(values):
-    """The first 8 digits of float32 values, cut off: what bfloat16 holds exactly."""
+    """Float32 values truncated to their first 8 bits: what bfloat16 holds exactly."""
     bits = values.to(tl.int32, bitcast=True)
     return (bits & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _parts(values, PART: tl.constexpr):
-    """Float32 values as three parts of 8 digits, ``(low, middle, high)``.
+    """Float32 values as three parts of 8 bits, ``(low, middle, high)``.
 
-    Products of these with 0 and 1 are exact, at a rate twice that of tf32, which holds 11 digits.
+    Products of these with 0 and 1 are exact, at twice the rate of tf32, which holds 11 bits.
     """
     values = values.to(tl.float32)  # the interpreter's numbers of Python may be wider
     high = _upper(values)
@@ -77,33 +136,33 @@ def _parts(values, PART: tl.constexpr):
 
 
 @triton.jit
-def take_block_rows(base, stride, H: tl.constexpr, total, order, begin, end, first, last, spec):
-    """Add to ``total [BLOCK, H]`` each edge's row of a float32 matrix, exactly.
+def take_block_rows(base, total, order, block, spec):
+    """Add to ``total [BLOCK, HP]`` each edge's row of a float32 matrix ``[N, H]``, exactly.
 
-    The reverse of :func:`add_block_rows`, of rows by rowptr. By products, as a window of rows takes
-    fewer registers and loads than a row for each edge; what is not finite reaches the other rows of
-    its window.
+    The reverse of :func:`add_block_rows`, for rows by rowptr. Products with 0 and 1: a window of
+    rows takes fewer registers and loads than a row for each edge. A value that is not finite
+    reaches the other rows of its window.
     """
-    row = first
-    while row <= last:
-        chosen = _edges_of_rows(order, row, last, begin, end, total.shape[0]).to(spec.PART)
+    row = block.first
+    while row <= block.last:
+        chosen = _edges_of_rows(order, row, block, total.shape[0]).to(spec.PART)
         rows = row + tl.arange(0, WINDOW)
         # a row without edges may hold anything
-        inside = rows <= last
+        inside = rows <= block.last
         begun = tl.load(order.rowptr + rows, mask=inside, other=0)
         inside &= tl.load(order.rowptr + rows + 1, mask=inside, other=0) > begun
-        values = load_rows(base, rows, inside, stride, H, total.shape[1])
+        values = load_rows(base, rows, inside, spec.H, spec.H, total.shape[1])
         low, middle, high = _parts(values, spec.PART)
         total = tl.dot(chosen, low, total)
         total = tl.dot(chosen, middle, total)
         total = tl.dot(chosen, high, total)
-        row = _next_window(order, row, last, begin, end, total.shape[0])
+        row = _next_window(order, row, block, total.shape[0])
     return total
 
 
 @triton.jit
 def _sum_wide(chosen, values, SUM: tl.constexpr, PART: tl.constexpr):
-    """``chosenᵀ @ values``: of values rounded to SUM, or exact products if that is float32.
+    """``chosenᵀ @ values [BLOCK, HP]``: of values rounded to SUM, or exact if that is float32.
 
     The values are on the left: on Hopper that side has 64 rows at least, and the window has 16.
     """
@@ -120,7 +179,7 @@ def _sum_wide(chosen, values, SUM: tl.constexpr, PART: tl.constexpr):
 
 @triton.jit
 def _sum_narrow(chosen, values, PART: tl.constexpr):
-    """``chosenᵀ @ values [BLOCK, D]`` with exact products: the parts of 8 digits side by side."""
+    """``chosenᵀ @ values [BLOCK, DP]``, exact: the parts of 8 bits side by side."""
     BLOCK: tl.constexpr = values.shape[0]
     D: tl.constexpr = values.shape[1]
     low, middle, high = _parts(values, PART)
@@ -140,125 +199,140 @@ def _without(values, broken):
 
 
 @triton.jit
-def _lost(sums, order, row, last, begin, end, broken):
-    """NaN for the rows that have a broken edge."""
-    # what is rare holds no registers for the rest: the barrier keeps the loads from being shared
+def _lost(sums, order, row, block, broken):
+    """``sums [WINDOW, W]`` with NaN in the rows that have a broken edge."""
+    # the barrier keeps these rare loads from being shared with others, which would take registers
     tl.debug_barrier()
-    chosen = _edges_of_rows(order, row, last, begin, end, broken.shape[0])
+    chosen = _edges_of_rows(order, row, block, broken.shape[0])
     lost = tl.max((chosen & broken[:, None]).to(tl.int32), axis=0) > 0
     return tl.where(lost[:, None], float("nan"), sums)
 
 
 @triton.jit
 def _store_vector(base, row, values, stride, width: tl.constexpr, wanted, ADD: tl.constexpr):
-    """Write a row ``[W]``, or add it to what is there, if it is wanted."""
+    """Write a row ``[W]`` if it is wanted, or add it to the one in memory."""
     columns = tl.arange(0, values.shape[0])
-    place = base + row.to(tl.int64) * stride + columns
+    address = base + row.to(tl.int64) * stride + columns
     inside = wanted & (columns < width)
     if ADD:
-        values += tl.load(place, mask=inside, other=0.0)
-    tl.store(place, values, mask=inside)
+        values += tl.load(address, mask=inside, other=0.0)
+    tl.store(address, values, mask=inside)
 
 
 @triton.jit
 def _carry_on(
-    rows, stride, width: tl.constexpr, carry, carry_row, first, head_row, ADD: tl.constexpr
+    rows, total, row, block, head_row, stride, width: tl.constexpr, ADD: tl.constexpr
 ):  # fmt: skip
-    """Write the carried row if this block does not go on with it; else give back its sum, or 0."""
-    ended = (carry_row != first) & (carry_row >= 0)
+    """The carried ``total [W]`` of a row if the block goes on with that row; else write it: 0."""
+    ended = (row != block.first) & (row >= 0)
     slot = 2 * tl.program_id(0)
-    _store_vector(rows.slots, slot, carry, width, width, ended & (carry_row == head_row), False)
-    _store_vector(rows.out, carry_row, carry, stride, width, ended & (carry_row != head_row), ADD)
-    return tl.where(carry_row == first, carry, 0.0)
+    _store_vector(rows.slots, slot, total, width, width, ended & (row == head_row), False)
+    _store_vector(rows.out, row, total, stride, width, ended & (row != head_row), ADD)
+    return tl.where(row == block.first, total, 0.0)
 
 
 @triton.jit
-def _place(
-    rows, stride, width: tl.constexpr, sums, row, first, last, head_row, carried, ADD: tl.constexpr
+def _write_window(
+    rows, totals, row, block, carried, head_row, stride, width: tl.constexpr, ADD: tl.constexpr
 ):  # fmt: skip
-    """Write a window's rows but the block's last one, whose sum is given back."""
-    columns = tl.arange(0, sums.shape[1])
+    """Write the sums ``totals [WINDOW, W]`` of the rows from ``row`` on.
+
+    The block's last row is not written: its sum ``[W]`` is returned. ``carried`` is added to the
+    first row.
+    """
+    columns = tl.arange(0, totals.shape[1])
     slot = 2 * tl.program_id(0)
     window = row + tl.arange(0, WINDOW)
-    sums += tl.where((window == first)[:, None], carried[None, :], 0.0)
-    carry = tl.sum(tl.where((window == last)[:, None], sums, 0.0), axis=0)
-    in_slot = rows_and_columns((window < last) & (window == head_row), width, sums.shape[1])
-    slot_place = tl.zeros_like(window)[:, None] + slot * width + columns[None, :]
-    tl.store(rows.slots + slot_place, sums, mask=in_slot)
-    whole = rows_and_columns((window < last) & (window != head_row), width, sums.shape[1])
-    place = rows.out + window.to(tl.int64)[:, None] * stride + columns[None, :]
+    totals += tl.where((window == block.first)[:, None], carried[None, :], 0.0)
+    carry = tl.sum(tl.where((window == block.last)[:, None], totals, 0.0), axis=0)
+    ended = window < block.last
+    in_slot = rows_and_columns(ended & (window == head_row), width, totals.shape[1])
+    slot_address = tl.zeros_like(window)[:, None] + slot * width + columns[None, :]
+    tl.store(rows.slots + slot_address, totals, mask=in_slot)
+    whole = rows_and_columns(ended & (window != head_row), width, totals.shape[1])
+    address = rows.out + window.to(tl.int64)[:, None] * stride + columns[None, :]
     if ADD:
-        sums += tl.load(place, mask=whole, other=0.0)
-    tl.store(place, sums, mask=whole)
+        totals += tl.load(address, mask=whole, other=0.0)
+    tl.store(address, totals, mask=whole)
     return carry
 
 
 @triton.jit
 def add_block_rows(
-    wide, stride, H: tl.constexpr, values, carry, broken,
-    narrow, D: tl.constexpr, shifts, shift_carry, shift_broken,
-    order, begin, end, first, last, carry_row, head_row,
-    SUM: tl.constexpr, PART: tl.constexpr, ADD: tl.constexpr,
+    sums, values, carry, block, order, STRIDE: tl.constexpr, ADD: tl.constexpr, spec
 ):  # fmt: skip
-    """Sum values ``[BLOCK, H]`` and shifts ``[BLOCK, D]`` of a block of edges into their rows.
+    """Sum the EdgeValues of an EdgeBlock into their rows, as Sums says; returns the next Carry.
 
-    The block are the edges from ``begin`` to ``end``, of the rows from ``first`` to ``last``. One
-    of ``wide`` and ``narrow``, where the sums go, may be None.
+    A row that may go on in the next block is carried there. ``order`` says which edges are a row's.
+    STRIDE is that of the wide rows. With ADD, sums are added to the rows in memory.
+    Wide values are rounded to ``spec.OPERAND``; float32 ones and the narrow ones are summed exactly
+    in parts of type ``spec.PART``.
 
-    A row that may go on in the next block is carried there: ``carry`` is the sum of the row
-    ``carry_row`` up to this block, the result (for both) that of the row ``last``. The program's
-    first row, ``head_row``, goes to its slot. With ADD, rows are added to what is there.
-
-    The matrix units multiply by 0 what is not a row's, so a NaN or infinity would reach all rows of
-    a window: ``broken [BLOCK]`` tells which edges have one, if not None, and makes NaN of their
-    rows alone. Values are rounded to SUM; PART is the type of a float32's parts.
+    The matrix units multiply by 0 the edges of other rows, so a NaN or infinity would reach all
+    rows of a window: broken edges are left out, and their rows become NaN.
     """
-    BLOCK: tl.constexpr = values.shape[0] if wide is not None else shifts.shape[0]
+    wide, narrow = values.wide, values.narrow
+    total, shift_total = carry.wide, carry.narrow
     some = False
-    if broken is not None or shift_broken is not None:
-        either = tl.zeros((BLOCK,), tl.int1)
-        if broken is not None:
-            either |= broken
-        if shift_broken is not None:
-            either |= shift_broken
+    if values.wide_broken is not None or values.narrow_broken is not None:
+        either = tl.zeros((spec.BLOCK,), tl.int1)
+        if values.wide_broken is not None:
+            either |= values.wide_broken
+        if values.narrow_broken is not None:
+            either |= values.narrow_broken
         some = tl.max(either.to(tl.int32), axis=0) > 0
-    if wide is not None:
-        carried = _carry_on(wide, stride, H, carry, carry_row, first, head_row, ADD)
-        carry = tl.zeros_like(carry)
-        if broken is not None:  # noqa: SIM102
+    if sums.wide is not None:
+        carried = _carry_on(sums.wide, total, carry.row, block, sums.head_row, STRIDE, spec.H, ADD)
+        total = tl.zeros_like(total)
+        if values.wide_broken is not None:  # noqa: SIM102
             if some:
-                values = _without(values, broken)
-    if narrow is not None:
-        shift_carried = _carry_on(narrow, D, D, shift_carry, carry_row, first, head_row, ADD)
-        shift_carry = tl.zeros_like(shift_carry)
-        if shift_broken is not None:  # noqa: SIM102
+                wide = _without(wide, values.wide_broken)
+    if sums.narrow is not None:
+        shift_carried = _carry_on(
+            sums.narrow, shift_total, carry.row, block, sums.head_row, spec.D, spec.D, ADD
+        )
+        shift_total = tl.zeros_like(shift_total)
+        if values.narrow_broken is not None:  # noqa: SIM102
             if some:
-                shifts = _without(shifts, shift_broken)
-    row = first
-    while row <= last:
-        chosen = _edges_of_rows(order, row, last, begin, end, BLOCK)
-        if wide is not None:
-            sums = _sum_wide(chosen, values, SUM, PART)
-            if broken is not None:  # noqa: SIM102
+                narrow = _without(narrow, values.narrow_broken)
+    row = block.first
+    while row <= block.last:
+        chosen = _edges_of_rows(order, row, block, spec.BLOCK)
+        if sums.wide is not None:
+            rows = _sum_wide(chosen, wide, spec.OPERAND, spec.PART)
+            if values.wide_broken is not None:  # noqa: SIM102
                 if some:
-                    sums = _lost(sums, order, row, last, begin, end, broken)
-            carry += _place(wide, stride, H, sums, row, first, last, head_row, carried, ADD)
-        if narrow is not None:
-            sums = _sum_narrow(chosen, shifts, PART)
-            if shift_broken is not None:  # noqa: SIM102
-                if some:
-                    sums = _lost(sums, order, row, last, begin, end, shift_broken)
-            shift_carry += _place(
-                narrow, D, D, sums, row, first, last, head_row, shift_carried, ADD
+                    rows = _lost(rows, order, row, block, values.wide_broken)
+            total += _write_window(
+                sums.wide, rows, row, block, carried, sums.head_row, STRIDE, spec.H, ADD
             )
-        row = _next_window(order, row, last, begin, end, BLOCK)
-    return carry, shift_carry
+        if sums.narrow is not None:
+            rows = _sum_narrow(chosen, narrow, spec.PART)
+            if values.narrow_broken is not None:  # noqa: SIM102
+                if some:
+                    rows = _lost(rows, order, row, block, values.narrow_broken)
+            shift_total += _write_window(
+                sums.narrow, rows, row, block, shift_carried, sums.head_row, spec.D, spec.D, ADD
+            )
+        row = _next_window(order, row, block, spec.BLOCK)
+    return Carry(block.last, total, shift_total, block.last)
 
 
 @triton.jit
-def finish_block_rows(rows, width: tl.constexpr, carry, last, head_row):
-    """After a program's last block: its last row goes to its slot; without a first one, 0 does."""
+def finish_block_rows(sums, carry, spec):
+    """After a program's last block: write the carried row to the program's last slot.
+
+    The first slot is set to 0 if no other row was written there.
+    """
+    if sums.wide is not None:
+        _finish(sums.wide, spec.H, carry.wide, carry.last, sums.head_row)
+    if sums.narrow is not None:
+        _finish(sums.narrow, spec.D, carry.narrow, carry.last, sums.head_row)
+
+
+@triton.jit
+def _finish(rows, width: tl.constexpr, total, last, head_row):
     slot = 2 * tl.program_id(0)
-    _store_vector(rows.slots, slot + 1, carry, width, width, last >= 0, False)
-    nothing = tl.zeros_like(carry)
+    _store_vector(rows.slots, slot + 1, total, width, width, last >= 0, False)
+    nothing = tl.zeros_like(total)
     _store_vector(rows.slots, slot, nothing, width, width, last == head_row, False)

@@ -1,22 +1,46 @@
-"""What follows the kernels over edges: sums that more than one program has a part in."""
+"""What follows the kernels over edges: sums to which more than one program contributes."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
+from egnn_fast.kernels.blocks import sender_block, sender_options
 from egnn_fast.kernels.device import load_rows, run_of_blocks
-from egnn_fast.kernels.rows import add_block_rows, finish_block_rows
+from egnn_fast.kernels.edges import EdgeBlock
+from egnn_fast.kernels.records import Chunk, Order, Plan, Rows
+from egnn_fast.kernels.rows import Carry, EdgeValues, Sums, add_block_rows, finish_block_rows
 
 _TILE = tl.constexpr(16)
 
 
+class SenderEdges(NamedTuple):
+    """The edges of a chunk in the order of their senders.
+
+    Attributes
+    ----------
+    positions : [edges], int32
+        Their positions in the chunk.
+    keys : [edges], int32
+        Their senders, ascending.
+    block_rows : [blocks, 2], int32
+        Senders of each block's first and last edge.
+    """
+
+    positions: Any
+    keys: Any
+    block_rows: Any
+
+
 @triton.jit
 def _finish(rows, slot_rows, slot, num_slots, row, stride, width, W: tl.constexpr):
+    """Add to ``row`` of Rows its slots, which begin with ``slot``."""
     columns = tl.arange(0, W)
     inside = columns < width
-    place = rows.out + row.to(tl.int64) * stride + columns
-    total = tl.load(place, mask=inside, other=0.0)
+    address = rows.out + row.to(tl.int64) * stride + columns
+    total = tl.load(address, mask=inside, other=0.0)
     begin = slot
     more = slot >= 0
     while more:
@@ -26,7 +50,7 @@ def _finish(rows, slot_rows, slot, num_slots, row, stride, width, W: tl.constexp
         total += tl.sum(tl.load(part, mask=mine[:, None] & inside[None, :], other=0.0), axis=0)
         more = tl.min(mine.to(tl.int32), axis=0) > 0
         begin += _TILE
-    tl.store(place, total, mask=inside)
+    tl.store(address, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=("num_slots", "a_stride", "a_width", "b_stride", "b_width"))
@@ -48,42 +72,61 @@ def finish_rows(
             _finish(b, slot_rows, slot, num_slots, row, b_stride, b_width, B)
 
 
+def launch_finish_rows(plan: Plan, slot_rows: Any, a: Rows | None, b: Rows | None) -> None:
+    """Add the slots of one or two sums to their rows; ``slot_rows`` as in a Partition."""
+    sizes = [(0, 0) if r is None else (r.out.stride(0), r.out.shape[1]) for r in (a, b)]
+    slots = slot_rows.shape[0]
+    finish_rows[(slots,)](
+        slot_rows, slots, a, *sizes[0], b, *sizes[1],
+        A=triton.next_power_of_2(sizes[0][1]), B=triton.next_power_of_2(sizes[1][1]),
+        num_warps=1 if plan.spec.H.value <= 64 else 4,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=("num_edges", "num_blocks"))
-def sender_sums(
-    places, order, block_rows, num_edges, num_blocks, messages, q_rows, q_stride, shifts, x_rows,
-    H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
-    PART: tl.constexpr,
-):  # fmt: skip
+def sender_sums(senders, messages, shifts, q_rows, x_rows, num_edges, num_blocks, spec):
     """Add ``messages [E, H]`` and ``shifts [E, D]`` to their senders' rows, in the order of edges.
 
-    ``places`` sorts the edges by sender, ``order`` holds the senders so sorted,
-    ``block_rows`` those of each block's first and last edge.
+    ``senders`` are SenderEdges; the rows are Rows, those of ``q_rows`` beside P's: stride 2 H.
     """
     begin, end = run_of_blocks(num_blocks)
-    head_row = tl.load(block_rows + 2 * begin)
-    carry_row = tl.full((), -1, tl.int32)
-    carry_q = tl.zeros((HP,), tl.float32)
-    carry_x = tl.zeros((DP,), tl.float32)
-    last = head_row
-    for block in range(begin, end):
-        start = block * BLOCK
-        stop = tl.minimum(start + BLOCK, num_edges)
-        e = start + tl.arange(0, BLOCK)
-        live = e < stop
-        place = tl.load(places + e, mask=live, other=0)
-        first = tl.load(block_rows + 2 * block)
-        last = tl.load(block_rows + 2 * block + 1)
+    head_row = tl.load(senders.block_rows + 2 * begin)
+    order = Order(None, senders.keys)
+    sums = Sums(q_rows, x_rows, head_row)
+    carry = Carry(
+        tl.full((), -1, tl.int32),
+        tl.zeros((spec.HP,), tl.float32),
+        tl.zeros((spec.DP,), tl.float32),
+        head_row,
+    )
+    for number in range(begin, end):
+        first_edge = number * spec.BLOCK
+        end_edge = tl.minimum(first_edge + spec.BLOCK, num_edges)
+        edge = first_edge + tl.arange(0, spec.BLOCK)
+        live = edge < end_edge
+        position = tl.load(senders.positions + edge, mask=live, other=0)
+        first = tl.load(senders.block_rows + 2 * number)
+        last = tl.load(senders.block_rows + 2 * number + 1)
+        block = EdgeBlock(first_edge, end_edge, 0, edge, live, first, last)
         message, shift = None, None
         if messages is not None:
-            message = load_rows(messages, place, live, H, H, HP)
+            message = load_rows(messages, position, live, spec.H, spec.H, spec.HP)
         if shifts is not None:
-            shift = load_rows(shifts, place, live, D, D, DP)
-        carry_q, carry_x = add_block_rows(
-            q_rows, q_stride, H, message, carry_q, None, x_rows, D, shift, carry_x, None,
-            order, start, stop, first, last, carry_row, head_row, tl.float32, PART, True,
-        )  # fmt: skip
-        carry_row = last
-    if messages is not None:
-        finish_block_rows(q_rows, H, carry_q, last, head_row)
-    if shifts is not None:
-        finish_block_rows(x_rows, D, carry_x, last, head_row)
+            shift = load_rows(shifts, position, live, spec.D, spec.D, spec.DP)
+        values = EdgeValues(message, shift, None, None)
+        carry = add_block_rows(sums, values, carry, block, order, 2 * spec.H, True, spec)
+    finish_block_rows(sums, carry, spec)
+
+
+def launch_sender_sums(
+    plan: Plan, senders: SenderEdges, messages: Any, shifts: Any, q: Rows | None, x: Rows | None,
+    chunk: Chunk,
+) -> None:  # fmt: skip
+    """Add up a chunk's messages, shifts or both for their senders; others are None."""
+    spec = plan.spec._replace(
+        BLOCK=tl.constexpr(sender_block(plan.spec.HP.value)), OPERAND=tl.constexpr(tl.float32)
+    )
+    sender_sums[(chunk.programs,)](
+        senders, messages, shifts, q, x, chunk.end - chunk.begin, chunk.blocks,
+        spec.read_by("sender_sums"), **sender_options(plan.nvidia),
+    )  # fmt: skip

@@ -206,7 +206,7 @@ def test_instruction_sets_do_not_leak(isa: str) -> None:
     The linker keeps one copy of a function defined in several objects ("weak"), whichever comes
     first. If it were the copy made for AVX-512, older processors would meet illegal instructions.
     """
-    (compiled,) = BUILD_DIR.rglob(f"kernel_{isa}.cpp.o")
+    (compiled,) = BUILD_DIR.rglob(f"vectorised/kernel_{isa}.cpp.o")
     symbols = succeed(["nm", "--defined-only", "--demangle", str(compiled)]).splitlines()
     kinds = [line.split(maxsplit=2)[1:] for line in symbols]
     assert any(kind == "T" for kind, _ in kinds)

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from bench.gpu.setting import Outcome
+from bench.offline.disassembly import code_hash
 from egnn_fast import checks
 from egnn_fast.checks.cases import Problem
-from egnn_fast.kernels.assembler import code_hash, in_use
+from egnn_fast.kernels.assembler import in_use
 
 PLACES = 8  # of wrong numbers, rows and columns that are named
 # a warpgroup's tile has 64 rows, so a wrong layout repeats: places are counted modulo this
@@ -146,9 +147,9 @@ def _finite(value: float) -> float | None:
 def _jit_functions() -> list[Any]:
     from bench.offline import configurations
 
-    found = [getattr(configurations, name) for name in configurations.KERNELS]
+    kernels = configurations.kernel_functions().values()
     # interpreted ones have no caches
-    return [kernel for kernel in found if hasattr(kernel, "device_caches")]
+    return [kernel for kernel in kernels if hasattr(kernel, "device_caches")]
 
 
 def forget_kernels() -> None:

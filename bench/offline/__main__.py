@@ -1,8 +1,8 @@
 """Compile every shipped kernel without a GPU: ``python -m bench.offline``.
 
-Writes what the compiler made of each to bench/results/offline.json: registers, stack (where spilled
-registers go), shared memory, and what the spills cost in the loop over blocks. Prints what spills,
-and registers of asynchronous products that are touched too early. ``TRITON_PTXAS_PATH`` and
+Writes to bench/results/offline.json, for each: registers, stack (where spilled registers go),
+shared memory, and what the spills cost in the loop over blocks. Prints the kernels that spill, and
+registers of asynchronous products that are accessed too early. ``TRITON_PTXAS_PATH`` and
 ``DISABLE_MMA_V3=1`` act as they do on a GPU.
 """
 
@@ -21,7 +21,7 @@ from bench.offline.disassembly import number_of
 from egnn_fast.experiments.io import write_atomic
 from egnn_fast.kernels.records import padded
 
-RESULTS = Path(__file__).resolve().parent / "results" / "offline.json"
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "offline.json"
 WARP = 32
 _LANE_BITS = 32  # an access of 32 bits by each lane of a warp takes the memory unit one cycle
 
@@ -70,10 +70,14 @@ def write(records: Sequence[Record], path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compile and write."""
-    parser = argparse.ArgumentParser(description="Compile every shipped kernel without a GPU.")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.offline", description="Compile every shipped kernel without a GPU."
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the file that is written")
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=NVIDIA)
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count() or 1, help="of the compiler"
+    )
     args = parser.parse_args(arguments)
     records = compile_all(list(shipped(args.arch)), args.processes)
     write(records, args.out)

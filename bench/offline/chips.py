@@ -1,4 +1,4 @@
-"""The GPUs that times are predicted for: what their units do in a clock, from NVIDIA's papers."""
+"""The GPUs that times are predicted for: rates of their units, from NVIDIA's white papers."""
 
 from __future__ import annotations
 

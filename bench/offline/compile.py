@@ -1,4 +1,4 @@
-"""Compiles the kernels for a GPU that is not there, and reads what came of it.
+"""Compiles kernels for a GPU that need not be there, and reads the machine code.
 
 ``python -m bench.offline.compile --json FILE`` (``-`` for standard input) takes a list of
 configurations, objects with the fields of
@@ -32,33 +32,34 @@ from bench.offline.disassembly import (
     Loop,
     amdgcn_record,
     block_loops,
+    code_hash,
     counts_of,
     instructions_of,
     macs_by_type,
 )
 from bench.offline.hazards import hazards
 from egnn_fast.kernels import interpreting
-from egnn_fast.kernels.assembler import code_hash, in_use
+from egnn_fast.kernels.assembler import in_use
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a configuration was compiled to.
+    """The machine code of a configuration.
 
     Attributes
     ----------
-    configuration : which
+    configuration : what was compiled
     warps, edges : warps of a program, edges of a block (0: no blocks)
-    registers, stack : of a thread; bytes, which is where spilled registers go
+    registers, stack : of a thread; the stack, in bytes, is where spilled registers go
     shared : bytes of shared memory of a program
-    counts : instructions by class, each warp's
+    counts : instructions by class, of a warp
     macs : multiply-adds of matrix instructions, by instruction and type
     loops : the loop over blocks, and those in it; none for AMD
-    spilled_registers : AMD's; NVIDIA tells the stack alone
-    triton : the compiler's version
-    assembler : that of ptxas, in full; none for AMD
-    code : :func:`~egnn_fast.kernels.assembler.code_hash` of the machine code; none for AMD
-    hazards : :func:`~bench.offline.hazards.hazards` of it
+    spilled_registers : on AMD; on NVIDIA only the stack is known
+    triton : version of Triton
+    assembler : version of ptxas, in full; none for AMD
+    code : :func:`~bench.offline.disassembly.code_hash`; none for AMD
+    hazards : :func:`~bench.offline.hazards.hazards`
     """
 
     configuration: Configuration
@@ -84,11 +85,11 @@ class Record:
 
 
 class ToolMissing(RuntimeError):
-    """A program of Triton's package is not there."""
+    """A program is missing in Triton's package."""
 
 
 class _NoDevice:
-    """A driver that only says for what to compile."""
+    """A driver without a device: it only tells Triton the target."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -110,16 +111,18 @@ def compile_here(c: Configuration) -> Record:
     target = TARGETS[c.arch]
     driver.set_active(_NoDevice(target))
     kernel, args, keywords = arguments(c)
-    found = kernel.warmup(*args, grid=(1,), **keywords)
+    compiled = kernel.warmup(*args, grid=(1,), **keywords)
     shape: dict[str, Any] = {"configuration": c, "warps": c.warps, "edges": c.edges}
-    if "amdgcn" in found.asm:
-        return Record(**shape, shared=found.metadata.shared, **amdgcn_record(found.asm["amdgcn"]))
-    cubin = found.asm["cubin"]
+    if "amdgcn" in compiled.asm:
+        return Record(
+            **shape, shared=compiled.metadata.shared, **amdgcn_record(compiled.asm["amdgcn"])
+        )
+    cubin = compiled.asm["cubin"]
     usage, sass = _dump(cubin)
     lines, assembler = instructions_of(sass), in_use(target.arch)
     return Record(
         **shape, registers=_stated("REG", usage), stack=_stated("STACK", usage),
-        shared=found.metadata.shared, counts=counts_of(lines), macs=macs_by_type(lines),
+        shared=compiled.metadata.shared, counts=counts_of(lines), macs=macs_by_type(lines),
         loops=block_loops(lines), assembler=assembler.version if assembler else "",
         code=code_hash(cubin), hazards=hazards(lines),
     )  # fmt: skip
@@ -128,12 +131,12 @@ def compile_here(c: Configuration) -> Record:
 def _stated(name: str, usage: str) -> int:
     found = re.search(rf"\b{name}:(\d+)", usage)
     if found is None:
-        raise RuntimeError(f"cuobjdump told no {name}: {usage[:200]!r}")
+        raise RuntimeError(f"cuobjdump printed no {name}: {usage[:200]!r}")
     return int(found[1])
 
 
 def _dump(cubin: bytes) -> tuple[str, str]:
-    """What cuobjdump tells of a compiled kernel: its resources, its instructions."""
+    """``(resources, instructions)`` of a compiled kernel, as cuobjdump prints them."""
     try:
         tool = triton.knobs.nvidia.cuobjdump.path
     except (AttributeError, RuntimeError) as error:
@@ -158,7 +161,7 @@ def compile_all(
     Raises
     ------
     RuntimeError
-        If one of them could not be compiled, with what its process wrote.
+        If one of them could not be compiled, with the output of its process.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     if cache is not None:
@@ -183,7 +186,9 @@ def compile_all(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compile the configurations of a JSON file, print the records."""
-    parser = argparse.ArgumentParser(description="Compile the kernels without a GPU.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.offline.compile", description="Compile kernels without a GPU."
+    )
     parser.add_argument("--json", required=True, metavar="FILE", help="configurations, - for stdin")
     file = parser.parse_args(arguments).json
     wanted = json.loads(sys.stdin.read() if file == "-" else Path(file).read_text())

@@ -1,17 +1,23 @@
-"""What a call would have compiled: kernels, their arguments and constants; what is shipped."""
+"""The kernels as a call would have them compiled, and those that are shipped.
+
+What is compiled is taken from the launchers in kernels/, which are called with addresses of no
+memory while launches are recorded: no list of arguments is repeated here.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
 
-from egnn_fast.kernels.backward import edge_backward
+from egnn_fast.kernels import backward, forward, nodes, staged, staged_backward, sums
 from egnn_fast.kernels.blocks import (
     Blocks,
     blocks_for,
@@ -19,38 +25,21 @@ from egnn_fast.kernels.blocks import (
     sender_block,
     sender_options,
 )
-from egnn_fast.kernels.forward import edge_forward
 from egnn_fast.kernels.gradients import Cotangents, Gradients
-from egnn_fast.kernels.nodes import (
-    PACKED_ROWS,
-    PROJECTED,
-    NodeOutputs,
-    Nodes,
-    NodeSizes,
-    NodeWeights,
-    pack_weights,
-    project_nodes,
-    update_nodes,
-)
+from egnn_fast.kernels.nodes import LayerSizes, NodeOutputs, Nodes, NodeWeights
 from egnn_fast.kernels.records import (
+    Chunk,
     EdgeList,
     Inputs,
-    Numbers,
+    LayerOptions,
     Order,
+    Plan,
+    Problem,
     Rows,
-    Spec,
     Weights,
-    only,
     padded,
     row_width,
 )
-from egnn_fast.kernels.staged import staged_first, staged_messages, staged_shifts
-from egnn_fast.kernels.staged_backward import (
-    staged_first_backward,
-    staged_messages_backward,
-    staged_shifts_backward,
-)
-from egnn_fast.kernels.sums import finish_rows, sender_sums
 
 _FORWARD = ("staged_first", "staged_messages", "staged_shifts")
 _BACKWARD = ("staged_shifts_backward", "staged_messages_backward", "staged_first_backward")
@@ -77,7 +66,7 @@ SHARED_LIMIT = {
     "sm_120": 99 << 10, "gfx942": 64 << 10,
 }  # fmt: skip
 SHIPPED_WIDTHS, WIDE_WIDTH = (16, 32, 64, 128), 256
-_EDGES = 1_000_003  # a number that no specialisation holds for
+_NODES = _EDGES = 1_000_003  # no multiple of 16, for which Triton compiles a kernel of its own
 
 
 @dataclass(frozen=True)
@@ -90,15 +79,16 @@ class Configuration:
     arch : one of ``TARGETS``
     hidden, dim, attrs : H, D and A
     precision : "highest", "high", "bf16" or "fp16"
-    activation, attention, norm, tanh, clamp : the layer's options, as the operator has them
+    options : the layer's options, as the operator has them; a mapping of some of them will do
+    attention : whether messages have a gate
     head : whether there is a coordinate head (backward: and a gradient of its output)
     mask : whether edges have a mask
-    complete : complete components, no edge list
-    permuted : the user's edges are in another order
-    ordered : backward: each edge's gradients are kept for sums in the order of edges
+    complete : whether components are complete, without an edge list
+    permuted : whether the user's edges are in another order
+    ordered : backward: whether each edge's gradients are stored, for sums in the order of edges
     velocity : kernels over nodes: whether nodes have velocities
     few : the same: whether there are few nodes, for which tiles are small
-    blocks : how it is launched; None: the row of the table
+    blocks : block sizes; None: those of the table
     """
 
     kernel: str
@@ -107,11 +97,8 @@ class Configuration:
     dim: int = 3
     attrs: int = 0
     precision: str = "bf16"
-    activation: str = "silu"
+    options: LayerOptions = field(default_factory=LayerOptions)
     attention: bool = False
-    norm: float = 0.0
-    tanh: bool = False
-    clamp: float = 0.0
     head: bool = True
     mask: bool = False
     complete: bool = False
@@ -125,8 +112,11 @@ class Configuration:
         for name, value, known in (("kernel", self.kernel, KERNELS), ("arch", self.arch, TARGETS)):
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-        if self.blocks is not None and not isinstance(self.blocks, Blocks):  # JSON knows no tuples
+        # JSON knows neither tuples nor classes
+        if self.blocks is not None and not isinstance(self.blocks, Blocks):
             object.__setattr__(self, "blocks", Blocks(*self.blocks))
+        if isinstance(self.options, Mapping):
+            object.__setattr__(self, "options", LayerOptions(**self.options))
 
     @property
     def direction(self) -> str:
@@ -136,14 +126,14 @@ class Configuration:
 
     @property
     def row(self) -> Blocks:
-        """How it is launched."""
+        """Its block sizes."""
         if self.blocks is not None:
             return self.blocks
         return blocks_for(self.direction, self.precision, padded(self.hidden), self.arch)
 
     @property
     def width(self) -> int:
-        """Channels of what it is given."""
+        """Channels of its arguments."""
         return row_width(self.hidden, self.row.staged)
 
     @property
@@ -172,20 +162,35 @@ class Configuration:
     @property
     def label(self) -> str:
         """What distinguishes it, in a line."""
-        given = {k: v for k, v in asdict(self).items() if v != getattr(Configuration, k, None)}
-        extra = [k if v is True else f"{k}={v}" for k, v in given.items() if k not in _NAMED]
-        named = (self.kernel, self.arch, f"H={self.hidden}", self.precision)
-        return " ".join((*named, *extra))
+        changed = _changed(self.options)
+        changed |= {k: v for k, v in _changed(self).items() if k not in (*_NAMED, "options")}
+        extra = [k if v is True else f"{k}={v}" for k, v in changed.items()]
+        return " ".join((self.kernel, self.arch, f"H={self.hidden}", self.precision, *extra))
+
+    @property
+    def plan(self) -> Plan:
+        """How a call would have it compiled and launched."""
+        return Plan.make(
+            self.direction, self.row, self.options, hidden=self.width, dim=self.dim,
+            attrs=self.attrs, precision=self.precision, arch=self.arch,
+            nvidia=TARGETS[self.arch].backend == "cuda",
+        )  # fmt: skip
 
 
 _NAMED = ("kernel", "arch", "hidden", "precision")
 
 
-class _Address:
-    """Stands for a tensor: aligned to 16 bytes, and longer than 2 GB."""
+def _changed(record: Any) -> dict[str, Any]:
+    """The fields of a dataclass that do not have their defaults."""
+    values = {f.name: (f.default, getattr(record, f.name)) for f in fields(record)}
+    return {name: value for name, (default, value) in values.items() if value != default}
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+
+class _Address:
+    """Stands for a dense tensor: aligned to 16 bytes, and longer than 2 GB."""
+
+    def __init__(self, dtype: torch.dtype, *shape: int) -> None:
+        self.dtype, self.shape = dtype, shape
 
     def data_ptr(self) -> int:
         return 0
@@ -193,113 +198,202 @@ class _Address:
     def ptr_range(self) -> int:
         return 1 << 40
 
+    def stride(self, axis: int) -> int:
+        stride = 1
+        for size in self.shape[axis + 1 :]:
+            stride *= size
+        return stride
 
-def arguments(c: Configuration) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """``(kernel, arguments, keywords)`` of the launch, with what stands for tensors."""
-    f32, i32, i64 = (_Address(t) for t in (torch.float32, torch.int32, torch.int64))
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(c.precision)
-    operand = f32 if half is None else _Address(half)
-    row, width, dim = c.row, c.width, c.dim
-    nvidia = TARGETS[c.arch].backend == "cuda"
-    options = row.launch_options(c.direction, nvidia)
-    spec = Spec.make(
-        hidden=width, dim=dim, attrs=c.attrs, precision=c.precision, activation=c.activation,
-        norm=c.norm, tanh=c.tanh, clamp=c.clamp, blocks=row,
-        nvidia=nvidia, staged=c.kernel in STAGED_KERNELS,
-    )  # fmt: skip
-    out = Rows(f32, f32)
-    if c.kernel == "finish_rows":
-        b, b_width = (out, dim) if c.head else (None, 0)
-        strides = (width, width, b, b_width, b_width)
-        tiles = {"A": triton.next_power_of_2(width), "B": triton.next_power_of_2(b_width)}
-        return finish_rows, (i32, 4 * 33, out, *strides), {**tiles, "num_warps": c.warps}
-    if c.kernel in NODE_KERNELS:
-        return _node_arguments(c, spec)
-    blocks = -(-_EDGES // c.edges)
-    if c.kernel == "sender_sums":
-        args = (i32, Order(None, i32), i32, _EDGES, blocks, f32, out, 2 * width, f32, out)
-        sizes = {"H": width, "D": dim, "HP": spec.HP, "DP": spec.DP, "BLOCK": c.edges}
-        return sender_sums, args, {**sizes, "PART": spec.PART.value, **sender_options(nvidia)}
+
+class Launch(NamedTuple):
+    """What a launcher asked Triton to run."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Inside the block kernels do not run: their launches are written down."""
+    launches: list[Launch] = []
+
+    def note(self: Any, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        launches.append(Launch(self, args, keywords))
+
+    kinds: tuple[Any, ...] = (JITFunction, InterpretedFunction)
+    before = [kind.run for kind in kinds]
+    for kind in kinds:
+        kind.run = note
+    try:
+        yield launches
+    finally:
+        for kind, run in zip(kinds, before, strict=True):
+            kind.run = run
+
+
+def kernel_functions() -> dict[str, Any]:
+    """The kernels by their names."""
+    modules = (forward, backward, staged, staged_backward, sums, nodes)
+    members = {k: v for module in modules for k, v in vars(module).items()}
+    return {name: members[name] for name in KERNELS}
+
+
+def arguments(c: Configuration) -> Launch:
+    """The launch of a kernel, with addresses that stand for tensors."""
+    with recorded() as launches:
+        _LAUNCHERS[c.kernel](c, c.plan)
+    (launch,) = launches
+    return launch
+
+
+_F32, _I32, _I64 = (_Address(t) for t in (torch.float32, torch.int32, torch.int64))
+_HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_CHUNK = {"begin": 0, "end": _EDGES, "programs": 1}
+
+
+def _operand(c: Configuration) -> _Address:
+    """A tensor of the products' operands."""
+    return _Address(_HALVES.get(c.precision, torch.float32))
+
+
+def _rows(width: int) -> Rows:
+    return Rows(_Address(torch.float32, _NODES, width), _F32)
+
+
+def _chunk(c: Configuration) -> Chunk:
+    return Chunk(blocks=-(-_EDGES // c.edges), **_CHUNK)
+
+
+def _problem(c: Configuration) -> Problem:
     listed = not c.complete and c.kernel not in STAGED_KERNELS
     edges = EdgeList(
-        order=Order(None, i32) if listed and c.direction == "forward" else Order(i64, None),
-        receivers=i32 if listed else None, senders=None if c.complete else i32,
-        perm=i32 if c.permuted and not c.complete else None, first=i32 if c.complete else None,
-        block_rows=i32,
+        order=Order(None, _I32) if listed and c.direction == "forward" else Order(_I64, None),
+        receivers=_I32 if listed else None, senders=None if c.complete else _I32,
+        perm=_I32 if c.permuted and not c.complete else None, first=_I32 if c.complete else None,
+        block_rows=_I32,
     )  # fmt: skip
-    attr = f32 if c.attrs else None
-    gate, head = (f32 if c.attention else None), (f32 if c.head else None)
-    inputs = Inputs(operand, f32, attr, f32 if c.mask else None)
+    attr, head = (_F32 if c.attrs else None), (_F32 if c.head else None)
+    gate, operand = (_F32 if c.attention else None), _operand(c)
     weights = Weights(
-        w_r=f32, w_a=attr, w2=operand, b2=f32, w_g=gate, b_g=gate,
+        w_r=_F32, w_a=attr, w2=operand, b2=_F32, w_g=gate, b_g=gate,
         w3=operand if c.head else None, b3=head, w_x=head,
     )  # fmt: skip
-    numbers = Numbers(0.01, c.norm, c.clamp)
-    shared, run = (edges, inputs, weights, numbers), (0, _EDGES, blocks)
-    if c.kernel == "edge_forward":
-        rows = (out, out if c.head else None)
-        return edge_forward, (*shared, *rows, *run, spec.read_by(c.kernel)), options
+    inputs = Inputs(operand, _F32, attr, _F32 if c.mask else None)
+    return Problem(edges, inputs, weights, c.options.numbers)
+
+
+def _edge_forward(c: Configuration, plan: Plan) -> None:
+    x = _rows(c.dim) if c.head else None
+    forward.launch_edge_forward(plan, _problem(c), _rows(c.width), x, _chunk(c))
+
+
+def _backward(c: Configuration) -> tuple[Cotangents, Gradients]:
+    ordered = _F32 if c.ordered else None
     gradients = Gradients(
-        p=out, receiver=out, sender=f32, edge_attr=attr, edge_mask=None,
-        messages=f32 if c.ordered else None, shifts=f32 if c.ordered else None, weights=f32,
+        p=_rows(c.width), receiver=_rows(c.dim), sender=_F32, edge_attr=_F32 if c.attrs else None,
+        edge_mask=None, messages=ordered, shifts=ordered, weights=_F32,
     )  # fmt: skip
-    cotangents = Cotangents(f32, head)
-    if c.kernel == "edge_backward":
-        own = (cotangents, gradients)
-        return edge_backward, (*shared, *own, *run, spec.read_by(c.kernel)), options
-    tile = operand
-    stages: dict[str, tuple[Any, tuple[Any, ...]]] = {
-        "staged_first": (staged_first, (tile, None)),
-        "staged_messages": (staged_messages, (tile, tile if c.head else None, out)),
-        "staged_shifts": (staged_shifts, (tile, out)),
-        "staged_shifts_backward": (
-            staged_shifts_backward, (cotangents, gradients, tile, f32, None),
-        ),
-        "staged_messages_backward": (
-            staged_messages_backward, (cotangents, gradients, tile, tile if c.head else None, None),
-        ),
-        "staged_first_backward": (staged_first_backward, (gradients, tile, None, head)),
-    }  # fmt: skip
-    stage, given = stages[c.kernel]
-    return stage, (*shared, *given, *run, spec.read_by(c.kernel)), options
+    return Cotangents(_F32, _F32 if c.head else None), gradients
 
 
-def _node_arguments(c: Configuration, spec: Spec) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Those of a kernel over nodes: a layer with as many features as hidden units."""
-    f32, width, own = _Address(torch.float32), c.width, c.hidden
-    read = spec.read_by(c.kernel)
-    operand = _Address({"bf16": torch.bfloat16, "fp16": torch.float16}.get(c.precision, f32.dtype))
-    head, first = f32 if c.head else None, 2 * own + 1 + c.attrs
-    if c.kernel == "pack_weights":
-        wider, changed = own != width, operand if operand.dtype != f32.dtype else None
-        if spec.ROUND.value:
-            changed = f32
-        columns = (f32, first, *((f32, first) if c.attrs else (None, 0)))
-        padding = f32 if wider else None
-        out = Weights(
-            w_r=f32, w_a=f32 if c.attrs else None, w2=changed, b2=padding, w_g=None, b_g=None,
-            w3=changed if c.head else None, b3=padding if c.head else None,
-            w_x=padding if c.head else None,
-        )  # fmt: skip
-        # those that are packed; w_r and w_a come beside them
-        given = Weights(*(None if t is None else f32 for t in out))._replace(w_r=None, w_a=None)
-        sizes = (own, width, c.attrs)
-        keywords = {"spec": read, "ROWS": PACKED_ROWS}
-        return pack_weights, (given, *columns, out, *sizes), keywords
-    tile, chunk, warps = c._node_blocks
-    options, layer = {"num_warps": warps}, NodeSizes.of(own, own, own, 0, tile, chunk, True)
-    if c.kernel == "project_nodes":
-        args = (f32, f32, f32, first, operand, f32, head, _EDGES, only(layer, PROJECTED), read)
-        return project_nodes, args, options
-    v, moved = f32 if c.velocity else None, f32 if c.head or c.velocity else None
-    return update_nodes, (
-        Nodes(f32, f32, v, None, f32), f32, head, NodeWeights(f32, f32, f32, f32, v, v, v, v),
-        NodeOutputs(f32, moved, None), Numbers(0.01, c.norm, c.clamp), 1.0, _EDGES, layer, read,
-    ), options  # fmt: skip
+def _edge_backward(c: Configuration, plan: Plan) -> None:
+    backward.launch_edge_backward(plan, _problem(c), *_backward(c), _chunk(c))
+
+
+def _stage(
+    launcher: Callable[..., None], own: Callable[[Configuration], tuple[Any, ...]]
+) -> Callable[[Configuration, Plan], None]:
+    """The launch of a stage; ``own`` are its arguments between problem and chunk."""
+    return lambda c, plan: launcher(plan, _problem(c), *own(c), _chunk(c))
+
+
+def _head_tile(c: Configuration) -> _Address | None:
+    return _operand(c) if c.head else None
+
+
+def _finish_rows(c: Configuration, plan: Plan) -> None:
+    b = _rows(c.dim) if c.head else None
+    sums.launch_finish_rows(plan, _Address(torch.int32, 4 * 33), _rows(c.width), b)
+
+
+def _sender_sums(c: Configuration, plan: Plan) -> None:
+    senders = sums.SenderEdges(_I32, _I32, _I32)
+    rows = (_rows(c.width), _rows(c.dim))
+    sums.launch_sender_sums(plan, senders, _F32, _F32, *rows, _chunk(c))
+
+
+def _layer_sizes(c: Configuration) -> LayerSizes:
+    """A layer with as many features as hidden units."""
+    return LayerSizes(_NODES, c.hidden, c.hidden, c.hidden, 0, residual=True, few=c.few)
+
+
+def _edge_w1(c: Configuration) -> _Address:
+    return _Address(torch.float32, c.hidden, 2 * c.hidden + 1 + c.attrs)
+
+
+def _project_nodes(c: Configuration, plan: Plan) -> None:
+    head = _F32 if c.head else None
+    args = (_F32, _edge_w1(c), _F32, _operand(c), _F32, head)
+    nodes.launch_project_nodes(plan, _layer_sizes(c), *args)
+
+
+def _update_nodes(c: Configuration, plan: Plan) -> None:
+    v, moved = _F32 if c.velocity else None, _F32 if c.head or c.velocity else None
+    nodes.launch_update_nodes(
+        plan, _layer_sizes(c), Nodes(_F32, _F32, v, None, _F32), _F32, _F32 if c.head else None,
+        NodeWeights(_F32, _F32, _F32, _F32, v, v, v, v), NodeOutputs(_F32, moved, None),
+        c.options.numbers, 1.0,
+    )  # fmt: skip
+
+
+def _pack_weights(c: Configuration, plan: Plan) -> None:
+    """Of a layer, whose w_r and w_a are columns of edge_w1: these are packed always."""
+    operand = _operand(c)
+    rounded = operand.dtype != torch.float32 or plan.spec.ROUND.value
+    matrix, padding = operand if rounded else None, _F32 if c.hidden != c.width else None
+    head = c.head or None
+    out = Weights(
+        w_r=_F32, w_a=_F32 if c.attrs else None, w2=matrix, b2=padding, w_g=None, b_g=None,
+        w3=head and matrix, b3=head and padding, w_x=head and padding,
+    )  # fmt: skip
+    w2 = _Address(torch.float32, c.hidden, c.hidden)
+    columns = _Address(torch.float32, c.hidden, c.attrs)
+    columns.stride = _edge_w1(c).stride  # type: ignore[method-assign]
+    source = Weights(columns, columns, w2, _F32, None, None, _F32, _F32, _F32)
+    nodes.launch_pack_weights(plan, source, out)
+
+
+_LAUNCHERS: dict[str, Callable[[Configuration, Plan], None]] = {
+    "edge_forward": _edge_forward,
+    "edge_backward": _edge_backward,
+    "sender_sums": _sender_sums,
+    "finish_rows": _finish_rows,
+    "staged_first": _stage(staged.launch_staged_first, lambda c: (_operand(c), None)),
+    "staged_messages": _stage(
+        staged.launch_staged_messages, lambda c: (_operand(c), _head_tile(c), _rows(c.width))
+    ),
+    "staged_shifts": _stage(staged.launch_staged_shifts, lambda c: (_operand(c), _rows(c.dim))),
+    "staged_shifts_backward": _stage(
+        staged_backward.launch_staged_shifts_backward,
+        lambda c: (*_backward(c), _operand(c), _F32, None),
+    ),
+    "staged_messages_backward": _stage(
+        staged_backward.launch_staged_messages_backward,
+        lambda c: (*_backward(c), _operand(c), _head_tile(c), None),
+    ),
+    "staged_first_backward": _stage(
+        staged_backward.launch_staged_first_backward,
+        lambda c: (_backward(c)[1], _operand(c), None, _F32 if c.head else None),
+    ),
+    "project_nodes": _project_nodes,
+    "update_nodes": _update_nodes,
+    "pack_weights": _pack_weights,
+}
 
 
 def shipped(archs: Sequence[str] = NVIDIA) -> Iterator[Configuration]:
-    """Each row of the table at every width that it serves, with the sums that go with them."""
+    """Each row of the table at every width that takes it, and the kernels around the edge pass."""
     for arch in archs:
         for hidden in (*SHIPPED_WIDTHS, WIDE_WIDTH):
             for direction, (fused, *stages) in PASSES.items():
@@ -319,6 +413,8 @@ def with_options(c: Configuration) -> Iterator[Configuration]:
     """The same kernel with options that change its code."""
     yield replace(c, head=False)
     yield replace(c, complete=True)
-    head = replace(c, attention=True, norm=1.0, tanh=True, clamp=100.0)
+    options = replace(c.options, coord_norm=1.0, coord_tanh=True, coord_clamp=100.0)
     ordered = c.kernel == "edge_backward"
-    yield replace(head, attrs=2, permuted=True, mask=True, ordered=ordered)
+    yield replace(
+        c, options=options, attention=True, attrs=2, permuted=True, mask=True, ordered=ordered
+    )

@@ -1,11 +1,13 @@
-"""Reads a compiled kernel: counts its instructions by class, finds the loop over blocks of edges.
+"""Reads a compiled kernel: hashes its code, counts its instructions, finds the loop over blocks.
 
-Text in, numbers out: knows nothing of Triton.
+Works on cubins and on text, and does not import Triton.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
+import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,13 +21,14 @@ _TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
 _ENDS = ("EXIT", "RET")
 _JUMPS = ("BRA", "CALL", "JMP")  # far jumps may be written as calls that never return
 _SIZED = ("LDG", "STG", "LDS", "STS", "LDL", "STL", "RED", "ATOM", "ATOMG", "ATOMS", "LDSM", "STSM")
-_PLAIN = ("HMMA", "HGMMA", "FFMA", "FADD", "FMUL", "SHFL", "REDUX", "IMAD", "BAR", "LDC")
+_BY_NAME = ("HMMA", "HGMMA", "FFMA", "FADD", "FMUL", "SHFL", "REDUX", "IMAD", "BAR", "LDC")
 _CONVERSIONS = ("I2F", "F2I", "F2F", "I2I", "FRND", "POPC", "FLO", "BREV")
 _CONTROL = (
     "BRA", "CALL", "JMP", "EXIT", "RET", "BSSY", "BSYNC", "BREAK", "WARPSYNC", "DEPBAR",
     "LDGDEPBAR", "WARPGROUP", "MEMBAR", "FENCE", "ERRBAR", "ELECT", "SYNCS", "NANOSLEEP", "YIELD",
     "BPT", "CCTL", "S2R", "S2UR",
 )  # fmt: skip
+_HASH_DIGITS = 16
 
 
 class Instruction(NamedTuple):
@@ -33,11 +36,11 @@ class Instruction(NamedTuple):
 
     Attributes
     ----------
-    at : where it stands
+    at : its address
     conditional : whether it has a predicate
     name : with its modifiers
-    target : where it may go; None if it is no jump
-    operands : what follows the name
+    target : the address it may jump to; None if it is no jump
+    operands : those after the name
     """
 
     at: int
@@ -48,7 +51,7 @@ class Instruction(NamedTuple):
 
 
 class Flow(NamedTuple):
-    """Basic blocks: the numbers of their first instructions, their ends, the blocks after each."""
+    """Basic blocks: numbers of their first instructions, their ends, the successors of each."""
 
     starts: list[int]
     ends: list[int]
@@ -98,7 +101,7 @@ def class_of(name: str) -> str:
         base = "RED"
     if base in _SIZED:
         return f"{base}.{_bits(base, modifiers)}"
-    if base in _PLAIN:
+    if base in _BY_NAME:
         return base
     if re.fullmatch(r"(UTC\w*MMA|QGMMA)", base):
         return "UTCMMA" if base.startswith("UTC") else base
@@ -170,8 +173,8 @@ def number_of(counts: Mapping[str, int], *bases: str) -> int:
 def block_loops(instructions: list[Instruction]) -> list[Loop]:
     """The loop over blocks and those inside it, outermost first.
 
-    It is the outermost loop with matrix instructions or, in a stage without products, with those of
-    the special units; without such, there is none.
+    It is the outermost loop with matrix instructions or, in a stage without products, with
+    instructions of the special function units. A kernel without either has none.
     """
     loops = _natural_loops(instructions)
 
@@ -307,3 +310,29 @@ def amdgcn_record(assembly: str) -> dict[str, Any]:
         "spilled_registers": stated("vgpr_spill_count") + stated("sgpr_spill_count"),
         "counts": {kind: n for kind, n in counts.items() if n},
     }
+
+
+def code_hash(cubin: bytes) -> str:
+    """The first 16 hex digits of the sha256 of a cubin's machine code: its executable sections.
+
+    What else a cubin holds differs from machine to machine: the names of source files.
+
+    Raises
+    ------
+    ValueError
+        If it is no ELF file of 64 bits with machine code.
+    """
+    if cubin[:5] != b"\x7fELF\x02":
+        raise ValueError(f"cubin: expected an ELF file of 64 bits, got {cubin[:5]!r}")
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, number = struct.unpack_from("<HH", cubin, 58)
+    total, digest = 0, hashlib.sha256()
+    for i in range(number):
+        # type, flags, address, offset, size
+        kind, flags, _, at, length = struct.unpack_from("<IQQQQ", cubin, table + i * size + 4)
+        if kind == 1 and flags & 4:  # SHT_PROGBITS, SHF_EXECINSTR
+            digest.update(cubin[at : at + length])
+            total += length
+    if not total:
+        raise ValueError("cubin: no section with machine code")
+    return digest.hexdigest()[:_HASH_DIGITS]

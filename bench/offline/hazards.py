@@ -1,9 +1,9 @@
-"""Finds registers of an asynchronous matrix instruction that are touched before it is waited for.
+"""Finds registers of an asynchronous matrix instruction that are accessed before it is done.
 
 HGMMA reads A, and writes D, after it was issued. Until a WARPGROUP.DEPBAR has waited for it, no
 other instruction may write A or D, or read D: an assembler that reuses a register of A too early
-makes wrong numbers (triton#9433, triton#11781). Takes parsed instructions, returns text; does not
-import Triton.
+generates code with wrong results (triton#9433, triton#11781). Takes parsed instructions, returns
+text; does not import Triton.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bench.offline.disassembly import Instruction, flow_of
 
 _REGISTER = re.compile(r"[-|!~]*R(\d+)\b")
 _PREDICATE = re.compile(r"!?U?P(\d+|T)$")
-# these write no register: their first operand after the predicates is read
+# these write no register: their first operand after the predicates is a source
 _WRITES_NONE = (
     "ISETP", "FSETP", "DSETP", "HSETP2", "FCHK", "BAR", "WARPSYNC", "BRX", "JMX", "CALL", "RET",
     "NANOSLEEP",
@@ -33,15 +33,15 @@ class _Product(NamedTuple):
     d: frozenset[int]
 
 
-# products that may be under way, each with how many groups were closed since it was issued
+# products that may not be done, each with the number of groups closed since it was issued
 _Pending = dict[int, int]
 
 
 def hazards(instructions: Sequence[Instruction]) -> list[str]:
-    """Each access to a register of A or D before the HGMMA that has it is known to be done.
+    """Each access to a register of A or D before its HGMMA is known to be done: a line of text.
 
-    Every path of the flow graph is followed, so one may lie on a path that never runs. Reads of the
-    upper registers of a wide operand are missed. Returns a line of text for each.
+    Every path of the flow graph is followed, also those that never run. Reads of the upper
+    registers of a wide operand are missed.
     """
     lines = list(instructions)
     products = {i: _product(line) for i, line in enumerate(lines) if _base(line) == "HGMMA"}
@@ -61,14 +61,14 @@ def hazards(instructions: Sequence[Instruction]) -> list[str]:
             if known is None or merged != known:
                 before[following] = merged
                 ahead.append(following)
-    found: dict[str, None] = {}
+    texts: dict[str, None] = {}
     for block, start in enumerate(flow.starts):
         pending = dict(before[block] or {})
         for i in range(start, flow.ends[block]):
             for text in _conflicts(lines, i, products, pending):
-                found.setdefault(text)
+                texts.setdefault(text)
             _step(lines[i], i, pending)
-    return list(found)
+    return list(texts)
 
 
 def _merge(one: _Pending | None, other: _Pending) -> _Pending:
@@ -96,7 +96,7 @@ def _step(line: Instruction, i: int, pending: _Pending) -> None:
 def _conflicts(
     lines: list[Instruction], i: int, products: dict[int, _Product], pending: _Pending
 ) -> list[str]:
-    line, found = lines[i], []
+    line, texts = lines[i], []
     mine = products.get(i)
     written = mine.d if mine else _written(line)
     read = mine.a if mine else _read(line)
@@ -111,8 +111,8 @@ def _conflicts(
         ):
             if registers:
                 where = f"{name} of {lines[each].name} at {lines[each].at:#06x}"
-                found.append(f"{line.name} at {line.at:#06x} {verb} R{min(registers)}, {where}")
-    return found
+                texts.append(f"{line.name} at {line.at:#06x} {verb} R{min(registers)}, {where}")
+    return texts
 
 
 def _base(line: Instruction) -> str:

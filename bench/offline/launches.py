@@ -1,8 +1,8 @@
 """Count what the edge pass launches, and predict the host's time for it.
 
 A GPU that is done before the host has launched the next kernel waits for it: a pass takes the
-longer of the two times. Counted is a call without options, of dense tensors and whole widths, whose
-graph is known from an earlier one; backward, one with all gradients.
+longer of the two times. The count is that of a call without options, with dense tensors and whole
+widths, on a graph that an earlier call cached; backward, of one with all gradients.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from egnn_fast.backends.triton import call, staged
 from egnn_fast.kernels.blocks import blocks_for
 from egnn_fast.kernels.records import padded, row_width, weight_parts
 
-# Seconds of the host, seen with Triton 3.7 and PyTorch 2.13: Triton's launcher with some forty
-# arguments in records; an operation of PyTorch's, or of the BLAS by it. They depend on the host.
+# Seconds of the host, measured with Triton 3.7 and PyTorch 2.13: Triton's launcher with some forty
+# arguments in records; an operation of PyTorch or the BLAS. They depend on the host.
 TRITON_SECONDS, TORCH_SECONDS = 22e-6, 9e-6
 COORDINATES = 3
 _FLOAT = 4
@@ -22,7 +22,7 @@ _FLOAT = 4
 
 @dataclass(frozen=True)
 class Launches:
-    """How many launches: of Triton's kernels, and of operations of PyTorch's."""
+    """Numbers of launches: Triton's kernels, and PyTorch's operations."""
 
     triton: int = 0
     torch: int = 0
@@ -40,7 +40,7 @@ class Launches:
 
 
 def operand_bytes(precision: str) -> int:
-    """Of a number that products take."""
+    """Bytes of a number in the products' operands."""
     return 2 if precision in ("bf16", "fp16") else _FLOAT
 
 
@@ -70,7 +70,7 @@ def launches_of(
     direction: str, hidden: int, precision: str, edges: int, *,
     ordered: bool = False, arch: str = "sm_90",
 ) -> Launches:  # fmt: skip
-    """Those of a pass, ``"forward"`` or ``"backward"``.
+    """The launches of a pass, ``"forward"`` or ``"backward"``.
 
     ``ordered``: with deterministic sums over senders.
     """
@@ -80,23 +80,21 @@ def launches_of(
     chunks = chunks_of(edges, row.edges, held)
     # weights rounded to the operands' type are packed; dense float32 ones are read in place
     packed = operand_bytes(precision) == 2 or precision == "high"
-    found = Launches(triton=int(packed)) + _finished(chunks)
+    around = Launches(triton=int(packed)) + _finished(chunks)
     if direction == "forward":
         # the sums M and X begin at 0
-        return found + Launches(torch=2) + _chunk_forward(row.staged) * chunks
+        return around + Launches(torch=2) + _chunk_forward(row.staged) * chunks
     of_chunk = Launches(triton=1)
     if row.staged:
         of_chunk = _chunk_backward(precision)
     if ordered:
         of_chunk += Launches(triton=2)  # sums over senders, and their shared rows
-    found += of_chunk * chunks
     # buffers set to 0: P and Q, x as receiver and as sender, the weights; then gradients from them
-    found += Launches(torch=4 + _collected(hidden, row.staged))
-    return found
+    return around + of_chunk * chunks + Launches(torch=4 + _collected(hidden, row.staged))
 
 
 def _finished(chunks: int) -> Launches:
-    """Rows that programs share, and what brings those of several chunks together."""
+    """The sums of rows that programs share, and the concatenation of several chunks' slots."""
     groups = [min(call.FINISHED_TOGETHER, chunks - begin)
               for begin in range(0, chunks, call.FINISHED_TOGETHER)]  # fmt: skip
     return Launches(len(groups), sum(group > 1 for group in groups))

@@ -1,4 +1,4 @@
-"""Predict the edge pass's time on a GPU from its compiled code: ``python bench/offline/model.py``.
+"""Predict the edge pass's time on a GPU from its code: ``python -m bench.offline.model``.
 
 Nothing is run on a GPU. A kernel is compiled offline, the instructions of its loop over blocks are
 counted, and each unit of a multiprocessor gets the cycles that they keep it busy; bytes of L2 and
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,9 +18,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-
-if not __package__:  # run as a file
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.offline import launches, stalls
 from bench.offline.chips import GPUS, INTEGER, L1_BYTES, SCHEDULERS, SHUFFLE, SPECIAL, WARP, Gpu
@@ -363,7 +359,9 @@ def _name(kernel: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compile, predict, print."""
-    parser = argparse.ArgumentParser(description="Predict the edge pass's time on a GPU.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.offline.model", description="Predict the edge pass's time on a GPU."
+    )
     parser.add_argument("--arch", nargs="+", choices=GPUS, default=["h200"])
     parser.add_argument("--hidden", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--precision", nargs="+", default=["bf16", "high", "highest"],

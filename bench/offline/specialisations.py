@@ -1,4 +1,4 @@
-"""Count what the GPU suite has Triton compile: ``python bench/offline/specialisations.py``.
+"""Count what the GPU suite has Triton compile: ``python -m bench.offline.specialisations``.
 
 Runs every item of the suite's table of checks on the CPU with the kernels left out: each launch
 only records its key in Triton's cache; Triton would compile once for each key. Nothing is compiled.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,9 +18,6 @@ from typing import Any
 import torch
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction, compute_cache_key
-
-if not __package__:  # run as a file
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.gpu.checks import at, table
 from bench.gpu.setting import Setting, matmul
@@ -37,7 +33,7 @@ Keys = dict[str, set[str]]
 
 
 def key_of(kernel: Any, args: Sequence[Any], keywords: dict[str, Any]) -> str:
-    """What Triton finds a compiled kernel by: types, constants, alignments, options."""
+    """Triton's cache key of a compiled kernel: types, constants, alignments, options."""
     keywords = {"debug": False, "instrumentation_mode": "", **keywords}
     *_, binder = kernel.device_caches[driver.active.get_current_device()]
     _, specialization, options = binder(*args, **keywords)
@@ -47,13 +43,13 @@ def key_of(kernel: Any, args: Sequence[Any], keywords: dict[str, Any]) -> str:
 
 @contextmanager
 def recorded(arch: str = "sm_90") -> Iterator[Keys]:
-    """Inside the block kernels do not run: their keys are written down, by kernel."""
+    """Inside the block kernels do not run: their cache keys are written down, by kernel."""
     if interpreting():
         raise RuntimeError("TRITON_INTERPRET is set: the interpreter has no keys")
-    found: Keys = defaultdict(set)
+    keys: Keys = defaultdict(set)
 
     def note(self: Any, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
-        found[self.__name__].add(key_of(self, args, keywords))
+        keys[self.__name__].add(key_of(self, args, keywords))
 
     call: Any = triton_backend.call.Call
     jit: Any = JITFunction
@@ -68,7 +64,7 @@ def recorded(arch: str = "sm_90") -> Iterator[Keys]:
     for owner, name, value in replaced:
         setattr(owner, name, value)
     try:
-        yield found
+        yield keys
     finally:
         for (owner, name, _), value in zip(replaced, before, strict=True):
             setattr(owner, name, value)
@@ -76,23 +72,26 @@ def recorded(arch: str = "sm_90") -> Iterator[Keys]:
 
 def of_suite(rows: Sequence[tuple[str, Any, str]]) -> Keys:
     """The keys of rows of the suite's table; outputs, gradients and second order."""
-    with recorded() as found:
+    with recorded() as keys:
         for face, case, precision in rows:
             small = replace(case, edges=min(case.edges, FEW))
             make = small.edge_pass if face == "edge pass" else small.layer
             with matmul(precision):
                 checks.evaluate(at(make(torch.float32), precision, "cpu"), "triton")
-    return found
+    return keys
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Count and print."""
-    parser = argparse.ArgumentParser(description="Count what the GPU suite has Triton compile.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.offline.specialisations",
+        description="Count what the GPU suite has Triton compile.",
+    )
     parser.add_argument("--quick", action="store_true", help="only the suite's --quick subset")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts there too")
     args = parser.parse_args(arguments)
-    found = of_suite(table(Setting("cuda", args.quick)))
-    counts = {name: len(keys) for name, keys in sorted(found.items())}
+    keys = of_suite(table(Setting("cuda", args.quick)))
+    counts = {name: len(own) for name, own in sorted(keys.items())}
     for name, count in counts.items():
         print(f"{count:5} {name}")
     print(f"{sum(counts.values()):5} in all")

@@ -1,6 +1,6 @@
 """What the upper end of a predicted time adds to the lower: waits, and rates that are not reached.
 
-Every number here is stated with its source, or is assumed. A measured time judges them.
+Every number has its source or is marked as assumed. No measured time has confirmed them yet.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ DEPENDENT = 4
 BARRIER = 30
 # clocks of a read from HBM in a busy GPU: assumed, some 480 in an idle H100 (arXiv 2402.13499)
 READ = 800
-# Reads of a block that wait for each other, counted in the kernels' source: the numbers of an
-# edge's nodes, the rows of these; a row's bounds in rowptr, before sums and again before cotangents
-# come, and the rows of these; a tile of the stage before. Assumed: none is asked for ahead.
+# Dependent loads of a block, counted in the kernels' source: the numbers of an edge's nodes, then
+# the rows of these; a row's bounds in rowptr, before sums and again before cotangents, then the
+# rows of these; a tile of the stage before. Assumed: none is issued ahead.
 READS: dict[str, int] = {
     "edge_forward": 3, "edge_backward": 5,
     "staged_first": 2, "staged_messages": 2, "staged_shifts": 3,
@@ -35,7 +35,7 @@ REGISTERS, REGISTER_UNIT, SHARED_MORE = 1 << 16, 256, 1 << 10
 
 
 def programs_that_fit(record: Record, gpu: Gpu) -> int:
-    """Programs that a multiprocessor holds at once, of those that it is given."""
+    """How many of a multiprocessor's programs it holds at once."""
     registers = -(-record.registers * WARP // REGISTER_UNIT) * REGISTER_UNIT * record.warps
     most = min(REGISTERS // registers, gpu.shared_bytes // (record.shared + SHARED_MORE))
     return max(1, min(record.configuration.row.programs, most))
@@ -51,20 +51,20 @@ def stalled(
 ) -> dict[str, float]:
     """Cycles for each edge where units do not reach their rates; ``waits`` comes on top of them.
 
-    ``trips`` says how often each loop runs for a block. While a program waits, others wait too:
-    nothing of it is hidden, but they wait side by side.
+    ``trips`` says how often each loop runs for a block. Nothing hides a program's waits, but the
+    programs of a multiprocessor wait at the same time.
     """
     programs = programs_that_fit(record, gpu)
     warps = programs * record.warps / SCHEDULERS
-    # what does not fit comes when the rest is done
-    given = record.configuration.row.programs
-    turns = -(-given // programs) * programs / given
-    found = dict(cycles)
-    found["issue"] = cycles["issue"] / min(1.0, warps / DEPENDENT)
+    # programs that do not fit run when the others are done
+    launched = record.configuration.row.programs
+    turns = -(-launched // programs) * programs / launched
+    slower = dict(cycles)
+    slower["issue"] = cycles["issue"] / min(1.0, warps / DEPENDENT)
     waiting = READS[record.configuration.kernel] * READ + barriers(record.loops, trips) * BARRIER
-    found["waits"] = waiting / (programs * record.edges)
-    found = {unit: turns * busy for unit, busy in found.items()}
-    return slower_memory(found)
+    slower["waits"] = waiting / (programs * record.edges)
+    slower = {unit: turns * busy for unit, busy in slower.items()}
+    return slower_memory(slower)
 
 
 def slower_memory(cycles: Mapping[str, float]) -> dict[str, float]:

@@ -1,76 +1,181 @@
-// What a call of the edge pass is made of. Plain data: no torch, no Python.
+// The operators' arguments: their names, and the records that bring a call's values to the core.
+//
+// Names, order and shapes are those of egnn_fast/operators/signature.py, which is compared with
+// them when the extension is loaded. The members of the records below, the positions in
+// csrc/records.h and the names that csrc/bindings.cpp exports all follow from these lists.
+// Plain data: no torch, no Python, no standard library.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+
+// clang-format off
+
+// Inputs: X(name, presence, shape...). Sizes: N nodes, E edges, H hidden, D coordinates, A edge
+// attributes, B node attributes, F input and O output features.
+
+// The operator `messages` is the edge pass. Rows of edge_attr and edge_mask are in the user's order
+// of edges.
+#define EGNN_MESSAGES_INPUTS(X)                       \
+  X(pq, required, N, 2*H) /* P and Q side by side */  \
+  X(x, required, N, D)                                \
+  X(edge_attr, optional, E, A)                        \
+  X(edge_mask, optional, E)                           \
+  X(w_r, required, H)                                 \
+  X(w_a, optional, H, A)                              \
+  X(w2, required, H, H)                               \
+  X(b2, required, H)                                  \
+  X(w_g, gate, H)                                     \
+  X(b_g, gate, 1)                                     \
+  X(w3, head, H, H)                                   \
+  X(b3, head, H)                                      \
+  X(w_x, head, H)
+
+// The operator `layer` is a whole layer: P and Q, the edge pass, phi_h, phi_v and the new
+// coordinates. coord_weight is the factor of the mean.
+#define EGNN_LAYER_INPUTS(X)                          \
+  X(h, required, N, F)                                \
+  X(x, required, N, D)                                \
+  X(v, velocity, N, D)                                \
+  X(edge_attr, optional, E, A)                        \
+  X(edge_mask, optional, E)                           \
+  X(node_attr, optional, N, B)                        \
+  X(coord_weight, optional, N)                        \
+  X(edge_w1, required, H, 2*F + 1 + A)                \
+  X(edge_b1, required, H)                             \
+  X(edge_w2, required, H, H)                          \
+  X(edge_b2, required, H)                             \
+  X(node_w1, required, H, F + H + B)                  \
+  X(node_b1, required, H)                             \
+  X(node_w2, required, O, H)                          \
+  X(node_b2, required, O)                             \
+  X(att_w, gate, 1, H)                                \
+  X(att_b, gate, 1)                                   \
+  X(coord_w1, head, H, H)                             \
+  X(coord_b1, head, H)                                \
+  X(coord_w2, head, 1, H)                             \
+  X(vel_w1, velocity, H, F)                           \
+  X(vel_b1, velocity, H)                              \
+  X(vel_w2, velocity, 1, H)                           \
+  X(vel_b2, velocity, 1)
+
+// The graph's tensors, which follow the inputs: rowptr [N + 1] int64, senders [E] int32 (absent
+// for complete components), perm [E] int32 (the user's number of each edge; absent if they are in
+// receiver order), first [N] int32 (first node of a node's component; complete components only).
+#define EGNN_GRAPH(X) X(rowptr) X(senders) X(perm) X(first)
+
+// Outputs, each of which has a cotangent: the sums M and X of the edge pass; new h, x and v.
+#define EGNN_MESSAGES_OUTPUTS(X) X(m) X(x)
+#define EGNN_LAYER_OUTPUTS(X) X(h) X(x) X(v)
+
+// What a layer's forward stores for its backward: the sums M [N, H] and X [N, D], and activations
+// (core/stored_activations.h).
+#define EGNN_LAYER_CONSTANTS(X) X(m) X(shift) X(activations)
+
+// Options: X(name, type), where T is the type of real numbers.
+#define EGNN_EDGE_OPTIONS(X)                                            \
+  X(activation, Activation)                                             \
+  X(negative_slope, T) /* of LeakyReLU */                               \
+  X(coord_norm, T)     /* 0: rho = 1; -1: |d| + 1e-8, detached;         \
+                          k > 0: |d| + k, differentiated */             \
+  X(coord_tanh, bool)  /* tanh after w_x */                             \
+  X(coord_clamp, T)    /* bound on the components of s u; 0: none */
+// Those that a layer has besides.
+#define EGNN_NODE_OPTIONS(X)                                            \
+  X(coord_scale, T)       /* factor c of the coordinate update */       \
+  X(residual, bool)       /* h is added to phi_h's output; F = O */     \
+  X(carry_velocity, bool) /* the layer returns the new velocity */
+
+#define EGNN_ACTIVATIONS(X) X(silu) X(relu) X(leaky_relu)
+
+// clang-format on
 
 namespace egnn {
 
-// The record that a kernel takes; csrc/records.h fills it. Addresses are integers; 0 means absent.
-// Shapes: N nodes, E = rowptr[N] edges, H hidden, D coordinate dimension, A attribute width.
-struct Args {
+// Whether a call has an input. A part of the layer (gate, coordinate head, phi_v) has all of its
+// tensors, or none.
+enum class Presence : int { required, optional, gate, head, velocity };
+constexpr int kPresences = 5;
+
+#define EGNN_ENUMERATOR(name, ...) name,
+enum class Activation : int { EGNN_ACTIVATIONS(EGNN_ENUMERATOR) };
+#undef EGNN_ENUMERATOR
+
+// A struct of addresses, one for each name of a list; 0 where there is no tensor.
+#define EGNN_ADDRESS(name, ...) uintptr_t name = 0;
+#define EGNN_MEMBER(name, ...) &Self::name,
+#define EGNN_ADDRESSES(Struct, LIST)                                     \
+  struct Struct {                                                        \
+    using Self = Struct;                                                 \
+    LIST(EGNN_ADDRESS)                                                   \
+    static constexpr uintptr_t Self::* kMembers[] = {LIST(EGNN_MEMBER)}; \
+  }
+EGNN_ADDRESSES(MessagesInputs, EGNN_MESSAGES_INPUTS);
+EGNN_ADDRESSES(MessagesOutputs, EGNN_MESSAGES_OUTPUTS);
+EGNN_ADDRESSES(LayerInputs, EGNN_LAYER_INPUTS);
+EGNN_ADDRESSES(LayerOutputs, EGNN_LAYER_OUTPUTS);
+EGNN_ADDRESSES(LayerConstants, EGNN_LAYER_CONSTANTS);
+EGNN_ADDRESSES(GraphTensors, EGNN_GRAPH);
+#undef EGNN_ADDRESSES
+#undef EGNN_MEMBER
+#undef EGNN_ADDRESS
+
+#define EGNN_FIELD(name, type) type name{};
+template <class T>
+struct EdgeOptions {
+  EGNN_EDGE_OPTIONS(EGNN_FIELD)
+};
+template <class T>
+struct LayerOptions : EdgeOptions<T> {
+  EGNN_NODE_OPTIONS(EGNN_FIELD)
+};
+#undef EGNN_FIELD
+
+// What the records of both operators have; csrc/records.h fills them.
+struct CommonArgs {
   bool is_double = false;
   int threads = 1;
-  int64_t num_nodes = 0;
-  int64_t hidden = 0;
-  int64_t coord_dim = 0;
-  int64_t attr_dim = 0;
-  int64_t attr_rows = -1;  // rows of edge_attr and edge_mask; -1 where there is none
-  int64_t mask_rows = -1;
+  int64_t num_nodes = 0;        // N
+  int64_t hidden = 0;           // H
+  int64_t coord_dim = 0;        // D
+  int64_t attr_dim = 0;         // A
+  int64_t edge_attr_rows = -1;  // rows of edge_attr and edge_mask; -1: absent
+  int64_t edge_mask_rows = -1;
+  GraphTensors graph;
+};
+
+struct MessagesArgs : CommonArgs {
+  EdgeOptions<double> options;
   int64_t w_r_stride = 1;  // w_r and w_a may be columns of a wider matrix
   int64_t w_a_stride = 0;
-
-  uintptr_t pq = 0;         // [N, 2H]: P and Q side by side
-  uintptr_t x = 0;          // [N, D]
-  uintptr_t edge_attr = 0;  // [E, A], the user's edge order
-  uintptr_t edge_mask = 0;  // [E], the user's edge order
-  uintptr_t w_r = 0;        // [H], strided
-  uintptr_t w_a = 0;        // [H, A], rows strided
-  uintptr_t w2 = 0, b2 = 0;
-  uintptr_t w_g = 0, b_g = 0;         // gate
-  uintptr_t w3 = 0, b3 = 0, w_x = 0;  // coordinate head
-  uintptr_t rowptr = 0;               // [N + 1], int64
-  uintptr_t senders = 0;              // [E], int32; absent for a complete graph
-  uintptr_t perm = 0;                 // [E], int32; absent where it is the identity
-  uintptr_t first = 0;                // [N], int32; complete graphs only
-
-  int activation = 0;  // 0 SiLU, 1 ReLU, 2 LeakyReLU
-  double negative_slope = 0.01;
-  double norm = 0;  // 0 none, -1 detached |d| + 1e-8, k > 0: |d| + k
-  bool tanh = false;
-  double clamp = 0;  // 0: none
-
-  uintptr_t m = 0, shift = 0;      // forward: [N, H], [N, D]
-  uintptr_t g_m = 0, g_shift = 0;  // backward: their cotangents
-  // backward: gradients, absent where nobody asked
-  uintptr_t g_pq = 0, g_coords = 0, g_edge_attr = 0, g_edge_mask = 0, g_w_r = 0, g_w_a = 0;
-  uintptr_t g_w2 = 0, g_b2 = 0, g_w_g = 0, g_b_g = 0, g_w3 = 0, g_b3 = 0, g_w_x = 0;
+  MessagesInputs inputs;
+  MessagesOutputs outputs;     // written by the forward
+  MessagesOutputs cotangents;  // read by the backward
+  MessagesInputs gradients;    // written by the backward; absent: not wanted
 };
 
-// A whole layer: the edge pass of Args (its m and shift are outputs forward, absent where no
-// backward follows, and inputs backward; pq, w_r and w_a follow from h and w1) and the node-level
-// parts around it. Widths: F in, O out, B node attributes.
-struct LayerArgs : Args {
-  int64_t in_features = 0;
-  int64_t out_features = 0;
-  int64_t node_attr_dim = 0;
-  bool residual = false;
-  double coord_scale = 1;
-
-  uintptr_t h = 0;                                               // [N, F]
-  uintptr_t v = 0;                                               // [N, D]
-  uintptr_t node_attr = 0;                                       // [N, B]
-  uintptr_t coord_weight = 0;                                    // [N]
-  uintptr_t w1 = 0, b1 = 0;                                      // [H, 2F + 1 + A], [H]
-  uintptr_t node_w1 = 0, node_b1 = 0, node_w2 = 0, node_b2 = 0;  // [H, F + H + B], [O, H]
-  uintptr_t vel_w1 = 0, vel_b1 = 0, vel_w2 = 0, vel_b2 = 0;      // [H, F], [H]
-
-  uintptr_t h_out = 0, x_out = 0, v_out = 0;  // [N, O], [N, D], [N, D]
-  // written forward, read backward; absent, or another instruction set's: computed again
-  uintptr_t kept = 0;
-  uintptr_t g_h_out = 0, g_x_out = 0, g_v_out = 0;  // their cotangents
-  uintptr_t g_h = 0, g_v = 0, g_node_attr = 0, g_coord_weight = 0, g_w1 = 0, g_b1 = 0;
-  uintptr_t g_node_w1 = 0, g_node_b1 = 0, g_node_w2 = 0, g_node_b2 = 0;
-  uintptr_t g_vel_w1 = 0, g_vel_b1 = 0, g_vel_w2 = 0, g_vel_b2 = 0;
+struct LayerArgs : CommonArgs {
+  LayerOptions<double> options;
+  int64_t in_features = 0;    // F
+  int64_t out_features = 0;   // O
+  int64_t node_attr_dim = 0;  // B
+  LayerInputs inputs;
+  LayerOutputs outputs, cotangents;
+  LayerInputs gradients;
+  // Written by the forward, read by the backward. All are absent in a forward that no backward
+  // follows. Without activations, or with those of another instruction set, the backward
+  // computes them again.
+  LayerConstants constants;
 };
+
+// The memory at an address of a record.
+template <class T>
+const T* input(uintptr_t address) {
+  return reinterpret_cast<const T*>(address);
+}
+template <class T>
+T* output(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
 
 }  // namespace egnn

@@ -1,62 +1,66 @@
-#include "edge_driver.h"
-#include "passes.h"
+// The operator `messages`: the edge pass alone.
+#include "edge_pass.h"
+
+#include "api.h"
 
 namespace egnn {
 namespace {
 
 template <class T>
-void run_forward(const Args& a) {
+void run_forward(const MessagesArgs& a) {
   const KernelTable<T>& kernels = kernel_table<T>();
   const int threads = std::max(1, a.threads);
-  Problem<T> p = describe<T>(a, kernels);
-  p.m = out<T>(a.m);
-  p.shift = out<T>(a.shift);
+  Problem<T> p = make_problem<T>(a, kernels);
+  p.m = output<T>(a.outputs.m);
+  p.shift = output<T>(a.outputs.x);
   EdgeForward<T> pass(kernels, p, threads);
-  Workspace ws;
+  Workspace workspace;
   Schedule schedule;
-  ws.plan([&](bool last) {
-    Packing<T> packing(kernels, ws);
+  workspace.plan([&](bool is_last) {
+    Packing<T> packing(kernels, workspace);
     pack_edge_weights(a, p, false, true, packing);
-    pass.reserve(ws);
-    if (last) packing.add_to(schedule);
+    pass.reserve(workspace);
+    if (is_last) packing.add_step(schedule);
   });
-  pass.also_prepare(schedule);
-  pass.add_to(schedule);
+  pass.add_zeroing(schedule);
+  pass.add_steps(schedule);
   schedule.run(threads);
 }
 
 template <class T>
-void run_backward(const Args& a) {
+void run_backward(const MessagesArgs& a) {
   const KernelTable<T>& kernels = kernel_table<T>();
   const int threads = std::max(1, a.threads);
-  Problem<T> p = describe<T>(a, kernels);
-  p.g_m = in<T>(a.g_m);
-  p.g_shift = p.head ? in<T>(a.g_shift) : nullptr;
-  p.g_pq = out<T>(a.g_pq);
-  want_gradients(a, a.g_w_r != 0 || a.g_w_a != 0, p);
+  const MessagesInputs& gradients = a.gradients;
+  Problem<T> p = make_problem<T>(a, kernels);
+  p.g_m = input<T>(a.cotangents.m);
+  p.g_shift = p.head ? input<T>(a.cotangents.x) : nullptr;
+  p.g_pq = output<T>(gradients.pq);
+  set_wanted(gradients, gradients.w_r != 0 || gradients.w_a != 0, p);
   EdgeBackward<T> pass(kernels, p, threads);
-  Workspace ws;
+  Workspace workspace;
   Schedule schedule;
-  ws.plan([&](bool last) {
-    Packing<T> packing(kernels, ws);
+  workspace.plan([&](bool is_last) {
+    Packing<T> packing(kernels, workspace);
     pack_edge_weights(a, p, true, true, packing);
-    pass.reserve(ws);
-    if (last) packing.add_to(schedule);
+    pass.reserve(workspace);
+    if (is_last) packing.add_step(schedule);
   });
-  deliver_edge_weights(a, p, pass.sums);
-  deliver_first_columns(p, pass.sums, out<T>(a.g_w_r), 1, out<T>(a.g_w_a), a.attr_dim);
-  pass.also_prepare(schedule);
-  pass.add_to(schedule, [] {});
+  set_edge_gradients(gradients, p, pass.sums);
+  set_first_gradients(p, output<T>(gradients.w_r), 1, output<T>(gradients.w_a), a.attr_dim,
+                      pass.sums);
+  pass.add_zeroing(schedule);
+  pass.add_steps(schedule, [] {});
   schedule.run(threads);
 }
 
 }  // namespace
 
-void forward(const Args& args) {
+void messages_forward(const MessagesArgs& args) {
   args.is_double ? run_forward<double>(args) : run_forward<float>(args);
 }
 
-void backward(const Args& args) {
+void messages_backward(const MessagesArgs& args) {
   args.is_double ? run_backward<double>(args) : run_backward<float>(args);
 }
 
@@ -64,10 +68,10 @@ void silu(uintptr_t from, uintptr_t to, int64_t count, bool is_double, int threa
   const auto run = [&](const auto& kernels, auto zero) {
     using T = decltype(zero);
     Schedule schedule;
-    schedule.add(threads, [&](int64_t k, int) {
+    schedule.add_step(threads, [&](int64_t k, int) {
       const int64_t begin = count * k / threads, end = count * (k + 1) / threads;
       for (int r = 0; r < repeats; ++r) {
-        kernels.silu(in<T>(from) + begin, out<T>(to) + begin, end - begin);
+        kernels.silu(input<T>(from) + begin, output<T>(to) + begin, end - begin);
       }
     });
     schedule.run(threads);

@@ -1,3 +1,4 @@
+// Aligned memory and the pool of buffers.
 #include "memory.h"
 
 #if defined(__linux__)
@@ -22,11 +23,11 @@ struct Buffer {
 
 struct Pool {
   std::mutex mutex;
-  std::deque<Buffer> free;  // the longest unused first
+  std::deque<Buffer> free;  // least recently returned first
   int64_t bytes = 0;
 };
 
-// never destroyed: a tensor may return its buffer while the process ends
+// Never destroyed: a tensor may return its buffer while the process ends.
 Pool& pool() {
   static Pool* const p = ::new Pool;
   return *p;
@@ -50,7 +51,7 @@ char* allocate(int64_t bytes) {
                                                              : kPage);
   if (posix_memalign(&memory, alignment, static_cast<size_t>(bytes)) != 0) throw std::bad_alloc();
 #if defined(__linux__)
-  if (large) madvise(memory, static_cast<size_t>(bytes), MADV_HUGEPAGE);  // a wish
+  if (large) madvise(memory, static_cast<size_t>(bytes), MADV_HUGEPAGE);  // may be ignored
 #endif
   return static_cast<char*>(memory);
 }
@@ -59,13 +60,13 @@ char* take_buffer(int64_t bytes) {
   bytes = size_class(bytes);
   Pool& p = pool();
   {
-    // not waited for: in a child forked at the wrong moment nobody would ever let go of it
+    // try_to_lock: in a child that was forked while another thread held the lock, nobody unlocks it
     const std::unique_lock<std::mutex> lock(p.mutex, std::try_to_lock);
     if (lock.owns_lock()) {
-      for (auto found = p.free.rbegin(); found != p.free.rend(); ++found) {
-        if (found->bytes != bytes) continue;
-        char* memory = found->memory;
-        p.free.erase(std::next(found).base());
+      for (auto buffer = p.free.rbegin(); buffer != p.free.rend(); ++buffer) {
+        if (buffer->bytes != bytes) continue;
+        char* memory = buffer->memory;
+        p.free.erase(std::next(buffer).base());
         p.bytes -= bytes;
         return memory;
       }

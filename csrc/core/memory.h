@@ -1,4 +1,4 @@
-// Aligned memory, and buffers that are used again.
+// Aligned memory, and a pool of buffers that are reused.
 #pragma once
 
 #include <cstdint>
@@ -6,9 +6,9 @@
 namespace egnn {
 
 constexpr int64_t kAlignment = 64;
-// Arrays that a loop reads and writes row by row side by side begin at equal places in their pages.
-// A processor compares the low 12 bits of a load with those of the stores before it, and waits
-// where they agree: with arbitrary places, loops took up to 1.4 times as long.
+// Large arrays begin at the start of a page. A processor compares the low 12 bits of a load's
+// address with those of earlier stores, and stalls where they are equal (4K aliasing). Loops that
+// read one array and write another row by row took up to 1.4 times as long with arbitrary offsets.
 constexpr int64_t kPage = 4096;
 
 inline int64_t aligned_size(int64_t bytes) {
@@ -16,14 +16,14 @@ inline int64_t aligned_size(int64_t bytes) {
   return (bytes + unit - 1) / unit * unit;
 }
 
-// Throws std::bad_alloc. Freed by std::free. Large memory is asked for in huge pages: rows are read
-// and written in no order, and with small pages finding the page costs as much as the row.
+// Memory to be freed by std::free; throws std::bad_alloc. Large memory is requested in huge pages:
+// rows are read and written in random order, and with small pages a TLB miss costs as much as a
+// row.
 char* allocate(int64_t bytes);
 
-// Buffers that outlive a call, such as what a forward keeps for its backward. A training step takes
-// and returns the same ones; fresh pages from the system would cost it more than filling them.
-// Returned buffers stay with the process, each up to kPooledBuffer, together up to kPooledBytes.
-// Any thread may call.
+// Buffers that outlive a call, such as a forward's activations. A training step takes and returns
+// the same ones; new pages from the system would cost more than filling them. The pool holds
+// returned buffers of up to kPooledBuffer each and kPooledBytes together. Any thread may call.
 constexpr int64_t kPooledBytes = int64_t{256} << 20;
 constexpr int64_t kPooledBuffer = int64_t{64} << 20;
 char* take_buffer(int64_t bytes);

@@ -1,4 +1,4 @@
-// Memory of one call: a single buffer, handed out in pieces.
+// The memory of one call: a single buffer, divided into arrays.
 #pragma once
 
 #include <algorithm>
@@ -14,32 +14,32 @@ class Workspace {
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
   ~Workspace() {
-    if (block_ != nullptr) return_buffer(block_, size_);
+    if (buffer_ != nullptr) return_buffer(buffer_, size_);
   }
 
-  // Calls request(last) twice with the same requests: first to add up their sizes, then to hand
-  // out the memory (last is true).
+  // Calls request(is_last) twice, which must take the same arrays both times: the first round adds
+  // up their sizes, the second (is_last) divides the memory.
   template <class Request>
   void plan(Request&& request) {
     request(false);
     size_ = used_;
     used_ = 0;
-    block_ = take_buffer(size_);
+    buffer_ = take_buffer(size_);
     request(true);
   }
 
-  // Within plan(): room for `count` elements, null in the first round.
+  // An array of `count` elements; null in the first round. Called within plan().
   template <class T>
   T* take(int64_t count) {
     const int64_t bytes = aligned_size(count * static_cast<int64_t>(sizeof(T)));
     if (bytes >= kPage) used_ = aligned_size(std::max(used_, kPage));
-    char* piece = block_ == nullptr ? nullptr : block_ + used_;
+    char* array = buffer_ == nullptr ? nullptr : buffer_ + used_;
     used_ += bytes;
-    return reinterpret_cast<T*>(piece);
+    return reinterpret_cast<T*>(array);
   }
 
  private:
-  char* block_ = nullptr;
+  char* buffer_ = nullptr;
   int64_t size_ = 0, used_ = 0;
 };
 

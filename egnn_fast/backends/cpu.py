@@ -1,4 +1,8 @@
-"""Calls the C++ kernels: gets a call's record, allocates the outputs, names what does not fit."""
+"""Calls the C++ kernels: makes a call's record, allocates the outputs, names wrong tensors.
+
+The kernels take arguments in the order of :mod:`egnn_fast.operators.signature`. When this module is
+imported, it compares that table with the extension's; if they differ, the extension is not used.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,57 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from egnn_fast.operators.signature import ANY, EDGE_OPTIONS, GRAPH, LAYER, MESSAGES, Signature
+from egnn_fast.operators.signature import ANY, GRAPH, LAYER, MESSAGES, Signature
 from egnn_fast.options import ACTIVATIONS
 from egnn_fast.runtime import native
 
-_POOLED = 1 << 15  # elements from which a buffer of the pool pays
+_MIN_POOLED = 1 << 15  # elements from which memory of the pool is faster than new memory
 _ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+# scalars that choose how a call runs and are no options of the layer
+_RUN_BY = ("backend", "precision", "stored_elements")
+
+
+def _options_of(signature: Signature) -> list[str]:
+    """The names of a layer's options, which are an operator's first scalars."""
+    return [each.name for each in signature.scalars if each.name not in _RUN_BY]
+
+
+def _names(signature: Signature) -> dict[str, list[str]]:
+    """An operator's names in order, in the form in which the extension exports them."""
+    return {
+        "inputs": list(signature.names),
+        "shapes": [each.shape for each in signature.inputs],
+        "graph": list(GRAPH),
+        "options": _options_of(signature),
+        "outputs": list(signature.outputs),
+        "cotangents": list(signature.cotangents),
+        "constants": list(signature.constants),
+        "activations": list(ACTIVATIONS),
+    }
+
+
+def _reject_another_version() -> None:
+    """Reject an extension whose names differ from ours: it would read one argument as another."""
+    exported: dict[str, Any] = getattr(native.core, "signatures", dict)()
+    for signature in (MESSAGES, LAYER):
+        theirs = exported.get(signature.name, {})
+        for part, names in _names(signature).items():
+            if theirs.get(part) != names:
+                native.reject(
+                    "the C++ extension egnn_fast._core was built from another version of "
+                    "egnn_fast; build it again with `pip install .` from a checkout (the "
+                    f"{part} of egnn_fast::{signature.name} are {names} here and "
+                    f"{theirs.get(part)} in the extension)"
+                )
+                return
+
+
+if native.core is not None:
+    _reject_another_version()
 
 
 class _Kernel:
-    """What both kernels share.
+    """What the kernels of both operators have in common.
 
     Parameters
     ----------
@@ -27,15 +72,17 @@ class _Kernel:
     """
 
     signature: Signature
-    # inputs that give the dimensions; each must have two of its own
+    # inputs with two dimensions, whose shapes give the sizes N, E, H, ...
     sized_by: tuple[str, ...]
 
+    n_options: int
+
     def __init__(self, scalars: Sequence[Any]) -> None:
-        activation, *rest = scalars[: len(EDGE_OPTIONS)]
-        self._options = (_ACTIVATION_CODES[activation], *rest)
+        activation, *others = scalars[: self.n_options]
+        self._options = (_ACTIVATION_CODES[activation], *others)
 
     def record(self, tensors: Sequence[Any]) -> Any:
-        """The argument record of the operator's inputs and graph tensors, which must outlive it.
+        """The argument record of a call, whose inputs and graph tensors must outlive it.
 
         None unless they are dense tensors on the CPU whose shapes and dtypes fit each other.
         """
@@ -43,11 +90,11 @@ class _Kernel:
 
     @staticmethod
     def dense(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Inputs and graph tensors as the kernel reads them."""
+        """Inputs and graph tensors, copied where the kernel cannot read their strides."""
         return _contiguous(tensors)
 
     def dense_record(self, tensors: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
-        """A call's record and the dense tensors that it has the addresses of.
+        """A call's record and the tensors whose addresses it holds.
 
         ``tensors`` are the inputs and the graph's; they are copied only if they are not dense. The
         record is None if they do not fit each other.
@@ -58,16 +105,17 @@ class _Kernel:
             record = self.record(tensors)
         return record, tensors
 
-    def shapes_before(self, sizes: Sequence[int], call: Any) -> tuple[tuple[int, ...], ...]:
-        """The shapes that the derivative expects of its cotangents and constants."""
+    def backward_shapes(self, sizes: Sequence[int], call: Any) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the cotangents and constants of the operator's derivative."""
         raise NotImplementedError
 
 
 class MessagesKernel(_Kernel):
-    """The edge pass with given options."""
+    """The edge pass, with the options of its operator's ``scalars``."""
 
     signature, sized_by = MESSAGES, ("pq", "x", "w_a")
-    # columns of the first linear's weight: read in place, by their row stride
+    n_options = len(_options_of(MESSAGES))
+    # columns of the first linear's weight, which the kernel reads with any row stride
     _STRIDED = tuple(map(MESSAGES.index, ("w_r", "w_a")))
     _HEAD = MESSAGES.index("w_x")
 
@@ -77,21 +125,21 @@ class MessagesKernel(_Kernel):
 
     @classmethod
     def dense(cls, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Inputs and graph tensors as the kernel reads them."""
+        """See :meth:`_Kernel.dense`."""
         w_r, w_a = cls._STRIDED
         return [
             t if t is None or k == w_r or (k == w_a and t.stride(1) == 1) else t.contiguous()
             for k, t in enumerate(tensors)
         ]
 
-    def shapes_before(self, sizes: Sequence[int], call: Any) -> tuple[tuple[int, ...], ...]:
-        """See :meth:`_Kernel.shapes_before`."""
+    def backward_shapes(self, sizes: Sequence[int], call: Any) -> tuple[tuple[int, ...], ...]:
+        """See :meth:`_Kernel.backward_shapes`."""
         nodes, _, hidden, dim, *_ = sizes
         return (nodes, hidden), (ANY, dim)
 
     @staticmethod
     def stored_elements(record: Any) -> int:
-        """Nothing but the inputs is needed for the backward."""
+        """0: the backward needs nothing but the inputs."""
         return 0
 
     def forward(
@@ -104,7 +152,7 @@ class MessagesKernel(_Kernel):
             x.new_empty(n, record.hidden),
             x.new_empty(n, dim) if tensors[self._HEAD] is not None else None,
         )
-        _core().forward(record, outputs)
+        _core().messages_forward(record, outputs)
         return outputs
 
     def backward(
@@ -115,24 +163,27 @@ class MessagesKernel(_Kernel):
         tensors: Sequence[Any],
         needed: Sequence[bool],
     ) -> list[Tensor | None] | None:
-        """The gradients of the inputs that are needed; None if the cotangents do not fit.
+        """The gradients of the inputs, None where they are not needed.
 
-        ``record`` is that of ``tensors``, the dense inputs and graph tensors.
+        ``record`` is that of ``tensors``, the dense inputs and graph tensors. Returns None if the
+        cotangents do not fit them.
         """
         g_m, g_x = _contiguous(cotangents)
         g_x = g_x if tensors[self._HEAD] is not None else None
         grads = _empty_gradients(_contiguous(tensors[: MESSAGES.n_inputs]), needed)
         if g_m is None and g_x is None:
             return [None if t is None else t.zero_() for t in grads]
-        return grads if _core().backward(record, (g_m, g_x), grads) else None
+        return grads if _core().messages_backward(record, (g_m, g_x), grads) else None
 
 
 class LayerKernel(_Kernel):
-    """A whole layer with given options."""
+    """A whole layer, with the options of its operator's ``scalars``."""
 
     signature, sized_by = LAYER, ("h", "x", "node_attr", "edge_w1", "node_w1", "node_w2")
+    n_options = len(_options_of(LAYER))
     _HEAD = LAYER.index("coord_w2")
-    # what only one kind of cotangent reaches: the kernel does not write its gradient without
+    _CARRY = _options_of(LAYER).index("carry_velocity")
+    # inputs that get a gradient from h alone, and from x and v alone, in every layer
     _FEATURES, _MOVES = (
         tuple(
             k
@@ -142,19 +193,12 @@ class LayerKernel(_Kernel):
         for outputs in ("h", "x v")
     )
 
-    def __init__(self, scalars: Sequence[Any]) -> None:
-        super().__init__(scalars)
-        first = len(EDGE_OPTIONS)
-        self._scale, self._residual, self._carry = scalars[first : first + 3]
-
     def record(self, tensors: Sequence[Any]) -> Any:
         """See :meth:`_Kernel.record`."""
-        return _core().layer_record(
-            tensors, torch.get_num_threads(), self._options, self._scale, self._residual
-        )
+        return _core().layer_record(tensors, torch.get_num_threads(), self._options)
 
-    def shapes_before(self, sizes: Sequence[int], call: Any) -> tuple[tuple[int, ...], ...]:
-        """See :meth:`_Kernel.shapes_before`."""
+    def backward_shapes(self, sizes: Sequence[int], call: Any) -> tuple[tuple[int, ...], ...]:
+        """See :meth:`_Kernel.backward_shapes`."""
         nodes, _, hidden, dim, _, _, _, out = sizes
         has_head = call.coord_w2 is not None
         return (
@@ -166,16 +210,17 @@ class LayerKernel(_Kernel):
     @staticmethod
     def stored_elements(record: Any) -> int:
         """Elements in which the layer can store its activations for the backward."""
-        return int(_core().layer_kept_size(record))
+        return int(_core().layer_stored_elements(record))
 
     def forward(
         self, record: Any, tensors: Sequence[Any], stored: int | None
     ) -> tuple[Tensor | None, ...]:
-        """New h, x and v, M and X, the stored activations; None for what the layer lacks.
+        """New h, x and v, then the constants M, X and activations; None for what the layer lacks.
 
-        The activations are the storage of a tensor without elements, so that a recomputation under
-        another budget saves tensors of the same shapes. ``stored`` is their number of elements; 0:
-        the backward computes them again; None: no backward follows, and the last three are None.
+        ``stored`` is the number of elements of the activations; 0: the backward computes them
+        again; None: no backward follows, and there are no constants. The activations are the
+        storage of a tensor without elements, so that a recomputation under another budget saves
+        tensors of the same shapes.
         """
         h, x, v = tensors[:3]
         n, dim = x.shape
@@ -183,13 +228,13 @@ class LayerKernel(_Kernel):
         outputs = (
             h.new_empty(n, record.out_features),
             x.new_empty(n, dim) if has_head or v is not None else None,
-            x.new_empty(n, dim) if self._carry else None,
+            x.new_empty(n, dim) if self._options[self._CARRY] else None,
         )
         if stored is None:
             _core().layer_forward(record, (*outputs, None, None, None))
             return (*outputs, None, None, None)
         m, shift = h.new_empty(n, record.hidden), x.new_empty(n if has_head else 0, dim)
-        memory = _reused(stored, h.dtype) if stored > _POOLED else h.new_empty(stored)
+        memory = _pooled(stored, h.dtype) if stored > _MIN_POOLED else h.new_empty(stored)
         _core().layer_forward(record, (*outputs, m, shift, memory))
         return (*outputs, m, shift, memory.resize_(0))
 
@@ -201,12 +246,13 @@ class LayerKernel(_Kernel):
         tensors: Sequence[Any],
         needed: Sequence[bool],
     ) -> list[Tensor | None] | None:
-        """See :meth:`MessagesKernel.backward`; ``constants`` are M, X and stored activations."""
+        """See :meth:`MessagesKernel.backward`; ``constants`` are M, X and the activations."""
         *sums, memory = constants
-        before = _without_empty((*cotangents, *sums))
+        dense = _without_empty((*cotangents, *sums))
         grads = _empty_gradients(tensors[: LAYER.n_inputs], needed)
-        features, moves = before[0] is not None, before[1] is not None or before[2] is not None
-        # the kernel does not write gradients that no cotangent reaches: they are zero
+        g_h, g_x, g_v = dense[:3]
+        features, moves = g_h is not None, g_x is not None or g_v is not None
+        # the kernel does not write gradients that no cotangent reaches: these are zero
         written = grads
         if not features or not moves:
             written = list(grads)
@@ -218,7 +264,7 @@ class LayerKernel(_Kernel):
         storage = memory.untyped_storage()
         size = storage.nbytes()
         address = storage.data_ptr() if size else 0
-        fits = _core().layer_backward(record, before, address, size, written)
+        fits = _core().layer_backward(record, dense, address, size, written)
         return grads if fits else None
 
 
@@ -245,7 +291,7 @@ def layer(*args: Any) -> tuple[Tensor, ...]:
 def layer_stored_elements(args: Sequence[Any]) -> int:
     """Elements in which ``egnn_fast::layer``, called with ``args``, can store its activations.
 
-    0 if they have no record, as tensors that the dispatcher has not resolved yet.
+    0 if the arguments have no record, such as tensors that the dispatcher has not resolved yet.
     """
     kernel = LayerKernel(args[LAYER.n_tensors :])
     record, _ = kernel.dense_record(args[: LAYER.n_tensors])
@@ -258,6 +304,7 @@ def layer_backward(*args: Any) -> list[Tensor]:
 
 
 def _gradients(kind: type[MessagesKernel | LayerKernel], args: Sequence[Any]) -> list[Tensor]:
+    """The needed gradients, from the arguments of an operator's derivative."""
     signature = kind.signature
     outputs, first = len(signature.outputs), len(signature.outputs) + len(signature.constants)
     cotangents, constants, needed = args[:outputs], args[outputs:first], args[-1]
@@ -271,10 +318,11 @@ def _gradients(kind: type[MessagesKernel | LayerKernel], args: Sequence[Any]) ->
 
 
 def _checked(kind: Any, args: Sequence[Any], before: Sequence[Any] = ()) -> Any:
-    """A kernel of this kind for an operator's arguments, their tensors, dense, and the record.
+    """The kernel for an operator's arguments, its dense tensors, and their record.
 
-    Raises ValueError unless the tensors have the shapes and dtypes that the kernel expects.
-    ``before`` are those that the operator's derivative takes before its inputs.
+    ``before`` are the cotangents and constants, which the operator's derivative takes before the
+    inputs. Raises ValueError, naming the argument, for a tensor with another shape or dtype than
+    the kernel expects.
     """
     signature: Signature = kind.signature
     name, call = signature.name, signature.Arguments(*args)
@@ -287,9 +335,9 @@ def _checked(kind: Any, args: Sequence[Any], before: Sequence[Any] = ()) -> Any:
             )
     sizes, dtype = signature.sizes(call), tensors[0].dtype
     names_before = (*signature.cotangents, *signature.constants)
-    _check(name, names_before, before, kernel.shapes_before(sizes, call), dtype)
+    _check(name, names_before, before, kernel.backward_shapes(sizes, call), dtype)
     _check(name, signature.names, args[: signature.n_inputs], signature.shapes(*sizes), dtype)
-    # before rowptr is read and strided tensors are copied
+    # checked before rowptr is read and strided tensors are copied
     _require_memory(name, names_before, before)
     _require_memory(name, (*signature.names, *GRAPH), tensors)
     _check_graph(name, tensors[signature.n_inputs :], sizes[0])
@@ -309,7 +357,8 @@ def _check(
     shapes: Sequence[tuple[int, ...]],
     dtype: torch.dtype,
 ) -> None:
-    # not strict: the operator itself has no tensors before its inputs
+    """Raise ValueError, naming the tensor, for another shape, dtype or device."""
+    # not strict: there are no cotangents and constants in the forward
     for name, t, shape in zip(names, tensors, shapes, strict=False):
         if t is None or (t.shape == shape and t.dtype is dtype and t.is_cpu):
             continue
@@ -325,6 +374,7 @@ def _check(
 
 
 def _check_graph(operator: str, graph: Sequence[Any], nodes: int) -> None:
+    """Raise ValueError, naming the tensor, if the graph's tensors do not fit each other."""
     rowptr, senders, perm, first = graph
     edges = ANY if senders is None else senders.shape[0]
     _check(operator, ("rowptr",), (rowptr,), ((nodes + 1,),), torch.int64)
@@ -343,8 +393,8 @@ def _check_graph(operator: str, graph: Sequence[Any], nodes: int) -> None:
         )
 
 
-def _reused(count: int, dtype: torch.dtype) -> Tensor:
-    """Empty memory from the core's pool: each step takes the pages of the one before."""
+def _pooled(count: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory of the extension's pool, whose pages a training step reuses."""
     buffer: Tensor = from_dlpack(_core().buffer(count, dtype is torch.float64))
     return buffer
 
@@ -364,12 +414,12 @@ def _contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def _without_empty(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Dense cotangents; None for those without elements, which reach nothing."""
+    """Dense tensors; None for those without elements, which contribute nothing."""
     return [None if t is None or not t.numel() else t.contiguous() for t in tensors]
 
 
 def _empty_gradients(tensors: Sequence[Any], needed: Sequence[bool]) -> list[Tensor | None]:
-    """Dense memory for the gradients of dense tensors."""
+    """Uninitialised memory for the gradients that are needed, of dense tensors."""
     return [torch.empty_like(t) if need else None for t, need in zip(tensors, needed, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""Loads the C++ extension once and keeps the error where it cannot be loaded."""
+"""Loads the C++ extension once and keeps the error where it cannot be used."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ Core = Any
 core: Core | None = None
 load_error: str | None = None
 
+
+def reject(reason: str) -> None:
+    """Count the extension as unusable from now on."""
+    global core, load_error
+    core, load_error = None, reason
+
+
 try:
     core = import_module("egnn_fast._core")
     core.set_tensor_classes(torch.Tensor, torch.nn.Parameter)
 except ImportError as error:
-    load_error = (
+    reject(
         f"the C++ extension egnn_fast._core could not be imported ({error}); "
         "build it with `pip install .` from a checkout (needs a C++17 compiler)"
     )
 except RuntimeError as error:
-    core = None
-    load_error = (
-        f"the C++ extension cannot read the tensors of PyTorch {torch.__version__}: {error}"
-    )
+    reject(f"the C++ extension cannot read the tensors of PyTorch {torch.__version__}: {error}")

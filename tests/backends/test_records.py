@@ -23,9 +23,9 @@ N, E, F, H, O, D, A, B = 7, 20, 4, 8, 5, 3, 2, 1  # noqa: E741 (the widths' name
 LAYER = {
     "h": (N, F), "x": (N, D), "v": (N, D), "edge_attr": (E, A), "edge_mask": (E,),
     "node_attr": (N, B), "coord_weight": (N,),
-    "w1": (H, 2 * F + 1 + A), "b1": (H,), "w2": (H, H), "b2": (H,),
+    "edge_w1": (H, 2 * F + 1 + A), "edge_b1": (H,), "edge_w2": (H, H), "edge_b2": (H,),
     "node_w1": (H, F + H + B), "node_b1": (H,), "node_w2": (O, H), "node_b2": (O,),
-    "w_g": (1, H), "b_g": (1,), "w3": (H, H), "b3": (H,), "w_x": (1, H),
+    "att_w": (1, H), "att_b": (1,), "coord_w1": (H, H), "coord_b1": (H,), "coord_w2": (1, H),
     "vel_w1": (H, F), "vel_b1": (H,), "vel_w2": (1, H), "vel_b2": (1,),
 }  # fmt: skip
 MESSAGES = {
@@ -35,6 +35,7 @@ MESSAGES = {
 }  # fmt: skip
 GRAPH = {"rowptr": (N + 1,), "senders": (E,), "perm": (E,), "first": None}
 OPTIONS = ("silu", 0.01, 0.0, False, 0.0)
+OPTIONS_IN_CPP = (0, 0.01, 0.0, False, 0.0, 1.0, False, False)
 KERNELS: dict[str, tuple[Any, dict[str, tuple[int, ...]]]] = {
     "layer": (cpu.LayerKernel((*OPTIONS, 1.0, False, False)), LAYER),
     "messages": (cpu.MessagesKernel(OPTIONS), MESSAGES),
@@ -198,8 +199,10 @@ def test_other_than_tensors_are_refused() -> None:
     assert native.core is not None
     with pytest.raises(TypeError):
         native.core.are_plain(3)
+    with pytest.raises(ValueError, match="8 options, got 5"):
+        native.core.layer_record(tuple(tensors_of("layer").values()), 1, OPTIONS_IN_CPP[:5])
     with pytest.raises(ValueError, match="28 tensors"):
-        native.core.layer_record((torch.ones(3),), 1, (0, 0.0, 0.0, False, 0.0), 1.0, False)
+        native.core.layer_record((torch.ones(3),), 1, OPTIONS_IN_CPP)
 
 
 def test_cotangents_that_do_not_fit_are_refused_before_anything_is_written() -> None:
@@ -220,8 +223,8 @@ def test_cotangents_that_do_not_fit_are_refused_before_anything_is_written() -> 
 
 
 @pytest.mark.parametrize("size", [1, 100, 10**6])
-def test_kept_memory_of_another_size_is_not_read(size: int) -> None:
-    problem = Case("kept", nodes=20, edges=60).layer(torch.float32)
+def test_activations_of_another_size_are_not_read(size: int) -> None:
+    problem = Case("activations", nodes=20, edges=60).layer(torch.float32)
     leaves = leaves_of(problem)
     right = torch.autograd.grad(total(problem.run(leaves, "cpu", 0)), list(leaves.values()))
 
@@ -306,6 +309,57 @@ def test_what_was_replaced_before_the_backward_is_named(
         value.backward()
 
 
+ANOTHER_VERSION = """
+import egnn_fast._core as core
+names = core.signatures()
+part = names[{operator!r}][{part!r}]
+part[-2:] = {names}
+core.signatures = lambda: names
+import torch
+import egnn_fast.backends.cpu
+from egnn_fast import nn, Graph
+print(egnn_fast.info()[1].reason)
+layer, graph = nn.EGCL(4, 4, 4), Graph.complete([3])
+print(nn.explain(layer, torch.randn(3, 4), torch.randn(3, 3)).backend)
+layer(torch.randn(3, 4), torch.randn(3, 3), graph)
+"""
+
+
+def output_of(code: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True,
+        timeout=300,
+    )  # fmt: skip
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("operator", "part", "names"),
+    [
+        ("messages", "inputs", "reversed(part[-2:])"),
+        ("messages", "shapes", "['H', 'H, H']"),
+        ("messages", "options", "reversed(part[-2:])"),
+        ("layer", "inputs", "reversed(part[-2:])"),
+        ("layer", "cotangents", "reversed(part[-2:])"),
+        ("layer", "constants", "['shift']"),
+        ("layer", "activations", "reversed(part[-2:])"),
+    ],
+)
+def test_an_extension_with_other_names_is_not_used(operator: str, part: str, names: str) -> None:
+    code = ANOTHER_VERSION.format(operator=operator, part=part, names=names)
+    reason, backend = output_of(code)
+    assert "built from another version of egnn_fast; build it again" in reason
+    assert f"the {part} of egnn_fast::{operator} are" in reason
+    assert backend == "reference"
+
+
+def test_an_extension_without_names_is_not_used() -> None:
+    lines = ANOTHER_VERSION.splitlines(keepends=True)
+    reason, backend = output_of("".join([lines[1], "del core.signatures\n", *lines[6:]]))
+    assert "built from another version" in reason
+    assert backend == "reference"
+
+
 OLD = """
 import torch
 torch.Tensor.__dlpack_c_exchange_api__ = None
@@ -319,11 +373,7 @@ print(nn.explain(layer, torch.randn(3, 4), torch.randn(3, 3)).backend)
 
 
 def test_without_the_exchange_api_the_reference_runs() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", OLD], capture_output=True, text=True, check=True,
-        timeout=300,
-    )  # fmt: skip
-    reason, shape, backend = done.stdout.splitlines()
+    reason, shape, backend = output_of(OLD)
     assert "cannot read the tensors of PyTorch" in reason
     assert "exchange API" in reason
     assert (shape, backend) == ("torch.Size([3, 4])", "reference")

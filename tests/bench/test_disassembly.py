@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import struct
+
 import pytest
 
 from bench.offline.disassembly import (
     block_loops,
     class_of,
+    code_hash,
     counts_of,
     instructions_of,
     macs_of,
@@ -105,3 +109,33 @@ def test_multiply_adds(name: str, found: tuple[str, int] | None) -> None:
 def test_an_unknown_shape_is_told() -> None:
     with pytest.raises(ValueError, match="a shape not known"):
         macs_of("HMMA.884.F32.F32")
+
+
+def elf(*sections: tuple[int, int, bytes]) -> bytes:
+    """A file with sections of these types, flags and contents."""
+    head, body, table = 64, b"", b""
+    for kind, flags, content in sections:
+        at = head + len(body)
+        table += struct.pack("<IIQQQQIIQQ", 0, kind, flags, 0, at, len(content), 0, 0, 1, 0)
+        body += content
+    start = head + len(body)
+    fields = (2, 190, 1, 0, 0, start, 0, 64, 0, 0, 64, len(sections), 0)
+    ident = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
+    return ident + struct.pack("<HHIQQQIHHHHHH", *fields) + body + table
+
+
+CODE, DEBUG = (1, 6, b"code"), (1, 0, b"/home/me/kernel.py")
+
+
+def test_the_hash_is_that_of_the_code_alone() -> None:
+    here = code_hash(elf(DEBUG, CODE))
+    assert re.fullmatch("[0-9a-f]{16}", here)
+    assert here == code_hash(elf(CODE, (1, 0, b"/home/you/kernel.py")))
+    assert here != code_hash(elf(DEBUG, (1, 6, b"cods")))
+    assert here != code_hash(elf(DEBUG, CODE, CODE))
+
+
+@pytest.mark.parametrize("wrong", [b"", b"PK\x03\x04", b"\x7fELF\x01", elf(DEBUG)])
+def test_what_is_no_machine_code_raises(wrong: bytes) -> None:
+    with pytest.raises(ValueError, match=r"^cubin: "):
+        code_hash(wrong)

@@ -16,11 +16,11 @@ if sys.platform != "linux":
     pytest.skip("Triton's wheels are for Linux alone", allow_module_level=True)
 
 from bench.offline.configurations import KERNELS, Configuration, arguments
-from egnn_fast.kernels import backward, forward, nodes, staged, staged_backward
+from egnn_fast.kernels import backward, forward, nodes, staged, staged_backward, sums
 from egnn_fast.kernels.nodes import PROJECTED, NodeSizes
 from egnn_fast.kernels.records import READ, Spec, only
 
-MODULES = (forward, backward, staged, staged_backward, nodes)
+MODULES = (forward, backward, staged, staged_backward, nodes, sums)
 
 
 def fields_read(kernel: Any, record: str) -> set[str]:
@@ -53,7 +53,7 @@ def test_project_nodes_is_given_the_sizes_that_it_reads() -> None:
 
 
 def test_the_table_has_every_kernel_that_takes_such_constants() -> None:
-    assert set(READ) == set(KERNELS) - {"sender_sums", "finish_rows"}
+    assert set(READ) == set(KERNELS) - {"finish_rows"}
 
 
 def test_a_field_that_is_not_given_cannot_be_read() -> None:

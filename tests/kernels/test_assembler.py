@@ -6,7 +6,6 @@ import datetime
 import os
 import re
 import runpy
-import struct
 import subprocess
 import sys
 import warnings
@@ -27,7 +26,7 @@ from egnn_fast import BackendError, backends, info
 from egnn_fast.backends import available
 from egnn_fast.cli import app
 from egnn_fast.kernels import assembler
-from egnn_fast.kernels.assembler import REPORTS, Assembler, code_hash, doubt, doubt_here, in_use
+from egnn_fast.kernels.assembler import REPORTS, Assembler, doubt, doubt_here, in_use
 
 CALL = backends.Call("cuda", torch.float32, hidden=64, coord_dim=3, activation="silu")
 OWN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -300,34 +299,3 @@ def test_the_import_loads_neither_triton_nor_torch() -> None:
 def test_any_is_read_at_import(value: str, said: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(assembler.ENV_ANY, value)
     assert runpy.run_path(str(assembler.__file__))["_ANY"] == said
-
-
-# ---- what machine code is called ----------------------------------------------------------------
-def elf(*sections: tuple[int, int, bytes]) -> bytes:
-    """A file with sections of these types, flags and contents."""
-    head, body, table = 64, b"", b""
-    for kind, flags, content in sections:
-        at = head + len(body)
-        table += struct.pack("<IIQQQQIIQQ", 0, kind, flags, 0, at, len(content), 0, 0, 1, 0)
-        body += content
-    start = head + len(body)
-    fields = (2, 190, 1, 0, 0, start, 0, 64, 0, 0, 64, len(sections), 0)
-    ident = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
-    return ident + struct.pack("<HHIQQQIHHHHHH", *fields) + body + table
-
-
-CODE, DEBUG = (1, 6, b"code"), (1, 0, b"/home/me/kernel.py")
-
-
-def test_the_hash_is_that_of_the_code_alone() -> None:
-    here = code_hash(elf(DEBUG, CODE))
-    assert re.fullmatch("[0-9a-f]{16}", here)
-    assert here == code_hash(elf(CODE, (1, 0, b"/home/you/kernel.py")))
-    assert here != code_hash(elf(DEBUG, (1, 6, b"cods")))
-    assert here != code_hash(elf(DEBUG, CODE, CODE))
-
-
-@pytest.mark.parametrize("wrong", [b"", b"PK\x03\x04", b"\x7fELF\x01", elf(DEBUG)])
-def test_what_is_no_machine_code_raises(wrong: bytes) -> None:
-    with pytest.raises(ValueError, match=r"^cubin: "):
-        code_hash(wrong)

@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,15 @@ from bench.offline.configurations import (
     STAGED_KERNELS,
     WIDE_WIDTH,
     Configuration,
+    arguments,
+    kernel_functions,
     shipped,
     with_options,
 )
-from bench.offline.disassembly import (
-    number_of,
-)
+from bench.offline.disassembly import number_of
 from egnn_fast.kernels import blocks
 from egnn_fast.kernels.blocks import Blocks, blocks_for
-from egnn_fast.kernels.records import MAX_ATTRS
+from egnn_fast.kernels.records import MAX_ATTRS, READ, LayerOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,14 +70,16 @@ def representative() -> list[Configuration]:
     found.append(Configuration("edge_forward", hidden=33, complete=True))
     found.append(Configuration("edge_forward", hidden=128, precision="high"))
     found.append(Configuration("edge_forward", "gfx942", precision="highest"))
-    found.append(Configuration("edge_forward", dim=1, activation="leaky_relu"))
+    leaky = LayerOptions(activation="leaky_relu")
+    found.append(Configuration("edge_forward", dim=1, options=leaky))
     # what needs the most shared memory
-    widest = {"attrs": MAX_ATTRS, "dim": 16, "activation": "leaky_relu"}
+    widest = {"attrs": MAX_ATTRS, "dim": 16, "options": leaky}
     found.append(Configuration("edge_forward", "sm_89", precision="highest", **widest))  # type: ignore[arg-type]
     found.append(Configuration("edge_backward", "sm_89", precision="high", **widest))  # type: ignore[arg-type]
     found.append(Configuration("edge_backward", hidden=128, precision="high", **widest))  # type: ignore[arg-type]
     for activation in ("silu", "leaky_relu"):
-        wide = replace(every, hidden=128, **{**widest, "activation": activation})  # type: ignore[arg-type]
+        options = replace(every.options, activation=activation)
+        wide = replace(every, hidden=128, **{**widest, "options": options})  # type: ignore[arg-type]
         found.append(wide)
     return found
 
@@ -122,9 +124,9 @@ def check_special(record: Record) -> None:
         return
     exponentials = table.per_edge_and_channel(record, "MUFU.EX2")
     reciprocals = table.per_edge_and_channel(record, "MUFU.RCP")
-    activations = 0 if c.activation != "silu" else 3 if c.head else 2
+    activations = 0 if c.options.activation != "silu" else 3 if c.head else 2
     inverses = activations / 2 if c.row.paired else activations
-    if c.attention or c.tanh or c.norm:  # these have some for each edge
+    if c.attention or c.options.coord_tanh or c.options.coord_norm:  # these have some for each edge
         assert activations <= exponentials < activations + 1, c.label
         assert inverses <= reciprocals < inverses + 1, c.label
     elif activations == 0:
@@ -274,6 +276,29 @@ def test_configurations_are_checked() -> None:
         Configuration("edge_sideways")
     with pytest.raises(ValueError, match="arch: expected one of sm_80"):
         Configuration("edge_forward", "sm_12")
+
+
+def test_options_are_given_by_name_and_come_back_from_json() -> None:
+    c = Configuration("edge_forward", options={"coord_tanh": True, "coord_norm": 0.5}, attrs=2)  # type: ignore[arg-type]
+    assert c.options == LayerOptions(coord_tanh=True, coord_norm=0.5)
+    assert c.label == "edge_forward sm_90 H=64 bf16 coord_norm=0.5 coord_tanh attrs=2"
+    assert Configuration(**json.loads(json.dumps(asdict(c)))) == c
+    assert c.plan.spec.TANH.value
+    assert c.plan.spec.NORM.value == 2
+    with pytest.raises(TypeError, match="coord_spin"):
+        Configuration("edge_forward", options={"coord_spin": True})  # type: ignore[arg-type]
+
+
+def test_a_launch_holds_what_the_launcher_passes() -> None:
+    """Of a stage: its records in order, the edges of the chunk, the constants that it reads."""
+    kernel, args, keywords = arguments(Configuration("staged_shifts", hidden=WIDE_WIDTH))
+    problem, tile, rows, begin, end, blocks, spec = args
+    assert kernel is kernel_functions()["staged_shifts"]
+    assert problem.weights.w3.dtype == tile.dtype
+    assert rows.out.shape[1] == 3
+    assert (begin, blocks) == (0, -(-end // spec.BLOCK.value))
+    assert spec._fields == READ["staged_shifts"]
+    assert keywords["num_warps"] == Configuration("staged_shifts", hidden=WIDE_WIDTH).warps
 
 
 def test_nothing_is_compiled_under_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

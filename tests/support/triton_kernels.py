@@ -10,7 +10,8 @@ from torch import Tensor
 
 from egnn_fast import Graph
 from egnn_fast.backends.triton.partition import Partition
-from egnn_fast.kernels.device import block_of_edges, nodes_of, run_of_blocks
+from egnn_fast.kernels.device import run_of_blocks
+from egnn_fast.kernels.edges import block_of_edges, nodes_of
 from egnn_fast.kernels.records import EdgeList, Order, Spec
 
 
@@ -20,13 +21,13 @@ def _list_edges(  # type: ignore[no-untyped-def]
 ):
     begin, end = run_of_blocks(num_blocks)
     tl.store(ends + 2 * tl.program_id(0), tl.load(edges.block_rows + 2 * begin))
-    for block in range(begin, end):
-        _, _, e, live, first, last = block_of_edges(edges, begin_edge, end_edge, block, spec)
-        i, j = nodes_of(edges, e, live, first, last)
-        tl.atomic_add(times + e, tl.full((spec.BLOCK,), 1, tl.int32), mask=live)
-        tl.store(receivers + e, i, mask=live)
-        tl.store(senders + e, j, mask=live)
-        tl.store(ends + 2 * tl.program_id(0) + 1, last)
+    for number in range(begin, end):
+        block = block_of_edges(edges, begin_edge, end_edge, number, spec)
+        i, j = nodes_of(edges, block)
+        tl.atomic_add(times + block.edge, tl.full((spec.BLOCK,), 1, tl.int32), mask=block.live)
+        tl.store(receivers + block.edge, i, mask=block.live)
+        tl.store(senders + block.edge, j, mask=block.live)
+        tl.store(ends + 2 * tl.program_id(0) + 1, block.last)
 
 
 def list_edges(

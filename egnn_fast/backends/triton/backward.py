@@ -11,11 +11,10 @@ from torch import Tensor
 from egnn_fast.backends.triton.call import Call, ReceiverSums
 from egnn_fast.backends.triton.partition import Partition
 from egnn_fast.graph import INT32_MAX
-from egnn_fast.kernels.backward import edge_backward
-from egnn_fast.kernels.blocks import sender_block, sender_options
+from egnn_fast.kernels.backward import launch_edge_backward
 from egnn_fast.kernels.gradients import Cotangents, Gradients
-from egnn_fast.kernels.records import Order, Weights
-from egnn_fast.kernels.sums import sender_sums
+from egnn_fast.kernels.records import Weights
+from egnn_fast.kernels.sums import SenderEdges, launch_sender_sums
 
 
 class Backward:
@@ -57,11 +56,11 @@ class Backward:
         )
 
     def bytes_of_edge(self) -> int:
-        """What is held for each edge of a chunk; 0: nothing, so that there is one chunk."""
+        """Bytes held for each edge of a chunk; 0: none, so that there is one chunk."""
         return 4 * (self.call.hidden + self.call.dim) if self.ordered else 0
 
     def edges_of_chunk(self) -> int:
-        """The most edges of a chunk, whatever they hold."""
+        """The most edges of a chunk, apart from the limit on bytes."""
         return INT32_MAX
 
     def run(self) -> list[Tensor | None]:
@@ -83,11 +82,8 @@ class Backward:
 
     def launch(self, bounds: tuple[int, int], part: Partition, weights: Weights) -> None:
         """The kernel over a chunk's edges."""
-        call = self.call
-        edge_backward[(part.programs,)](
-            call.edges(part), call.inputs, weights, call.numbers, self.cotangents, self.gradients,
-            *bounds, part.blocks, call.spec.read_by("edge_backward"), **call.launch_options,
-        )  # fmt: skip
+        problem, chunk = self.call.problem(part, weights), part.chunk(*bounds)
+        launch_edge_backward(self.call.plan, problem, self.cotangents, self.gradients, chunk)
 
     def matrices(self) -> dict[str, Tensor]:
         """Gradients of weights that are not among the programs' sums."""
@@ -99,34 +95,31 @@ class Backward:
         order, keys, part = call.part_by_sender(begin, end)
         q = None if self.pq is None else call.rows(self.pq[:, call.hidden :], part.programs)
         x = None if g.sender is None else call.rows(g.sender, part.programs)
-        sender_sums[(part.programs,)](
-            order, Order(None, keys), part.rows, end - begin, part.blocks,
-            g.messages, q, 2 * call.hidden, g.shifts, x,
-            H=call.hidden, D=call.dim, HP=call.spec.HP, DP=call.spec.DP,
-            BLOCK=sender_block(call.spec.HP.value), PART=call.spec.PART.value,
-            **sender_options(torch.version.hip is None),
+        senders = SenderEdges(order, keys, part.rows)
+        launch_sender_sums(
+            call.plan, senders, g.messages, g.shifts, q, x, part.chunk(begin, end)
         )  # fmt: skip
         call.finish(part.slots, q, x)
 
     def _collect(self) -> list[Tensor | None]:
         call, g = self.call, self.gradients
         x = None if self.x is None or g.sender is None else self.x - g.sender
-        found: dict[str, Tensor | None] = dict.fromkeys(Weights._fields)
+        weights: dict[str, Tensor | None] = dict.fromkeys(Weights._fields)
         if g.weights is not None:
             # copies: an operator's outputs share no memory
             total: Any = g.weights.sum(dim=0)
             parts: Any = torch.ops.aten.split_with_sizes_copy.default(
                 total, list(call.weight_parts.values())
             )
-            found |= dict(zip(call.weight_parts, parts, strict=True))
-            found |= self.matrices()
+            weights |= dict(zip(call.weight_parts, parts, strict=True))
+            weights |= self.matrices()
         width, pq = call.width, self.pq
         if pq is not None:
             pq = width.narrow(pq.unflatten(1, (2, -1)), 2).flatten(1)
         wanted = dict(zip(Weights._fields, self.needed[4:], strict=True))
         of_weights = (
             width.narrow_weight(name, grad) if wanted[name] and grad is not None else None
-            for name, grad in ((name, found[name]) for name in Weights._fields)
+            for name, grad in ((name, weights[name]) for name in Weights._fields)
         )
         grads = (pq, x, g.edge_attr, g.edge_mask, *of_weights)
         return [t if n else None for t, n in zip(grads, self.needed, strict=True)]

@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from egnn_fast.backends.triton.packing import packed
@@ -28,23 +27,24 @@ from egnn_fast.kernels.records import (
     MAX_ATTRS,
     EdgeList,
     Inputs,
-    Numbers,
+    LayerOptions,
     Order,
+    Plan,
+    Problem,
     Rows,
-    Spec,
     Weights,
     padded,
     row_width,
     weight_parts,
 )
-from egnn_fast.kernels.sums import finish_rows
+from egnn_fast.kernels.sums import launch_finish_rows
 from egnn_fast.operators.signature import GRAPH, MESSAGES
 
-# bytes of what is held for the edges of a chunk. More than L2 has: a wide layer's tiles go to HBM,
-# 4 KB an edge forward and 11 backward at H = 256 in 16 bits. Chunks that stay in L2 save that, but
-# have the host launch for longer than the GPU works (bench/results/NOTES.md)
+# bytes held for the edges of a chunk. More than L2 has: a wide layer's tiles go to HBM, 4 KB an
+# edge forward and 11 backward at H = 256 in 16 bits. Chunks that stay in L2 save that, but then the
+# host launches for longer than the GPU works (bench/results/NOTES.md)
 CHUNK_BYTES = 128 << 20
-# chunks after which the rows that programs share are brought to their places, in one launch
+# chunks after which one launch adds the slots of programs to their rows
 FINISHED_TOGETHER = 16
 MAX_BLOCK = 1024  # no edge of a last block may lie beyond int32
 _INTERPRETED_PROGRAMS = 3
@@ -77,8 +77,7 @@ class Call:
         self.rowptr, self.senders, self.perm, self.first = (
             _contiguous(getattr(call, name)) for name in GRAPH
         )
-        activation, slope, norm = call.activation, call.negative_slope, call.coord_norm
-        tanh, clamp, self.precision = call.coord_tanh, call.coord_clamp, call.precision
+        self.precision, options = call.precision, LayerOptions.of(call)
         self.device, self.nodes = x.device, x.shape[0]
         channels, self.dim = weights.w2.shape[0], x.shape[1]
         self.attrs = 0 if edge_attr is None else edge_attr.shape[1]
@@ -98,19 +97,17 @@ class Call:
         if self.many and not self.blocks.staged:
             self.blocks = staged_blocks(products, padded(channels))
         self.staged = self.blocks.staged
-        nvidia = torch.version.hip is None
-        self.launch_options = self.blocks.launch_options(direction, nvidia)
         self.hidden = row_width(channels, self.staged)
         self.width = Width(channels, self.hidden)
         attrs = 0 if self.many else self.attrs
-        self.spec = Spec.make(
-            hidden=self.hidden, dim=self.dim, attrs=attrs, precision=self.precision,
-            activation=activation, norm=norm, tanh=tanh, clamp=clamp, blocks=self.blocks,
-            nvidia=nvidia, staged=self.staged,
+        self.plan = Plan.make(
+            direction, self.blocks, options, hidden=self.hidden, dim=self.dim, attrs=attrs,
+            precision=self.precision, arch=architecture(self.device),
+            nvidia=torch.version.hip is None,
         )  # fmt: skip
         self.weight_parts = weight_parts(self.hidden, attrs, self.staged)
         self.operand = operand_type(self.precision)
-        self.numbers = Numbers(float(slope), float(norm), float(clamp))
+        self.numbers = options.numbers
         if pq is None:
             pq = x.new_empty((self.nodes, 2 * self.hidden), dtype=self.operand)
         else:
@@ -120,7 +117,7 @@ class Call:
         if self.many:
             self.w_a = self.width.widen(weights.w_a, 0)
             weights = weights._replace(w_a=None)
-        self.weights = packed(weights, self.spec, self.operand)
+        self.weights = packed(weights, self.plan)
 
     def attr_rows(self, begin: int, end: int) -> Tensor:
         """The edge attributes ``[end - begin, A]`` of edges, as products take them."""
@@ -151,7 +148,7 @@ class Call:
 
     @property
     def multiprocessors(self) -> int:
-        """Those of the device."""
+        """The multiprocessors of the device."""
         if interpreting():
             return 1
         return int(torch.cuda.get_device_properties(self.device).multi_processor_count)
@@ -159,8 +156,8 @@ class Call:
     def chunks(self, bytes_of_edge: int, most_edges: int = INT32_MAX) -> list[tuple[int, int]]:
         """The edges cut into chunks ``(begin, end)`` of whole blocks.
 
-        ``bytes_of_edge`` are held for each edge of a chunk. As few chunks as CHUNK_BYTES and
-        ``most_edges`` allow, and of one size, as far as blocks allow it.
+        As few chunks as CHUNK_BYTES, of which each edge takes ``bytes_of_edge``, and ``most_edges``
+        allow; of one size, as far as blocks allow it.
         """
         size, edges = self.blocks.edges, self.num_edges
         blocks = -(-edges // size)
@@ -178,25 +175,26 @@ class Call:
         key = (begin, end, sender_block(padded(self.hidden)), self.programs)
         return cached_by_sender(self.rowptr, self.senders, self.first, *key)
 
-    def edges(self, part: Partition) -> EdgeList:
-        """The record of such a run of edges."""
+    def problem(self, part: Partition, weights: Weights | None = None) -> Problem:
+        """The call over such a run of edges; ``weights`` may be fewer than the call's."""
         receivers, order = self.receivers, Order(self.rowptr, None)
         # backward a list of receivers would take too many registers: it searches rowptr
         if receivers is not None and self.direction == "forward":
             order = Order(None, receivers)
-        return EdgeList(order, receivers, self.senders, self.perm, self.first, part.rows)
+        edges = EdgeList(order, receivers, self.senders, self.perm, self.first, part.rows)
+        return Problem(edges, self.inputs, weights or self.weights, self.numbers)
 
     @cached_property
     def receivers(self) -> Tensor | None:
-        """The receiver of each edge, ``[E]``; None where it is searched for.
+        """The receiver of each edge, ``[E]``; None where kernels search for it in rowptr.
 
-        That is in complete components, and in stages, which wait for memory anyway.
+        They do in complete components, and in stages, which wait for memory anyway.
         """
         if self.senders is None or self.staged:
             return None
         key, count = ("receivers", self.num_edges), self.num_edges
-        found: Tensor = cached_for(self.rowptr, key, lambda: receivers_of(self.rowptr, count))
-        return found
+        cached: Tensor = cached_for(self.rowptr, key, lambda: receivers_of(self.rowptr, count))
+        return cached
 
     def rows(self, out: Tensor, programs: int) -> Rows:
         """Rows with slots of their own."""
@@ -207,14 +205,8 @@ class Call:
         return torch.zeros((self.nodes, width), dtype=torch.float32, device=self.device)
 
     def finish(self, slot_rows: Tensor, a: Rows | None, b: Rows | None) -> None:
-        """Bring the rows that programs share to their places; ``slot_rows`` as in a Partition."""
-        sizes = [(0, 0) if r is None else (r.out.stride(0), r.out.shape[1]) for r in (a, b)]
-        slots = slot_rows.shape[0]
-        finish_rows[(slots,)](
-            slot_rows, slots, a, *sizes[0], b, *sizes[1],
-            A=triton.next_power_of_2(sizes[0][1]), B=triton.next_power_of_2(sizes[1][1]),
-            num_warps=1 if self.hidden <= 64 else 4,
-        )  # fmt: skip
+        """Add the slots of programs to their rows; ``slot_rows`` as in a Partition."""
+        launch_finish_rows(self.plan, slot_rows, a, b)
 
 
 class ReceiverSums:

@@ -9,7 +9,7 @@ from torch import Tensor
 from egnn_fast.backends.triton import staged
 from egnn_fast.backends.triton.backward import Backward
 from egnn_fast.backends.triton.call import Call
-from egnn_fast.kernels.forward import edge_forward
+from egnn_fast.kernels.forward import launch_edge_forward
 
 # how often the passes ran, and a layer's nodes before and after them
 launches = {"forward": 0, "backward": 0, "nodes": 0}
@@ -28,11 +28,8 @@ def _fused(call: Call, m: Tensor, shift: Tensor | None) -> None:
     part = call.part(0, call.num_edges)
     m_rows = call.rows(m, part.programs)
     x_rows = None if shift is None else call.rows(shift, part.programs)
-    edge_forward[(part.programs,)](
-        call.edges(part), call.inputs, call.weights, call.numbers,
-        m_rows, x_rows, 0, call.num_edges, part.blocks, call.spec.read_by("edge_forward"),
-        **call.launch_options,
-    )  # fmt: skip
+    chunk = part.chunk(0, call.num_edges)
+    launch_edge_forward(call.plan, call.problem(part), m_rows, x_rows, chunk)
     call.finish(part.slots, m_rows, x_rows)
 
 
@@ -41,6 +38,6 @@ def run_backward(
 ) -> list[Tensor | None]:
     """A gradient for each differentiable input that is needed; there are edges."""
     kind = staged.Backward if call.staged else Backward
-    found = kind(call, g_m, g_x, needed).run()
+    gradients = kind(call, g_m, g_x, needed).run()
     launches["backward"] += 1
-    return found
+    return gradients

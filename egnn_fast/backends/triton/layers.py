@@ -11,21 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egnn_fast.backends.triton.call import Call, architecture
+from egnn_fast.backends.triton.call import Call
 from egnn_fast.backends.triton.edges import launches, run_backward, run_forward
 from egnn_fast.backends.triton.products import multiply
-from egnn_fast.kernels import APPROXIMATE
-from egnn_fast.kernels.blocks import few_nodes, node_blocks
+from egnn_fast.kernels.blocks import few_nodes
 from egnn_fast.kernels.nodes import (
-    PROJECTED,
+    LayerSizes,
     NodeOutputs,
     Nodes,
-    NodeSizes,
     NodeWeights,
-    project_nodes,
-    update_nodes,
+    launch_project_nodes,
+    launch_update_nodes,
 )
-from egnn_fast.kernels.records import only
 from egnn_fast.operators.signature import EDGE_OPTIONS, GRAPH, LAYER, MESSAGES
 from egnn_fast.weights import LayerWeights
 
@@ -67,30 +64,23 @@ class _Layer:
 
     def project(self, call: Call, m: Tensor | None, shift: Tensor | None) -> None:
         """P and Q for an edge pass, and 0 in its sums, if not None."""
-        sizes, warps = self.sizes(call)
-        first = self.weights.edge_w1
-        project_nodes[(-(-self.nodes // sizes.TILE.value), 2)](
-            self.h, first, self.weights.edge_b1, first.shape[1], call.inputs.pq, m, shift,
-            self.nodes, only(sizes, PROJECTED), call.spec.read_by("project_nodes"),
-            num_warps=warps,
-        )  # fmt: skip
+        edge_w1, edge_b1 = self.weights.edge_w1, self.weights.edge_b1
+        launch_project_nodes(
+            call.plan, self.sizes(call), self.h, edge_w1, edge_b1, call.inputs.pq, m, shift
+        )
         launches["nodes"] += 1
 
-    def sizes(self, call: Call) -> tuple[NodeSizes, int]:
-        """Sizes of the node kernels, and their warps."""
+    def sizes(self, call: Call) -> LayerSizes:
+        """Sizes of the layer's nodes."""
         few = few_nodes(self.nodes, call.multiprocessors)
-        precision = self.precision.removesuffix(APPROXIMATE)
-        tile, chunk, warps = node_blocks(
-            call.spec.HP.value, precision, few, architecture(call.device)
-        )
         attr = self.inputs["node_attr"]
         attrs = 0 if attr is None else attr.shape[1]
         widths = (self.features, self.hidden, self.out, attrs)
-        return NodeSizes.of(*widths, tile, chunk, bool(self.residual)), warps
+        return LayerSizes(self.nodes, *widths, bool(self.residual), few)
 
 
 def forward(args: Sequence[Any]) -> tuple[Tensor, ...]:
-    """``egnn_fast::layer``: new h, x and v, M and X, and nothing else kept."""
+    """``egnn_fast::layer``: new h, x and v, M and X; no activations are saved."""
     layer = _Layer(args)
     h, x, nodes, dim = layer.h, layer.x, layer.nodes, layer.dim
     call = layer.edge_call("forward")
@@ -103,13 +93,12 @@ def forward(args: Sequence[Any]) -> tuple[Tensor, ...]:
         layer.project(call, m, shift)
         if call.num_edges:
             run_forward(call, m, shift)
-        sizes, warps = layer.sizes(call)
-        given = layer.inputs
-        update_nodes[(-(-nodes // sizes.TILE.value),)](
-            Nodes(h, x, layer.v, given["node_attr"], given["coord_weight"]), m, shift,
-            NodeWeights(*(given[name] for name in NodeWeights._fields)),
-            NodeOutputs(new_h, new_x, new_v), call.numbers, float(layer.scale), nodes, sizes,
-            call.spec.read_by("update_nodes"), num_warps=warps,
+        inputs = layer.inputs
+        launch_update_nodes(
+            call.plan, layer.sizes(call),
+            Nodes(h, x, layer.v, inputs["node_attr"], inputs["coord_weight"]), m, shift,
+            NodeWeights(*(inputs[name] for name in NodeWeights._fields)),
+            NodeOutputs(new_h, new_x, new_v), call.numbers, layer.scale,
         )  # fmt: skip
         launches["nodes"] += 1
     new_x, new_v, shift = (x.new_empty((0, dim)) if t is None else t for t in (new_x, new_v, shift))
@@ -122,9 +111,9 @@ class Backward:
     Parameters
     ----------
     cotangents : of new h, x and v; None or empty where nothing depends on them
-    m, shift : the sums M and X that the forward kept
+    m, shift : the sums M and X that the forward saved
     args : the operator's inputs
-    needed : which of its differentiable inputs have gradients to be found
+    needed : which of its differentiable inputs need gradients
     """
 
     def __init__(
@@ -132,7 +121,7 @@ class Backward:
         args: Sequence[Any], needed: Sequence[bool],
     ) -> None:  # fmt: skip
         self.layer = _Layer(args)
-        self.given = self.layer.inputs
+        self.inputs = self.layer.inputs
         self.needed = dict(zip(LAYER.names, needed, strict=True))
         self.cotangents = [
             None if g is None or not g.numel() else g.contiguous() for g in cotangents
@@ -141,7 +130,7 @@ class Backward:
         self.m, self.shift = m, shift
         options = self.layer.options
         self._activation = options["activation"], options["negative_slope"]
-        self.found: dict[str, Tensor] = {}
+        self.gradients: dict[str, Tensor] = {}
 
     def run(self) -> list[Tensor]:
         """The gradients needed, in order."""
@@ -150,22 +139,23 @@ class Backward:
             g_shift = self._moves()
             if g_m is not None or g_shift is not None:
                 self._edges(g_m, g_shift)
-        return [self._gradient(name, t) for name, t in self.given.items() if self.needed[name]]
+        return [self._gradient(name, t) for name, t in self.inputs.items() if self.needed[name]]
 
     def _gradient(self, name: str, t: Tensor) -> Tensor:
-        """What was found, in memory of its own, as an operator's outputs are to be."""
-        if name not in self.found:
+        """An input's gradient in memory of its own, as an operator's outputs must be."""
+        if name not in self.gradients:
             return torch.zeros_like(t)
-        grad = self.found[name].to(t.dtype).reshape(t.shape).contiguous()
+        grad = self.gradients[name].to(t.dtype).reshape(t.shape).contiguous()
         whole = grad.untyped_storage().nbytes() == grad.nbytes
-        given = any(g is not None and grad.data_ptr() == g.data_ptr() for g in self.cotangents)
-        return grad if whole and not given else grad.clone()
+        shared = any(g is not None and grad.data_ptr() == g.data_ptr() for g in self.cotangents)
+        return grad if whole and not shared else grad.clone()
 
     def _multiply(self, left: Tensor, right: Tensor) -> Tensor:
         return multiply(left, right, self.layer.precision)
 
     def _add(self, name: str, grad: Tensor) -> None:
-        self.found[name] = self.found[name] + grad if name in self.found else grad
+        known = self.gradients.get(name)
+        self.gradients[name] = grad if known is None else known + grad
 
     def _wants(self, *names: str) -> bool:
         return any(self.needed[name] for name in names)
@@ -176,7 +166,7 @@ class Backward:
         f, hidden = layer.features, layer.hidden
         if layer.residual and self.needed["h"]:
             self._add("h", g_h)
-        attr = self.given["node_attr"]
+        attr = self.inputs["node_attr"]
         into = torch.cat([layer.h, self.m, *([] if attr is None else [attr])], dim=1)
         z = self._multiply(into, w.node_w1.t()) + w.node_b1
         if self.needed["node_w2"]:
@@ -197,7 +187,7 @@ class Backward:
 
     def _moves(self) -> Tensor | None:
         """Back through the coordinates' update; returns the gradient of X if there is one."""
-        layer, w, weight = self.layer, self.layer.weights, self.given["coord_weight"]
+        layer, w, weight = self.layer, self.layer.weights, self.inputs["coord_weight"]
         steps = [g for g in (self.g_x, self.g_v) if g is not None]
         if not steps:
             return None
@@ -294,9 +284,9 @@ class Backward:
         name, slope = self._activation
         aten = torch.ops.aten
         if name == "silu":
-            found: Tensor = aten.silu_backward(grad, z)
+            result: Tensor = aten.silu_backward(grad, z)
         elif name == "relu":
-            found = aten.threshold_backward(grad, z, 0.0)
+            result = aten.threshold_backward(grad, z, 0.0)
         else:
-            found = aten.leaky_relu_backward(grad, z, slope, False)
-        return found
+            result = aten.leaky_relu_backward(grad, z, slope, False)
+        return result

@@ -1,4 +1,4 @@
-"""How a graph's edges are cut into blocks, and these dealt to programs: what GPU kernels read."""
+"""How a graph's edges are cut into blocks, and these dealt to programs of the GPU kernels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from egnn_fast.graph.cache import cached_for
+from egnn_fast.kernels.records import Chunk
 
 
 class Partition(NamedTuple):
@@ -30,6 +31,10 @@ class Partition(NamedTuple):
     programs: int
     rows: Tensor
     slots: Tensor
+
+    def chunk(self, begin: int, end: int) -> Chunk:
+        """The launch over the edges from ``begin`` to ``end``, which are those of the blocks."""
+        return Chunk(begin, end, self.blocks, self.programs)
 
 
 def by_receiver(rowptr: Tensor, begin: int, end: int, size: int, most: int) -> Partition:
@@ -56,7 +61,7 @@ class SenderOrder(NamedTuple):
     Attributes
     ----------
     order : Tensor [edges], int32
-        Their places in the run, sorted by sender and then by place.
+        Their positions in the run, sorted by sender and then by position.
     keys : Tensor [edges], int32
         The senders in this order.
     part : Partition
@@ -75,10 +80,10 @@ def cached_by_sender(
     """:func:`by_sender`, cached with the tensor that it depends on."""
     graph, key = (rowptr, senders, first), (begin, end, size, most)
     # depends on the listed senders alone; in complete graphs on rowptr, which gives their sizes
-    found: SenderOrder = cached_for(
+    cached: SenderOrder = cached_for(
         rowptr if senders is None else senders, ("by sender", *key), lambda: by_sender(*graph, *key)
     )
-    return found
+    return cached
 
 
 def by_sender(
@@ -87,15 +92,15 @@ def by_sender(
 ) -> SenderOrder:  # fmt: skip
     """The edges from ``begin`` to ``end`` by sender."""
     if senders is not None:
-        found = senders[begin:end]
+        sender = senders[begin:end]
     else:
         assert first is not None
         edges = torch.arange(begin, end, device=rowptr.device)
         receiver = torch.searchsorted(rowptr, edges, right=True) - 1
-        found = first[receiver] + (edges - rowptr[receiver])
-        found = (found + (found >= receiver)).to(torch.int32)
-    keys, order = torch.sort(found, stable=True)
-    part = _partition(lambda place: keys[place], 0, end - begin, size, most, rowptr.device)
+        sender = first[receiver] + (edges - rowptr[receiver])
+        sender = (sender + (sender >= receiver)).to(torch.int32)
+    keys, order = torch.sort(sender, stable=True)
+    part = _partition(lambda position: keys[position], 0, end - begin, size, most, rowptr.device)
     return SenderOrder(order.to(torch.int32), keys, part)
 
 

@@ -28,6 +28,6 @@ def multiply(left: Tensor, right: Tensor, precision: str) -> Tensor:
             return left @ right
     if left.is_cuda and torch.version.hip is None:
         product = torch.mm if left.dim() == 2 else torch.bmm
-        found: Tensor = product(left, right, out_dtype=torch.float32)
-        return found
+        result: Tensor = product(left, right, out_dtype=torch.float32)
+        return result
     return left.float() @ right.float()

@@ -1,11 +1,12 @@
-"""What is too wide for one kernel: stages over chunks of edges, products by the BLAS between.
+"""Layers too wide for one kernel: stages over chunks of edges, products by the BLAS between.
 
-What a chunk holds for its edges are a few tiles ``[chunk, H]`` in the type of the products'
-operands; see :mod:`egnn_fast.kernels.staged`.
+Memory for a chunk's edges are a few tiles ``[chunk, H]`` in the type of the products' operands; see
+:mod:`egnn_fast.kernels.staged`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,11 +19,15 @@ from egnn_fast.backends.triton.partition import Partition
 from egnn_fast.backends.triton.products import multiply
 from egnn_fast.kernels import gradients
 from egnn_fast.kernels.records import Weights
-from egnn_fast.kernels.staged import staged_first, staged_messages, staged_shifts
+from egnn_fast.kernels.staged import (
+    launch_staged_first,
+    launch_staged_messages,
+    launch_staged_shifts,
+)
 from egnn_fast.kernels.staged_backward import (
-    staged_first_backward,
-    staged_messages_backward,
-    staged_shifts_backward,
+    launch_staged_first_backward,
+    launch_staged_messages_backward,
+    launch_staged_shifts_backward,
 )
 from egnn_fast.operators.precision import float32_products
 
@@ -36,29 +41,20 @@ class _Stages:
     """The stages of a call over a chunk at a time, and the products between them."""
 
     def __init__(self, call: Call, tiles: int, chunk: int) -> None:
-        self.call, self._read = call, dict[str, Any]()
+        self.call = call
         # rows that are multiples of 16: tiles begin where wide accesses may
         shape = (tiles, -(-chunk // 16) * 16, call.hidden)
         self._tiles = torch.empty(shape, dtype=call.operand, device=call.device)
 
     def begin(self, bounds: tuple[int, int], part: Partition, weights: Weights) -> list[Tensor]:
         """Begin a chunk; returns its tiles."""
-        self._bounds, self._part, self._weights = bounds, part, weights
+        self._bounds = bounds
+        self._problem, self._chunk = self.call.problem(part, weights), part.chunk(*bounds)
         return list(self._tiles[:, : bounds[1] - bounds[0]])
 
-    def launch(self, kernel: Any, *args: Any) -> None:
-        """Launch a stage's kernel; ``args`` are what lies between its inputs and its bounds."""
-        call, part = self.call, self._part
-        kernel[(part.programs,)](
-            call.edges(part), call.inputs, self._weights, call.numbers, *args,
-            *self._bounds, part.blocks, self._constants(kernel), **call.launch_options,
-        )  # fmt: skip
-
-    def _constants(self, kernel: Any) -> Any:
-        name = kernel.fn.__name__
-        if name not in self._read:
-            self._read[name] = self.call.spec.read_by(name)
-        return self._read[name]
+    def launch(self, launcher: Callable[..., None], *args: Any) -> None:
+        """Launch a stage; ``args`` are the launcher's arguments between its problem and chunk."""
+        launcher(self.call.plan, self._problem, *args, self._chunk)
 
     def multiply(self, a: Tensor, b: Tensor, out: Tensor) -> None:
         """``out = a @ b``, in the call's precision."""
@@ -87,12 +83,12 @@ def forward(call: Call, m: Tensor, shift: Tensor | None) -> None:
     for bounds, part in zip(chunks, parts, strict=True):
         a, b, *more = stages.begin(bounds, part, weights)
         m_rows, x_rows = sums.begin(part)
-        stages.launch(staged_first, a, stages.add_attrs(more[0]) if more else None)
+        stages.launch(launch_staged_first, a, stages.add_attrs(more[0]) if more else None)
         stages.multiply(a, weights.w2.t(), b)
-        stages.launch(staged_messages, b, None if x_rows is None else b, m_rows)
+        stages.launch(launch_staged_messages, b, None if x_rows is None else b, m_rows)
         if x_rows is not None:
             stages.multiply(b, weights.w3.t(), a)
-            stages.launch(staged_shifts, a, x_rows)
+            stages.launch(launch_staged_shifts, a, x_rows)
         sums.end()
 
 
@@ -107,9 +103,9 @@ class Backward(backward.Backward):
     def edges_of_chunk(self) -> int:
         """At most FLUSH for each program: longer sums on the matrix units would be biased.
 
-        Products as accurate as float32 are added up outside of them.
+        Products as accurate as float32 are summed by other units.
         """
-        if self.call.spec.EXACT.value:
+        if self.call.plan.spec.EXACT.value:
             return super().edges_of_chunk()
         return self.call.programs * int(gradients.FLUSH.value)
 
@@ -138,24 +134,24 @@ class Backward(backward.Backward):
         stages, cotangents, gradients = self._stages, self.cotangents, self.gradients
         a1, z2, m, z3, *more = stages.begin(bounds, part, weights)
         added = stages.add_attrs(more[0]) if more else None
-        stages.launch(staged_first, a1, added)
+        stages.launch(launch_staged_first, a1, added)
         stages.multiply(a1, weights.w2.t(), z2)
         g_m = None
         if weights.w3 is not None:
-            stages.launch(staged_messages, z2, m, None)
+            stages.launch(launch_staged_messages, z2, m, None)
             stages.multiply(m, weights.w3.t(), z3)
             stages.launch(
-                staged_shifts_backward, cotangents, gradients, z3, self._g_d, self._g_mask
+                launch_staged_shifts_backward, cotangents, gradients, z3, self._g_d, self._g_mask
             )
             if self._w3 is not None:
                 self._add_outer(self._w3, z3, m)
             g_m = m
             stages.multiply(z3, weights.w3, g_m)
-        stages.launch(staged_messages_backward, cotangents, gradients, z2, g_m, self._g_mask)
+        stages.launch(launch_staged_messages_backward, cotangents, gradients, z2, g_m, self._g_mask)
         if self._w2 is not None:
             self._add_outer(self._w2, z2, a1)
         stages.multiply(z2, weights.w2, a1)
-        stages.launch(staged_first_backward, gradients, a1, added, self._g_d)
+        stages.launch(launch_staged_first_backward, gradients, a1, added, self._g_d)
         if added is not None:
             self._attr_gradients(bounds, a1)
 
@@ -163,11 +159,11 @@ class Backward(backward.Backward):
         """The gradients of w2 and w3."""
         assert self._w2 is not None
         assert self._w3 is not None
-        found = {"w2": self._w2.sum(0), "w3": self._w3.sum(0)}
-        return found if self._w_a is None else found | {"w_a": self._w_a.sum(0)}
+        sums = {"w2": self._w2.sum(0), "w3": self._w3.sum(0)}
+        return sums if self._w_a is None else sums | {"w_a": self._w_a.sum(0)}
 
     def _attr_gradients(self, bounds: tuple[int, int], g_z1: Tensor) -> None:
-        """Those of many edge attributes and of their matrix."""
+        """The gradients of many edge attributes and of their matrix."""
         call, wanted = self.call, self.gradients.edge_attr
         if self._w_a is not None:
             self._add_outer(self._w_a, g_z1, call.attr_rows(*bounds))
@@ -182,7 +178,7 @@ class Backward(backward.Backward):
             wanted.index_copy_(0, call.perm[slice(*bounds)].long(), rows)
 
     def _add_outer(self, totals: Tensor, left: Tensor, right: Tensor) -> None:
-        """Add sums over edges of their outer products, in float32: a run of edges to each total."""
+        """Add ``leftᵀ right``, sums over edges, in float32: a run of edges to each total."""
         edges = left.shape[0]
         runs = _runs(edges)
         whole = edges - edges % runs

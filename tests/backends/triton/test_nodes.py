@@ -19,16 +19,16 @@ if not INTERPRETED_BACKENDS:
 from egnn_fast.backends.triton.packing import packed
 from egnn_fast.backends.triton.products import multiply
 from egnn_fast.kernels.blocks import blocks_for, few_nodes, node_blocks
-from egnn_fast.kernels.records import Spec, Weights, row_width
+from egnn_fast.kernels.records import LayerOptions, Plan, Weights, row_width
 
 pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("one_thread", "bfloat16")]
 
 
-def spec_of(hidden: int, attrs: int, precision: str = "highest") -> Spec:
-    return Spec.make(
-        hidden=row_width(hidden, False), dim=3, attrs=attrs, precision=precision,
-        activation="silu", norm=0.0, tanh=False, clamp=0.0,
-        blocks=blocks_for("forward", "highest", 64), nvidia=precision != "highest",
+def plan_of(hidden: int, attrs: int, precision: str = "highest") -> Plan:
+    return Plan.make(
+        "forward", blocks_for("forward", "highest", 64), LayerOptions(),
+        hidden=row_width(hidden, False), dim=3, attrs=attrs, precision=precision, arch="sm_90",
+        nvidia=precision != "highest",
     )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def weights_of(hidden: int, attrs: int, everything: bool = True) -> Weights:
 @pytest.mark.usefixtures("poison")
 def test_packed_weights(hidden: int, attrs: int, everything: bool) -> None:
     given = weights_of(hidden, attrs, everything)
-    found = packed(given, spec_of(hidden, attrs), torch.float32)
+    found = packed(given, plan_of(hidden, attrs))
     width = row_width(hidden, False)
     for name, t in given._asdict().items():
         own = getattr(found, name)
@@ -68,7 +68,7 @@ def test_packed_weights(hidden: int, attrs: int, everything: bool) -> None:
 
 def test_weights_that_are_dense_and_whole_are_not_copied() -> None:
     given = weights_of(16, 0)._replace(w_r=torch.randn(16))
-    found = packed(given, spec_of(16, 0), torch.float32)
+    found = packed(given, plan_of(16, 0))
     assert all(a is b for a, b in zip(found, given, strict=True))
 
 
@@ -79,14 +79,14 @@ def test_weights_may_have_any_strides(name: str) -> None:
     wide = torch.randn(*(2 * size for size in t.shape))
     strided = wide[tuple(slice(None, None, 2) for _ in t.shape)].copy_(t)
     assert not strided.is_contiguous()
-    found = packed(given._replace(**{name: strided}), spec_of(16, 2), torch.float32)
+    found = packed(given._replace(**{name: strided}), plan_of(16, 2))
     assert torch.equal(getattr(found, name), t)
 
 
 def test_matrices_are_rounded_to_the_operands() -> None:
     given = weights_of(16, 2)
-    half = packed(given, spec_of(16, 2, "fp16"), torch.float16)
-    tf32 = packed(given, spec_of(16, 2, "high"), torch.float32)
+    half = packed(given, plan_of(16, 2, "fp16"))
+    tf32 = packed(given, plan_of(16, 2, "high"))
     for name in ("w2", "w3"):
         t = getattr(given, name)
         assert torch.equal(getattr(half, name), t.half())

@@ -53,11 +53,10 @@ class Counted:
 @pytest.fixture
 def sums(monkeypatch: pytest.MonkeyPatch) -> Counted:
     """The kernel that sums over senders."""
-    from egnn_fast.backends.triton import backward
-    from egnn_fast.kernels.sums import sender_sums
+    from egnn_fast.kernels import sums
 
-    counted = Counted(sender_sums)
-    monkeypatch.setattr(backward, "sender_sums", counted)
+    counted = Counted(sums.sender_sums)
+    monkeypatch.setattr(sums, "sender_sums", counted)
     return counted
 
 

@@ -1,5 +1,7 @@
-// Sums to senders, against the receivers' order: a wave of tasks leaves its per-edge gradients in
-// cache, and here each range of senders collects its own, in the order of the edges.
+// Sums to senders. Edges are in receiver order, so those of a sender are scattered.
+//
+// A wave of tasks leaves its per-edge gradients in cache. Then each range of senders adds up those
+// of its own edges, in the order of the edges: no two threads write to one row.
 #pragma once
 
 #include "block.h"
@@ -7,11 +9,29 @@
 namespace egnn {
 namespace EGNN_ISA {
 
+// Writes a task's edges [count] to `edges`, grouped by ranges of senders and in order within each;
+// range r begins at starts[r]. A counting sort. `begin` is the task's first edge.
 template <class T>
-EGNN_INLINE void prefetch_edge(const Problem<T>& p, const Wave<T>& wave, int64_t place,
+inline void group_by_senders(const Problem<T>& p, int64_t begin, int count, uint16_t* starts,
+                             uint16_t* edges) {
+  const int32_t* senders = p.senders + begin;
+  uint16_t next[kMaxSenderRanges + 1] = {};
+  for (int k = 0; k < count; ++k) ++next[(senders[k] >> p.sender_shift) + 1];
+  for (int r = 0; r < p.sender_ranges; ++r) {
+    next[r + 1] = static_cast<uint16_t>(next[r + 1] + next[r]);
+    starts[r] = next[r];
+  }
+  starts[p.sender_ranges] = static_cast<uint16_t>(count);
+  for (int k = 0; k < count; ++k) {
+    edges[next[senders[k] >> p.sender_shift]++] = static_cast<uint16_t>(k);
+  }
+}
+
+template <class T>
+EGNN_INLINE void prefetch_edge(const Problem<T>& p, const Wave<T>& wave, int64_t edge,
                                int64_t sender) {
   if (p.g_pq == nullptr) return;
-  const T* from = wave.g_z1 + place * p.ld;
+  const T* from = wave.g_z1 + edge * p.ld;
   const T* to = p.g_pq + sender * p.pq_stride + p.pq_stride / 2;
   for (int c = 0; c < p.hidden; c += 64 / static_cast<int>(sizeof(T))) {
     __builtin_prefetch(from + c);
@@ -19,19 +39,21 @@ EGNN_INLINE void prefetch_edge(const Problem<T>& p, const Wave<T>& wave, int64_t
   }
 }
 
+// Adds the gradients of an edge, counted in the wave, to its sender: g_z1 to Q_j, -g_d to x_j.
 template <class T>
-EGNN_INLINE void add_edge(const Problem<T>& p, const Wave<T>& wave, int64_t place, int64_t sender) {
+EGNN_INLINE void add_edge(const Problem<T>& p, const Wave<T>& wave, int64_t edge, int64_t sender) {
   if (p.g_pq != nullptr) {
     T* out = p.g_pq + sender * p.pq_stride + p.pq_stride / 2;
-    add_rows(wave.g_z1 + place * p.ld, p.ld, 0, 1, p.hidden, out);
+    add_rows(wave.g_z1 + edge * p.ld, p.ld, 0, 1, p.hidden, out);
   }
-  if (p.g_coords_sent != nullptr) {
-    T* out = p.g_coords_sent + sender * p.dim;
-    const T* g_d = wave.g_d + place * p.dim;
+  if (p.g_x_senders != nullptr) {
+    T* out = p.g_x_senders + sender * p.dim;
+    const T* g_d = wave.g_d + edge * p.dim;
     for (int c = 0; c < p.dim; ++c) out[c] -= g_d[c];
   }
 }
 
+// The sums of a range from edges that group_by_senders has grouped.
 template <class T>
 inline void grouped_sums(const Problem<T>& p, const Wave<T>& wave, int64_t range) {
   const int64_t first = p.task_begin(wave.first_task);
@@ -51,7 +73,8 @@ inline void grouped_sums(const Problem<T>& p, const Wave<T>& wave, int64_t range
   }
 }
 
-// Complete components: the senders of a receiver are consecutive, so are the edges.
+// The sums of a range in complete components: the edges of a receiver have consecutive senders, so
+// its edges with senders in the range are found without a list.
 template <class T>
 inline void complete_sums(const Problem<T>& p, const Wave<T>& wave, int64_t range) {
   const int64_t begin = range << p.sender_shift;
@@ -63,7 +86,7 @@ inline void complete_sums(const Problem<T>& p, const Wave<T>& wave, int64_t rang
        ++row) {
     const int64_t low_node = p.first[row];
     const int64_t degree = p.rowptr[row + 1] - p.rowptr[row];
-    if (low_node + degree < begin) continue;  // the component's last node is low_node + degree
+    if (low_node + degree < begin) continue;  // the last node is low_node + degree
     if (low_node >= end) break;
     const int64_t from = begin > low_node ? begin : low_node;
     const int64_t to = end < low_node + degree + 1 ? end : low_node + degree + 1;
@@ -75,6 +98,7 @@ inline void complete_sums(const Problem<T>& p, const Wave<T>& wave, int64_t rang
   }
 }
 
+// See KernelTable::sender_sums.
 template <class T>
 inline void sender_sums(const Problem<T>& p, const Wave<T>& wave, int64_t range) {
   if (p.senders != nullptr) {

@@ -1,2 +1,3 @@
+// The kernels for AVX2.
 #define EGNN_ISA avx2
 #include "kernels.inc"

@@ -1,47 +1,47 @@
-// The edge pass of one task: distances, edge MLP, gate, coordinate head, sums to receivers.
+// One task of the edge pass, forward: distances, phi_e, gate, phi_x, sums to receivers.
 #pragma once
 
-#include "block.h"
+#include "receivers.h"
 
 namespace egnn {
 namespace EGNN_ISA {
 
+// Elements of scratch that forward_task takes: two tiles, d and t, each rounded up to a vector.
 template <class T>
 inline int64_t forward_scratch(const Problem<T>& p) {
-  // two tiles, d and t, and the roundings of four pieces
   return 2 * static_cast<int64_t>(kBlockRows) * p.ld + 2 * kBlockRows * p.dim + 4 * kWidth<T>;
 }
 
-// The gates of a block, g = sigmoid(w_g . n + b_g), given the products' parts.
+// The gates g = sigmoid(w_g . n + b_g) of a block; `products` are the products w_g n.
 template <class T>
-inline void make_gates(const Problem<T>& p, Block<T>& blk, const RowParts<T>& logits) {
-  logits.sum(blk.count, blk.gate);
+inline void make_gates(const Problem<T>& p, Block<T>& blk, const RowVectors<T>& products) {
+  products.sum(blk.count, blk.gate);
   for (int b = 0; b < blk.count; b += kWidth<T>) {
     store(blk.gate + b, reciprocal(1 + exp_minus(load(blk.gate + b) + p.b_g)));
   }
 }
 
-// rows of out = factor * rows of n, factor = gate * mask
+// m = g mask n; tiles, m may be n.
 template <class T>
-inline void scale_messages(const Problem<T>& p, const Block<T>& blk, const T* n, T* out) {
+inline void scale_messages(const Problem<T>& p, const Block<T>& blk, const T* n, T* m) {
   for (int b = 0; b < blk.count; ++b) {
     const T factor = blk.gate[b] * blk.mask[b];
     for (int v = 0; v < p.vectors; ++v) {
       const int64_t at = b * p.ld + v * kWidth<T>;
-      store(out + at, load(n + at) * factor);
+      store(m + at, load(n + at) * factor);
     }
   }
 }
 
-// From the second linear's output z the message m = mask * gate * act(z); m may be z.
-template <class T, int act>
-inline void make_messages(const Problem<T>& p, Block<T>& blk, const T* z, T* m) {
-  RowParts<T> logits;
+// The messages m = mask g act(z2); tiles, m may be z2.
+template <class T, Activation act>
+inline void make_messages(const Problem<T>& p, Block<T>& blk, const T* z2, T* m) {
+  RowVectors<T> logits;
   for (int b = 0; b < blk.count; ++b) {
     Vec<T> logit{};
     for (int v = 0; v < p.vectors; ++v) {
       const int64_t at = b * p.ld + v * kWidth<T>;
-      const Vec<T> n = activate<T, act>(load(z + at), p.slope);
+      const Vec<T> n = activate<T, act>(load(z2 + at), p.options.negative_slope);
       store(m + at, n);
       if (p.attention) logit += n * load(p.w_g + v * kWidth<T>);
     }
@@ -51,42 +51,46 @@ inline void make_messages(const Problem<T>& p, Block<T>& blk, const T* z, T* m) 
   if (p.attention || p.edge_mask != nullptr) scale_messages(p, blk, m, m);
 }
 
-// s = w_x . act(z), tanh if asked, given the products' parts.
+// The head's output s = w_x . act(z3), with tanh if the options say so; `products` are the products
+// w_x act(z3).
 template <class T>
-inline void make_heads(const Problem<T>& p, Block<T>& blk, const RowParts<T>& parts) {
-  parts.sum(blk.count, blk.s);
-  if (!p.tanh) return;
+inline void make_head_outputs(const Problem<T>& p, Block<T>& blk, const RowVectors<T>& products) {
+  products.sum(blk.count, blk.s);
+  if (!p.options.coord_tanh) return;
   for (int b = 0; b < blk.count; ++b) blk.s[b] = tanh_scalar(blk.s[b]);
 }
 
-// From the head's first linear's output z: t = mask * clamp(s u).
-template <class T, int act>
-inline void make_shifts(const Problem<T>& p, Block<T>& blk, const T* z, const T* d, T* t) {
-  RowParts<T> parts;
+// The shifts t = mask clamp(s u), u = d / rho, of a block. z3 is a tile; d and t are
+// [D, kBlockRows].
+template <class T, Activation act>
+inline void make_shifts(const Problem<T>& p, Block<T>& blk, const T* z3, const T* d, T* t) {
+  RowVectors<T> products;
   for (int b = 0; b < blk.count; ++b) {
     Vec<T> sum{};
     for (int v = 0; v < p.vectors; ++v) {
       const int column = v * kWidth<T>;
-      sum += activate<T, act>(load(z + b * p.ld + column), p.slope) * load(p.w_x + column);
+      sum += activate<T, act>(load(z3 + b * p.ld + column), p.options.negative_slope) *
+             load(p.w_x + column);
     }
-    parts.row[b] = sum;
+    products.row[b] = sum;
   }
-  make_heads(p, blk, parts);
+  make_head_outputs(p, blk, products);
   for (int c = 0; c < p.dim; ++c) {
     for (int b = 0; b < blk.count; ++b) {
       const T su = blk.s[b] * blk.inverse_rho[b] * d[c * kBlockRows + b];
-      t[c * kBlockRows + b] = blk.mask[b] * clamp_scalar(su, p.clamp);
+      t[c * kBlockRows + b] = blk.mask[b] * clamp_scalar(su, p.options.coord_clamp);
     }
   }
 }
 
-template <class T, int act>
+// Adds the messages and shifts of a task's edges to M and X.
+template <class T, Activation act>
 inline void forward_task(const Problem<T>& p, int64_t task, T* scratch) {
-  Carver<T> carve{scratch};
-  T* a = carve.take(static_cast<int64_t>(kBlockRows) * p.ld);
-  T* m = carve.take(static_cast<int64_t>(kBlockRows) * p.ld);
-  T* d = carve.take(kBlockRows * p.dim);
-  T* t = carve.take(kBlockRows * p.dim);
+  Scratch<T> memory{scratch};
+  T* a1 = memory.take(static_cast<int64_t>(kBlockRows) * p.ld);
+  T* m = memory.take(static_cast<int64_t>(kBlockRows) * p.ld);
+  T* d = memory.take(kBlockRows * p.dim);
+  T* t = memory.take(kBlockRows * p.dim);
   Block<T> blk;
 
   const int64_t begin = p.task_begin(task), end = p.task_begin(task + 1);
@@ -95,14 +99,14 @@ inline void forward_task(const Problem<T>& p, int64_t task, T* scratch) {
   for (int64_t e = begin; e < end; e += kBlockEdges) {
     const int count = static_cast<int>(end - e < kBlockEdges ? end - e : kBlockEdges);
     gather_block(p, e, count, row, blk, d);
-    first_layer<T, act, false>(p, blk, a, static_cast<T*>(nullptr));
+    first_activation<T, act, false>(p, blk, a1, static_cast<T*>(nullptr));
 
     T* z2 = p.z2 != nullptr ? p.z2 + e * p.ld : m;
-    gemm(a, p.ld, count, p.w2_forward, p.hidden, p.vectors, Start::kBias, p.b2, z2, p.ld);
+    gemm(a1, p.ld, count, p.w2_forward, p.hidden, p.vectors, Start::kBias, p.b2, z2, p.ld);
     make_messages<T, act>(p, blk, z2, m);
     sum_to_receivers(p, blk, m, p.m, p.hidden, sink);
     if (!p.head) continue;
-    T* z3 = p.z3 != nullptr ? p.z3 + e * p.ld : a;
+    T* z3 = p.z3 != nullptr ? p.z3 + e * p.ld : a1;
     gemm(m, p.ld, count, p.w3_forward, p.hidden, p.vectors, Start::kBias, p.b3, z3, p.ld);
     make_shifts<T, act>(p, blk, z3, d, t);
     sum_coords(p, blk, t, p.shift, sink);

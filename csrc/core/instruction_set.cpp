@@ -1,14 +1,15 @@
+// Chooses the instruction set at run time.
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 
-#include "instruction_sets.h"
-#include "passes.h"
+#include "api.h"
+#include "instruction_set.h"
 
 namespace egnn {
 namespace {
 
-enum Set : int { kUnset = -1, kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+enum InstructionSet : int { kUnset = -1, kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
 
 bool supported(int set) {

@@ -1,4 +1,4 @@
-// Sums and transposition across the lanes of as many vectors as a vector has lanes.
+// Sums over lanes and transposition, of as many vectors as a vector has lanes.
 #pragma once
 
 #include "simd.h"
@@ -6,7 +6,7 @@
 namespace egnn {
 namespace EGNN_ISA {
 
-// picked[l] is a[index[l]], or b[index[l] - width] where the index is a width or more
+// picked[l] = a[index[l]], or b[index[l] - width] for an index of at least the width.
 template <class T>
 EGNN_INLINE Vec<T> pick(Vec<T> a, Vec<T> b, typename Simd<T>::I index) {
 #if defined(__clang__)
@@ -23,6 +23,7 @@ EGNN_INLINE Vec<T> pick(Vec<T> a, Vec<T> b, typename Simd<T>::I index) {
 alignas(64) constexpr int64_t kLanes64[8] = {0, 1, 2, 3, 4, 5, 6, 7};
 alignas(64) constexpr int32_t kLanes32[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
+// The numbers of the lanes.
 EGNN_INLINE Simd<float>::I lanes(float) {
   Simd<float>::I v;
   memcpy(&v, kLanes32, sizeof v);
@@ -34,7 +35,7 @@ EGNN_INLINE Simd<double>::I lanes(double) {
   return v;
 }
 
-// out[k] = the sum of the lanes of rows[k], for as many rows as a vector has lanes.
+// out[k] = the sum of the lanes of rows[k].
 template <class T>
 EGNN_INLINE void lane_sums(const Vec<T>* rows, T* out) {
   constexpr int W = kWidth<T>;
@@ -44,7 +45,7 @@ EGNN_INLINE void lane_sums(const Vec<T>* rows, T* out) {
   for (int k = 0; k < W; ++k) t[k] = rows[k];
 #pragma GCC unroll 4
   for (int h = 1; h < W; h *= 2) {
-    // lanes without bit h go on with the first row of a pair, lanes with it with the second
+    // lanes whose bit h is 0 go on with the first row of a pair, the others with the second
     const auto other = (lane ^ h) + ((lane & h) != 0) * -W;
 #pragma GCC unroll 8
     for (int k = 0; k < W / (2 * h); ++k) {

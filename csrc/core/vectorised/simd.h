@@ -1,6 +1,8 @@
-// Vectors of the width that the including file was compiled for. Everything here and in the other
-// headers of this folder lives in a namespace of its own per instruction set (EGNN_ISA), and uses
-// no templates of the standard library: the linker would keep one copy of those for all sets.
+// Vectors as wide as the registers of the instruction set that is compiled for.
+//
+// The code in this folder lies in a namespace per instruction set (EGNN_ISA), and uses no templates
+// of the standard library: the linker would keep one copy of their code for all sets, and another
+// set's might run on a machine that lacks it.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +19,7 @@ namespace EGNN_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
-constexpr int kPanelVectors = 4;  // columns of a register tile, in vectors
+constexpr int kPanelVectors = 4;  // width of a register tile, in vectors
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
 constexpr int kPanelVectors = 2;
@@ -78,7 +80,7 @@ EGNN_INLINE void store_part(T* p, Vec<T> v, int count) {
 
 template <class T>
 EGNN_INLINE Vec<T> splat(T value) {
-  return value - Vec<T>{};  // x - 0 is x, so this is a broadcast and no addition
+  return value - Vec<T>{};  // compiles to a broadcast, because x - 0 is x
 }
 
 template <class T>
@@ -115,7 +117,7 @@ EGNN_INLINE double horizontal_sum<double>(Vec<double> v) {
 }
 #endif
 
-// 1 / v for finite, normal v > 0.
+// 1 / v for normal v > 0. With AVX-512 an estimate, refined by Newton steps.
 EGNN_INLINE Vec<float> reciprocal(Vec<float> v) {
 #if defined(__AVX512F__)
   const Vec<float> y = (Vec<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)v);
@@ -135,7 +137,7 @@ EGNN_INLINE Vec<double> reciprocal(Vec<double> v) {
 #endif
 }
 
-// The smaller and the larger of a bound and v; NaN in v passes through.
+// min(bound, v) and max(bound, v). NaN in v passes through.
 template <class T>
 EGNN_INLINE Vec<T> at_most(T bound, Vec<T> v) {
   return v > bound ? splat(bound) : v;
@@ -174,8 +176,8 @@ EGNN_INLINE Vec<double> at_least<double>(double bound, Vec<double> v) {
 }
 #endif
 
-// e^-v. From v = -87 (float) or -708 (double) down it stays at its value there, so that 1 + e^-v
-// and its reciprocal are normal numbers.
+// e^-v. For v below -87 (float) or -708 (double) it is the value there, so that 1 + e^-v and its
+// reciprocal are normal numbers.
 #if defined(__AVX512F__)
 
 // 2^f for 0 <= f < 1, relative error 8e-8 (minimax).
@@ -188,7 +190,7 @@ EGNN_INLINE Vec<float> exp2_fraction(Vec<float> f) {
   return p * f + 9.9999993e-1f;
 }
 
-// The same to 1e-17.
+// The same with relative error 1e-17.
 EGNN_INLINE Vec<double> exp2_fraction(Vec<double> f) {
   Vec<double> p = splat(6.3014781174337789e-10);
   p = p * f + 6.5386085534992547e-9;
@@ -228,7 +230,7 @@ EGNN_INLINE Vec<float> exp2_centred(Vec<float> f) {
   return p * f + 1.00000007f;
 }
 
-// The same to 1e-17.
+// The same with relative error 1e-17.
 EGNN_INLINE Vec<double> exp2_centred(Vec<double> f) {
   Vec<double> p = splat(4.4558179083360645e-10);
   p = p * f + 7.074194297288521e-9;
@@ -246,11 +248,12 @@ EGNN_INLINE Vec<double> exp2_centred(Vec<double> f) {
 
 EGNN_INLINE Vec<float> exp_minus(Vec<float> v) {
   v = at_most(87.0f, at_least(-87.0f, v));
-  // adding 1.5 * 2^23 leaves the nearest integer n in the low bits; with 127, the exponent of 2^n
+  // adding 1.5 * 2^23 rounds to the nearest integer n, in the low bits; adding 127 too makes them
+  // the exponent of 2^n
   constexpr float kMagic = 12582912.0f + 127.0f;
   const Vec<float> magic = v * -1.44269504f + kMagic;
   const Vec<float> f = v * -1.44269504f - (magic - kMagic);
-  // a product, not a sum of exponents: NaN stays NaN
+  // multiplied by 2^n rather than n added to the exponent, so that NaN stays NaN
   return exp2_centred(f) * (Vec<float>)((typename Simd<float>::Bits)magic << 23);
 }
 

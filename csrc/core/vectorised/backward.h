@@ -1,12 +1,15 @@
-// The gradients of one task's edges: the block is run again, then back through it (the formulas are
-// in CONTRIBUTING.md, "The algorithm").
+// One task of the edge pass, backward: each block is computed again, then differentiated.
+//
+// The names and formulas are those of CONTRIBUTING.md, "The algorithm": g_q is the gradient of q.
 #pragma once
 
 #include "forward.h"
+#include "senders.h"
 
 namespace egnn {
 namespace EGNN_ISA {
 
+// The layout of an accumulator of weight gradients.
 template <class T>
 inline WeightOffsets weight_offsets(const Problem<T>& p) {
   const int64_t matrix = static_cast<int64_t>(p.hidden + kWeightRows) * p.ld;
@@ -24,44 +27,45 @@ inline WeightOffsets weight_offsets(const Problem<T>& p) {
   return at;
 }
 
+// Elements of scratch that the tiles take.
 template <class T>
 inline int64_t backward_scratch(const Problem<T>& p) {
   return 8 * static_cast<int64_t>(kBlockRows) * p.ld + 2 * kBlockRows * p.dim + 10 * kWidth<T>;
 }
 
-// The tiles of a worker, [kBlockRows, ld] each.
+// A worker's tiles [kBlockRows, ld] and arrays of coordinates [D, kBlockRows].
 template <class T>
 struct Tiles {
-  T *a1, *d1;    // first activation and its derivative
-  T *n, *d2;     // second; d2 becomes g_z2
-  T* m;          // the message: gate * mask * n (n itself where both are 1)
-  T *a3, *g_z3;  // the head's activation; w_x * derivative, then g_z3
-  T* g_m;        // gradient of the message
-  T *d, *g_d;    // coordinate differences and their gradients, by component
+  T *a1, *d1;    // act(z1), act'(z1)
+  T *n, *d2;     // n = act(z2); act'(z2), later g_z2
+  T* m;          // the message, unless it is n itself
+  T *a3, *g_z3;  // act(z3); w_x act'(z3), later g_z3
+  T* g_m;        // g_m, later W2^T g_z2
+  T *d, *g_d;    // x_i - x_j and its gradient
 
   Tiles(const Problem<T>& p, T* scratch) {
-    Carver<T> carve{scratch};
+    Scratch<T> memory{scratch};
     T** const tiles[] = {&a1, &d1, &n, &d2, &m, &a3, &g_z3, &g_m};
     for (T** tile : tiles) {
-      *tile = carve.take(static_cast<int64_t>(kBlockRows) * p.ld);
+      *tile = memory.take(static_cast<int64_t>(kBlockRows) * p.ld);
     }
-    d = carve.take(kBlockRows * p.dim);
-    g_d = carve.take(kBlockRows * p.dim);
+    d = memory.take(kBlockRows * p.dim);
+    g_d = memory.take(kBlockRows * p.dim);
   }
 };
 
-// Runs the block forward, keeping what the way back needs; returns the message's tile. `edge` is
-// the block's first.
-template <class T, int act>
+// Computes the block's forward again, from stored z2 and z3 if there are any, and the derivatives
+// of its activations. Returns the tile of messages. `edge` is the block's first edge.
+template <class T, Activation act>
 inline const T* recompute(const Problem<T>& p, int64_t edge, Block<T>& blk, Tiles<T>& t) {
   const int count = blk.count, ld = p.ld, vectors = p.vectors;
-  const T slope = p.slope;
-  first_layer<T, act, true>(p, blk, t.a1, t.d1);
+  const T slope = p.options.negative_slope;
+  first_activation<T, act, true>(p, blk, t.a1, t.d1);
   const T* z2 = p.z2 != nullptr ? p.z2 + edge * ld : t.n;
   if (p.z2 == nullptr) {
     gemm(t.a1, ld, count, p.w2_forward, p.hidden, vectors, Start::kBias, p.b2, t.n, ld);
   }
-  RowParts<T> parts;
+  RowVectors<T> products;
   for (int b = 0; b < count; ++b) {
     Vec<T> logit{};
     for (int v = 0; v < vectors; ++v) {
@@ -72,10 +76,10 @@ inline const T* recompute(const Problem<T>& p, int64_t edge, Block<T>& blk, Tile
       store(t.d2 + at, derivative);
       if (p.attention) logit += value * load(p.w_g + v * kWidth<T>);
     }
-    if (p.attention) parts.row[b] = logit;
+    if (p.attention) products.row[b] = logit;
   }
   const bool scaled = p.attention || p.edge_mask != nullptr;
-  if (p.attention) make_gates(p, blk, parts);
+  if (p.attention) make_gates(p, blk, products);
   if (scaled) scale_messages(p, blk, t.n, t.m);
   const T* message = scaled ? t.m : t.n;
   if (p.g_shift == nullptr) return message;
@@ -95,70 +99,61 @@ inline const T* recompute(const Problem<T>& p, int64_t edge, Block<T>& blk, Tile
       store(t.g_z3 + at, derivative * w);
       sum += value * w;
     }
-    parts.row[b] = sum;
+    products.row[b] = sum;
   }
-  make_heads(p, blk, parts);
+  make_head_outputs(p, blk, products);
   return message;
 }
 
-// Back through the coordinate head's output: g_s into `g_s`, the direction's share into t.g_d, and
-// the mask's share into g_mask.
+// From gX: g_s = g_t . u, times 1 - s^2 with tanh; g_d = g_u / rho, and where rho = |d| + k minus
+// d (d . g_u) / (|d| rho^2); g_mask += gX . clamp(s u). g_s and g_mask are [count].
 template <class T>
-inline void back_through_shift(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t, T* g_s,
-                               T* g_mask) {
+inline void shift_backward(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t, T* g_s,
+                           T* g_mask) {
   const int count = blk.count;
-  T along[kBlockRows] = {};
+  const T clamp = p.options.coord_clamp;
+  T d_dot_g_u[kBlockRows] = {};
   for (int b = 0; b < count; ++b) g_s[b] = 0;
   for (int c = 0; c < p.dim; ++c) {
     const T* d = t.d + c * kBlockRows;
     T* g_d = t.g_d + c * kBlockRows;
-    T given[kBlockRows];
+    T g_x[kBlockRows];
     for (int b = 0; b < count; ++b) {
-      given[b] = p.g_shift[static_cast<int64_t>(blk.receiver[b]) * p.dim + c];
+      g_x[b] = p.g_shift[static_cast<int64_t>(blk.receiver[b]) * p.dim + c];
     }
     for (int b = 0; b < count; ++b) {
       const T u = d[b] * blk.inverse_rho[b];
       const T su = blk.s[b] * u;
-      // as torch.clamp: the bound itself passes, NaN as well
-      const bool stopped = p.clamp != 0 && (su > p.clamp || su < -p.clamp);
-      const T g_t = stopped ? T(0) : blk.mask[b] * given[b];
-      g_mask[b] += given[b] * clamp_scalar(su, p.clamp);
+      // like torch.clamp, whose gradient is 1 at the bound itself and for NaN
+      const bool is_clamped = clamp != 0 && (su > clamp || su < -clamp);
+      const T g_t = is_clamped ? T(0) : blk.mask[b] * g_x[b];
+      g_mask[b] += g_x[b] * clamp_scalar(su, clamp);
       g_s[b] += g_t * u;
       const T g_u = blk.s[b] * g_t;
-      along[b] += d[b] * g_u;
+      d_dot_g_u[b] += d[b] * g_u;
       g_d[b] = g_u * blk.inverse_rho[b];
     }
   }
-  if (p.norm > 0) {
+  if (p.options.coord_norm > 0) {
     for (int b = 0; b < count; ++b) {
       const T inverse = blk.inverse_rho[b];
-      // at distance 0 the norm's gradient is 0
+      // at distance 0 the gradient of the norm is 0
       const T norm = sqrt_scalar(blk.r[b]);
-      along[b] = norm == 0 ? T(0) : along[b] * inverse * inverse / norm;
+      d_dot_g_u[b] = norm == 0 ? T(0) : d_dot_g_u[b] * inverse * inverse / norm;
     }
     for (int c = 0; c < p.dim; ++c) {
       const int at = c * kBlockRows;
-      for (int b = 0; b < count; ++b) t.g_d[at + b] -= along[b] * t.d[at + b];
+      for (int b = 0; b < count; ++b) t.g_d[at + b] -= d_dot_g_u[b] * t.d[at + b];
     }
   }
-  if (!p.tanh) return;
+  if (!p.options.coord_tanh) return;
   for (int b = 0; b < count; ++b) g_s[b] *= 1 - blk.s[b] * blk.s[b];
 }
 
-// Calls body(first column, panel) for the panels of a row, each with its width in vectors as a
-// constant, so that a panel's sums over rows stay in registers.
-template <class T, class Body>
-EGNN_INLINE void for_panels(int vectors, const Body& body) {
-  for (int v0 = 0; v0 < vectors; v0 += kPanelVectors) {
-    const int nv = vectors - v0 < kPanelVectors ? vectors - v0 : kPanelVectors;
-    for_width(nv, [&](auto width) { body(v0 * kWidth<T>, width); });
-  }
-}
-
-// g_z3 = g_s * w_x * act'(z3) in its tile, and its sums into the head's weights.
+// g_z3 = g_s w_x act'(z3) into its tile, and the block's share of the gradients of w3, b3 and w_x.
 template <class T>
-inline void back_through_head(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t,
-                              const T* message, const T* g_s, bool fresh, T* sums) {
+inline void head_backward(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t, const T* message,
+                          const T* g_s, bool overwrite, T* sums) {
   const int count = blk.count, ld = p.ld;
   for_panels<T>(p.vectors, [&](int column, auto width) {
     constexpr int NV = decltype(width)::value;
@@ -175,15 +170,16 @@ inline void back_through_head(const Problem<T>& p, const Block<T>& blk, Tiles<T>
     }
     for (int n = 0; n < NV; ++n) {
       const int at = column + n * kWidth<T>;
-      if (p.needs_w3) add_to_sums(sums + p.at.b3 + at, fresh, bias[n]);
-      if (p.needs_w_x) add_to_sums(sums + p.at.w_x + at, fresh, last[n]);
+      if (p.needs_w3) add_to_sums(sums + p.offsets.b3 + at, overwrite, bias[n]);
+      if (p.needs_w_x) add_to_sums(sums + p.offsets.w_x + at, overwrite, last[n]);
     }
   });
   if (!p.needs_w3) return;
-  weight_gemm(t.g_z3, ld, message, ld, count, p.hidden, p.vectors, fresh, sums + p.at.w3, ld);
+  weight_gemm(t.g_z3, ld, message, ld, count, p.hidden, p.vectors, overwrite, sums + p.offsets.w3,
+              ld);
 }
 
-// The gradient of the message, g_m = gM_i + W3^T g_z3, into t.g_m.
+// g_m = gM_i + W3^T g_z3 into its tile.
 template <class T>
 inline void message_gradient(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t) {
   const int full = p.hidden / kWidth<T>, rest = p.hidden - full * kWidth<T>;
@@ -204,25 +200,26 @@ inline void message_gradient(const Problem<T>& p, const Block<T>& blk, Tiles<T>&
   }
 }
 
-// From the gradient of the message to g_z2, in t.d2: mask, gate and second activation.
+// g_z2 = g_n act'(z2) into t.d2, with g_n = g mask g_m + (mask g_m . n) g (1 - g) w_g, and the
+// block's share of the gradients of b2, w_g and b_g; g_mask [count] += g (g_m . n).
 template <class T>
-inline void back_to_second(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t, T* g_mask,
-                           bool fresh, T* sums) {
+inline void message_backward(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t, T* g_mask,
+                             bool overwrite, T* sums) {
   const int count = blk.count, ld = p.ld, vectors = p.vectors;
   message_gradient(p, blk, t);
   T g_logit[kBlockRows], factor[kBlockRows];
   for (int b = 0; b < count; ++b) factor[b] = blk.gate[b] * blk.mask[b];
   if (p.attention || p.g_edge_mask != nullptr) {
-    RowParts<T> parts;
+    RowVectors<T> products;
     for (int b = 0; b < count; ++b) {
       Vec<T> sum{};
       for (int v = 0; v < vectors; ++v) {
         const int64_t at = b * ld + v * kWidth<T>;
         sum += load(t.g_m + at) * load(t.n + at);
       }
-      parts.row[b] = sum;
+      products.row[b] = sum;
     }
-    parts.sum(count, g_logit);
+    products.sum(count, g_logit);
     for (int b = 0; b < count; ++b) {
       const T gate = blk.gate[b], q = g_logit[b];
       g_mask[b] += gate * q;
@@ -248,30 +245,30 @@ inline void back_to_second(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t
     }
     for (int n = 0; n < NV; ++n) {
       const int at = column + n * kWidth<T>;
-      if (p.needs_w2) add_to_sums(sums + p.at.b2 + at, fresh, bias[n]);
-      if (p.needs_w_g) add_to_sums(sums + p.at.w_g + at, fresh, gate_weight[n]);
+      if (p.needs_w2) add_to_sums(sums + p.offsets.b2 + at, overwrite, bias[n]);
+      if (p.needs_w_g) add_to_sums(sums + p.offsets.w_g + at, overwrite, gate_weight[n]);
     }
   });
   if (!p.needs_w_g) return;
-  T gate_bias = fresh ? T(0) : sums[p.at.b_g];
+  T gate_bias = overwrite ? T(0) : sums[p.offsets.b_g];
   for (int b = 0; b < count; ++b) gate_bias += g_logit[b];
-  sums[p.at.b_g] = gate_bias;
+  sums[p.offsets.b_g] = gate_bias;
 }
 
-// g_z1 = t.g_m * act'(z1) into its place, its sums to receivers and into w_r, and the gradient of
-// the squared distance, w_r . g_z1, into g_r.
+// g_z1 = (W2^T g_z2) act'(z1) into g_z1 [count, ld]; it is added to the receivers' rows of P, and
+// to the gradient of w_r. g_r [count] = w_r . g_z1.
 template <class T>
-inline void back_to_first(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t, T* g_z1, T* g_r,
-                          bool fresh, T* sums, RowSink<T>& sink) {
+inline void first_backward(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t, T* g_z1, T* g_r,
+                           bool overwrite, T* sums, RowSink<T>& sink) {
   const int count = blk.count, ld = p.ld;
-  RowParts<T> parts;
+  RowVectors<T> products;
   for_panels<T>(p.vectors, [&](int column, auto width) {
     constexpr int NV = decltype(width)::value;
     Vec<T> distance[NV] = {};
     for_each_run(blk, [&](int64_t row, int begin, int end) {
       Vec<T> sum[NV] = {};
       for (int b = begin; b < end; ++b) {
-        Vec<T> part = column == 0 ? Vec<T>{} : parts.row[b];
+        Vec<T> part = column == 0 ? Vec<T>{} : products.row[b];
 #pragma GCC unroll 4
         for (int n = 0; n < NV; ++n) {
           const int64_t at = b * ld + column + n * kWidth<T>;
@@ -281,11 +278,11 @@ inline void back_to_first(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t,
           distance[n] += g * blk.r[b];
           part += g * load(p.w_r + column + n * kWidth<T>);
         }
-        parts.row[b] = part;
+        products.row[b] = part;
       }
       if (p.g_pq == nullptr) return;
-      T* aside = sink.aside(row, 0);
-      T* out = (aside != nullptr ? aside : p.g_pq + row * p.pq_stride) + column;
+      T* partial = sink.partial(row, 0);
+      T* out = (partial != nullptr ? partial : p.g_pq + row * p.pq_stride) + column;
       for (int n = 0; n < NV; ++n, out += kWidth<T>) {
         const int lanes_left = p.hidden - column - n * kWidth<T>;
         if (lanes_left >= kWidth<T>) {
@@ -295,23 +292,24 @@ inline void back_to_first(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t,
         }
       }
     });
-    for (int n = 0; n < NV && p.needs_first_weights; ++n) {
-      add_to_sums(sums + p.at.w_r + column + n * kWidth<T>, fresh, distance[n]);
+    for (int n = 0; n < NV && p.needs_w_r; ++n) {
+      add_to_sums(sums + p.offsets.w_r + column + n * kWidth<T>, overwrite, distance[n]);
     }
   });
-  if (p.g_coords != nullptr) parts.sum(count, g_r);
+  if (p.g_x != nullptr) products.sum(count, g_r);
 }
 
-// From g_z1 to the attributes and the coordinates; g_d_out [count, D].
+// The gradients of w_a, of edge_attr (W_a^T g_z1), and of d: 2 g_r d is added to t.g_d, which is
+// written to g_d_out [count, D] for the senders and added to the receivers' rows of g_x.
 template <class T>
-inline void back_to_inputs(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t, const T* g_z1,
-                           const T* g_r, T* g_d_out, bool fresh, T* sums, RowSink<T>& sink) {
+inline void inputs_backward(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t, const T* g_z1,
+                            const T* g_r, T* g_d_out, bool overwrite, T* sums, RowSink<T>& sink) {
   const int count = blk.count, ld = p.ld, vectors = p.vectors;
-  for (int k = 0; k < p.attrs && p.needs_first_weights; ++k) {
+  for (int k = 0; k < p.attrs && p.needs_w_r; ++k) {
     T column[kBlockRows];
     for (int b = 0; b < count; ++b) column[b] = blk.attr[b][k];
-    add_columns(g_z1, ld, static_cast<const T*>(column), count, vectors, fresh,
-                sums + p.at.w_a + static_cast<int64_t>(k) * ld);
+    add_columns(g_z1, ld, static_cast<const T*>(column), count, vectors, overwrite,
+                sums + p.offsets.w_a + static_cast<int64_t>(k) * ld);
   }
   if (p.g_edge_attr != nullptr) {
     for (int b = 0; b < count; ++b) {
@@ -320,7 +318,7 @@ inline void back_to_inputs(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t
       }
     }
   }
-  if (p.g_coords == nullptr) return;
+  if (p.g_x == nullptr) return;
   const bool head = p.g_shift != nullptr;
   for (int c = 0; c < p.dim; ++c) {
     const int at = c * kBlockRows;
@@ -330,53 +328,39 @@ inline void back_to_inputs(const Problem<T>& p, const Block<T>& blk, Tiles<T>& t
     }
     for (int b = 0; b < count; ++b) g_d_out[b * p.dim + c] = t.g_d[at + b];
   }
-  sum_coords(p, blk, t.g_d, p.g_coords, sink);
+  sum_coords(p, blk, t.g_d, p.g_x, sink);
 }
 
-// `fresh`: the task's first block, which writes the sums rather than adding to them.
-template <class T, int act>
+// All gradients of one block. `overwrite`: its share of the weight gradients is written to `sums`,
+// as in a task's first block, else added. g_z1 [count, ld] and g_d [count, D] are left to the sums
+// to senders.
+template <class T, Activation act>
 inline void backward_block(const Problem<T>& p, int64_t edge, Block<T>& blk, Tiles<T>& t, T* g_z1,
-                           T* g_d, bool fresh, T* sums, RowSink<T>& sink) {
+                           T* g_d, bool overwrite, T* sums, RowSink<T>& sink) {
   const int count = blk.count, ld = p.ld;
   T g_s[kBlockRows], g_r[kBlockRows], g_mask[kBlockRows] = {};
   const T* message = recompute<T, act>(p, edge, blk, t);
   if (p.g_shift != nullptr) {
-    back_through_shift(p, blk, t, g_s, g_mask);
-    back_through_head(p, blk, t, message, g_s, fresh, sums);
+    shift_backward(p, blk, t, g_s, g_mask);
+    head_backward(p, blk, t, message, g_s, overwrite, sums);
   }
-  back_to_second(p, blk, t, g_mask, fresh, sums);
+  message_backward(p, blk, t, g_mask, overwrite, sums);
   if (p.g_edge_mask != nullptr) {
     for (int b = 0; b < count; ++b) p.g_edge_mask[blk.edge[b]] = g_mask[b];
   }
   if (p.needs_w2) {
-    weight_gemm(t.d2, ld, t.a1, ld, count, p.hidden, p.vectors, fresh, sums + p.at.w2, ld);
+    weight_gemm(t.d2, ld, t.a1, ld, count, p.hidden, p.vectors, overwrite, sums + p.offsets.w2, ld);
   }
-  if (!p.needs_first) return;
+  if (!p.needs_z1) return;
 
-  // g_m's tile is free again
+  // g_m has been used: W2^T g_z2 takes its tile
   gemm(t.d2, ld, count, p.w2_backward, p.hidden, p.vectors, Start::kZero, kNone<T>, t.g_m, ld);
-  back_to_first(p, blk, t, g_z1, g_r, fresh, sums, sink);
-  back_to_inputs(p, blk, t, g_z1, g_r, g_d, fresh, sums, sink);
+  first_backward(p, blk, t, g_z1, g_r, overwrite, sums, sink);
+  inputs_backward(p, blk, t, g_z1, g_r, g_d, overwrite, sums, sink);
 }
 
-// The task's edges by range of senders, in their order within each.
-template <class T>
-inline void group_senders(const Problem<T>& p, int64_t begin, int count, uint16_t* starts,
-                          uint16_t* edges) {
-  const int32_t* senders = p.senders + begin;
-  uint16_t next[kMaxSenderRanges + 1] = {};
-  for (int k = 0; k < count; ++k) ++next[(senders[k] >> p.sender_shift) + 1];
-  for (int r = 0; r < p.sender_ranges; ++r) {
-    next[r + 1] = static_cast<uint16_t>(next[r + 1] + next[r]);
-    starts[r] = next[r];
-  }
-  starts[p.sender_ranges] = static_cast<uint16_t>(count);
-  for (int k = 0; k < count; ++k) {
-    edges[next[senders[k] >> p.sender_shift]++] = static_cast<uint16_t>(k);
-  }
-}
-
-template <class T, int act>
+// The gradients of a task's edges; those of weights go to its accumulator `sums`.
+template <class T, Activation act>
 inline void backward_task(const Problem<T>& p, const Wave<T>& wave, int64_t task, T* sums,
                           T* scratch) {
   Tiles<T> tiles(p, scratch);
@@ -384,18 +368,18 @@ inline void backward_task(const Problem<T>& p, const Wave<T>& wave, int64_t task
   const int64_t slot = task - wave.first_task;
   const int64_t first = p.task_begin(wave.first_task);
   const int64_t begin = p.task_begin(task), end = p.task_begin(task + 1);
-  if ((p.g_pq != nullptr || p.g_coords != nullptr) && p.senders != nullptr) {
-    group_senders(p, begin, static_cast<int>(end - begin),
-                  wave.range_starts + slot * (p.sender_ranges + 1),
-                  wave.range_edges + (begin - first));
+  if ((p.g_pq != nullptr || p.g_x != nullptr) && p.senders != nullptr) {
+    group_by_senders(p, begin, static_cast<int>(end - begin),
+                     wave.range_starts + slot * (p.sender_ranges + 1),
+                     wave.range_edges + (begin - first));
   }
-  RowSink<T> sink(p, wave.slots + slot, begin, end);
+  RowSink<T> sink(p, wave.first_slot + slot, begin, end);
   int64_t row = find_row(p.rowptr, p.nodes, begin);
   for (int64_t e = begin; e < end; e += kBlockEdges) {
     const int count = static_cast<int>(end - e < kBlockEdges ? end - e : kBlockEdges);
-    const int64_t place = e - first;
+    const int64_t offset = e - first;
     gather_block(p, e, count, row, blk, tiles.d);
-    backward_block<T, act>(p, e, blk, tiles, wave.g_z1 + place * p.ld, wave.g_d + place * p.dim,
+    backward_block<T, act>(p, e, blk, tiles, wave.g_z1 + offset * p.ld, wave.g_d + offset * p.dim,
                            e == begin, sums, sink);
   }
 }

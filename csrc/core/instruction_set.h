@@ -1,7 +1,7 @@
-// Which instruction set's kernels run.
+// The table of kernels of the instruction set in use.
 #pragma once
 
-#include "cpu/problem.h"
+#include "vectorised/kernel_table.h"
 
 namespace egnn {
 

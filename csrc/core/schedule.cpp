@@ -1,4 +1,5 @@
-#include "parallel.h"
+// Runs a schedule on the threads of OpenMP, looked up at run time, or of std::thread.
+#include "schedule.h"
 
 #include <dlfcn.h>
 #include <pthread.h>
@@ -18,7 +19,7 @@
 namespace egnn {
 namespace {
 
-// every OpenMP runtime in use with PyTorch (GNU, LLVM, Intel) exports the GNU entry point
+// The entry points of OpenMP; all runtimes that PyTorch uses (GNU, LLVM, Intel) export the GNU one.
 struct OpenMP {
   void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
   int (*thread_number)() = nullptr;
@@ -26,18 +27,20 @@ struct OpenMP {
 
 std::atomic<bool> in_forked_child{false};
 
-// libgomp's threads do not survive a fork, and waiting for them would hang. Watched from the start:
-// PyTorch may have started them before the first call comes here.
-[[maybe_unused]] const int watches_forks =
+// libgomp's threads do not survive a fork, and a forked child that waits for them hangs. The
+// handler is registered when the library is loaded, because PyTorch may start threads before the
+// first call.
+[[maybe_unused]] const int fork_handler =
     pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
 
 #if defined(__linux__)
-int collect_openmp(dl_phdr_info* info, size_t, void* found) {
+// A callback of dl_iterate_phdr: appends the names of OpenMP runtimes to the vector `names`.
+int collect_openmp(dl_phdr_info* info, size_t, void* names) {
   const char* name = info->dlpi_name;
   if (name == nullptr) return 0;
   if (std::strstr(name, "libgomp") || std::strstr(name, "libiomp5") ||
       std::strstr(name, "libomp")) {
-    static_cast<std::vector<std::string>*>(found)->emplace_back(name);
+    static_cast<std::vector<std::string>*>(names)->emplace_back(name);
   }
   return 0;
 }
@@ -48,11 +51,11 @@ OpenMP find_openmp() {
   void* number = dlsym(RTLD_DEFAULT, "omp_get_thread_num");
 #if defined(__linux__)
   std::vector<std::string> names;
-  // the loader holds a lock while it calls: no dlopen in there
+  // the loader holds a lock during the callback, so dlopen is called after it
   if (symbol == nullptr) dl_iterate_phdr(collect_openmp, &names);
   for (const std::string& name : names) {
     if (symbol != nullptr) break;
-    // NOLOAD: the library is in the process; this only gives a handle to it
+    // RTLD_NOLOAD: a handle to the library that is loaded already
     void* handle = dlopen(name.c_str(), RTLD_LAZY | RTLD_NOLOAD);
     if (handle == nullptr) continue;
     symbol = dlsym(handle, "GOMP_parallel");
@@ -66,10 +69,11 @@ OpenMP find_openmp() {
 }
 
 const OpenMP& openmp() {
-  static const OpenMP found = find_openmp();
-  return found;
+  static const OpenMP runtime = find_openmp();
+  return runtime;
 }
 
+// Tells the processor that a loop spins.
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_ia32_pause();
@@ -78,7 +82,7 @@ inline void relax() {
 #endif
 }
 
-// Waits until `done` has reached `count`; leaves the core to others if that takes long.
+// Spins until `done` has reached `count`; after a while it yields the core in each turn.
 void wait_for(const std::atomic<int64_t>& done, int64_t count) {
   constexpr int kSpins = 2000;
   for (int spins = 0; done.load(std::memory_order_acquire) < count; ++spins) {
@@ -92,8 +96,9 @@ void wait_for(const std::atomic<int64_t>& done, int64_t count) {
 
 }  // namespace
 
+// One run of a schedule, shared by its threads.
 struct Region {
-  // on cache lines of their own: all threads write to them
+  // on a cache line of its own, because all threads write to it
   struct alignas(64) Counter {
     std::atomic<int64_t> value{0};
   };
@@ -107,11 +112,11 @@ struct Region {
 
   const std::vector<Schedule::Step>& steps;
   const int threads;
-  std::vector<Counter> done;   // tasks of each step
-  std::vector<Counter> taken;  // tasks of each share: a part's tasks for a worker
+  std::vector<Counter> done;   // finished tasks of each step
+  std::vector<Counter> taken;  // tasks taken from each share: a part's tasks are shared by workers
   std::atomic<int> workers{0};
 
-  // Runs what is left of a share.
+  // Runs the remaining tasks of a share.
   void run_share(const Schedule::Part& part, Counter* shares, int share, int worker,
                  std::atomic<int64_t>& finished) {
     const int64_t begin = part.count * share / threads, end = part.count * (share + 1) / threads;
@@ -125,7 +130,7 @@ struct Region {
 
   static void work(void* data) {
     auto& region = *static_cast<Region*>(data);
-    // the same thread has the same number in each region
+    // OpenMP gives a thread the same number in each region
     const int arrival = region.workers.fetch_add(1, std::memory_order_relaxed);
     const int worker = openmp().thread_number != nullptr ? openmp().thread_number() : arrival;
     Counter* shares = region.taken.data();
@@ -147,9 +152,9 @@ struct Region {
 };
 
 void Schedule::run(int threads) const {
-  int64_t most = 0;
-  for (const Step& step : steps_) most = step.count > most ? step.count : most;
-  if (threads > most) threads = static_cast<int>(most);
+  int64_t most_tasks = 0;
+  for (const Step& step : steps_) most_tasks = step.count > most_tasks ? step.count : most_tasks;
+  if (threads > most_tasks) threads = static_cast<int>(most_tasks);
   if (threads <= 1 || in_forked_child.load(std::memory_order_relaxed)) {
     for (const Step& step : steps_) {
       for (const Part& part : step.parts) {
@@ -168,7 +173,7 @@ void Schedule::run(int threads) const {
   try {
     for (int k = 1; k < threads; ++k) pool.emplace_back(Region::work, &region);
   } catch (const std::system_error&) {
-    // no more threads to be had: those there are do it
+    // the threads that have started do all tasks
   }
   Region::work(&region);
   for (auto& thread : pool) thread.join();

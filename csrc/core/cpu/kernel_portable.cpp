@@ -1,2 +1,0 @@
-#define EGNN_ISA portable
-#include "kernels.inc"
