@@ -186,6 +186,8 @@ def test_gradients_from_some_outputs_only(
     options: Options, residual: bool, face: str, backend: str
 ) -> None:
     case, dtype = replace(full(backend), options=options, residual=residual), widest(backend)
+    if backend in INTERPRETED_BACKENDS:
+        case = replace(case, nodes=6, edges=20)
     problem = problem_of(case, face, dtype)
     exact = Problem({k: t.double() for k, t in problem.leaves.items()}, problem.run)
     names, leaves = tuple(problem.run(problem.leaves, backend, 0)), tuple(problem.leaves)

@@ -41,7 +41,7 @@ def _wide() -> Iterator[Case]:
             f"wide, option {name}", nodes=12, edges=40, hidden=130, attrs=1, options=options,
             mask="soft",
         )  # fmt: skip
-    yield Case("wide, hub", "hub", 40, 130, hidden=130, attrs=1, options=EVERYTHING)
+    yield Case("wide, hub", "hub", 24, 70, hidden=130, attrs=1, options=EVERYTHING)
     yield Case("wide, complete", "complete", sizes=(4, 1, 6), hidden=130, mask="binary")
     yield Case("wide, no edges", nodes=5, edges=0, hidden=130, options=EVERYTHING)
 
