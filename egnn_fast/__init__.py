@@ -36,9 +36,9 @@ __all__ = [
 ]
 
 
-# the module that each name comes from: loaded at first use, so that the command line starts
-# without PyTorch
-_HOMES = {
+# The module that defines each name. Modules are imported at first use, so that the command line
+# starts without importing PyTorch.
+_MODULES = {
     "Graph": "graph",
     "Options": "options",
     "EdgeWeights": "weights",
@@ -57,8 +57,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name in ("nn", "compat"):
         return import_module(f"egnn_fast.{name}")
-    if name in _HOMES:
-        value = getattr(import_module(f"egnn_fast.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        value = getattr(import_module(f"egnn_fast.{_MODULES[name]}"), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,8 @@
-"""Argument names in ``egnn_fast.nn`` and in the official code; errors give the right one."""
+"""Names of the same argument in ``egnn_fast.nn`` and in the official code, for error messages.
+
+A constructor that is called with another code's name of an argument raises a TypeError that gives
+its own name.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import Any, TypeVar
 
 Class = TypeVar("Class", bound=type)
 
-# each line: the names of one argument, that of egnn_fast.nn first
+# Each line has the names of one argument; the name in egnn_fast.nn comes first.
 _NAMES = (
     ("in_features", "input_nf", "in_node_nf"),
     ("out_features", "output_nf", "out_node_nf"),
@@ -23,34 +27,35 @@ _NAMES = (
     ("coord_scale", "coords_weight"),
     ("coord_clamp", "clamp"),
 )
-# official arguments that egnn_fast.nn takes with another value
+# The value in egnn_fast.nn that corresponds to True in the official code.
 _VALUES = {
     "normalize": "coord_norm='unit'",
     "norm_diff": "coord_norm=1.0",
     "clamp": "coord_clamp=100.0",
 }
-# has no effect in the official code: not suggested
-_USELESS = "clamp"
+# Never suggested: the official code ignores it.
+_WITHOUT_EFFECT = "clamp"
 
 
-def hinted(cls: Class) -> Class:
-    """Let the constructor's error for an argument's other name give its own name of it.
+def suggest_own_name(cls: Class) -> Class:
+    """Decorate a class: its constructor's error for another code's argument name suggests its own.
 
-    If it has none, Python's own error is raised.
+    For other unknown names Python's own TypeError is raised.
     """
-    build: Any = vars(cls)["__init__"]
-    known = inspect.signature(build).parameters
+    original: Any = vars(cls)["__init__"]
+    own_names = inspect.signature(original).parameters
 
-    @functools.wraps(build)
+    @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        for given in kwargs:
-            if given not in known:
-                names: tuple[str, ...] = next((names for names in _NAMES if given in names), ())
-                here = [name for name in names if name in known and name != _USELESS]
-                if here:
-                    own = _VALUES.get(given, here[0]) if here[0] == names[0] else here[0]
-                    raise TypeError(f"{given}: {type(self).__name__} calls it {own}")
-        build(self, *args, **kwargs)
+        for used in kwargs:
+            if used not in own_names:
+                names: tuple[str, ...] = next((names for names in _NAMES if used in names), ())
+                own = [name for name in names if name in own_names and name != _WITHOUT_EFFECT]
+                if own:
+                    in_nn = own[0] == names[0]
+                    suggestion = _VALUES.get(used, own[0]) if in_nn else own[0]
+                    raise TypeError(f"{used}: {type(self).__name__} calls it {suggestion}")
+        original(self, *args, **kwargs)
 
     cls.__init__ = init  # type: ignore[misc]
     return cls

@@ -1,4 +1,4 @@
-"""Checks of a layer's arguments: wrong input is named before any kernel runs."""
+"""Checks of a layer's arguments, made before any kernel runs. Errors name the argument."""
 
 from __future__ import annotations
 
@@ -24,7 +24,13 @@ from egnn_fast.weights import EdgeWeights, LayerWeights
 
 
 def check_nodes(h: Tensor, x: Tensor, name: str = "h") -> None:
-    """Node features ``[N, F]`` and coordinates ``[N, D]`` that go together."""
+    """Raise unless ``h [N, F]`` and ``x [N, D]`` are floating point and match; ``name`` is h's.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A dtype, a number of dimensions or rows, or the device is wrong.
+    """
     check_float(name, h, 2)
     check_float("x", x, 2)
     if x.shape[1] < 1:
@@ -35,7 +41,7 @@ def check_nodes(h: Tensor, x: Tensor, name: str = "h") -> None:
 
 
 def check_float(name: str, value: object, dim: int) -> None:
-    """``value`` is a floating-point tensor of ``dim`` dimensions."""
+    """Raise unless ``value`` is a floating-point tensor of ``dim`` dimensions."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if not value.is_floating_point():
@@ -45,7 +51,7 @@ def check_float(name: str, value: object, dim: int) -> None:
 
 
 def check_like(name: str, value: Tensor, other: Tensor, other_name: str) -> None:
-    """``value`` lies on the device of ``other`` and, outside autocast, has its dtype."""
+    """Raise unless ``value`` has the device and, outside autocast, the dtype of ``other``."""
     if value.device != other.device:
         raise ValueError(
             f"{name}: expected device {other.device} as {other_name} has, got {value.device}"
@@ -57,13 +63,20 @@ def check_like(name: str, value: Tensor, other: Tensor, other_name: str) -> None
 
 
 def check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
-    """``value`` has exactly this shape."""
+    """Raise ValueError unless ``value`` has exactly this shape."""
     if tuple(value.shape) != shape:
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
 
 
 def resolve_graph(graph: Graph | EdgeIndexLike | Sequence[Graph], h: Tensor) -> Graph:
-    """A Graph for what the user passed, on the device and of the size of ``h``."""
+    """The Graph for a Graph, an edge list ``[2, E]`` or a sequence of Graphs (a batch).
+
+    Raises
+    ------
+    TypeError, ValueError, IndexError
+        The edge list is wrong, or the graph's device or number of nodes is not that of
+        ``h [N, F]``.
+    """
     if not isinstance(graph, Graph):
         if isinstance(graph, (list, tuple)) and graph and isinstance(graph[0], Graph):
             graph = Graph.batch(graph)
@@ -84,7 +97,7 @@ def _graph_of_edges(edge_index: Any, h: Tensor) -> Graph:
         if t.device != device:
             raise ValueError(f"edge_index: expected device {device} as h has, got {t.device}")
     if not tensors:
-        # numbers are on no device: they go where h is
+        # lists of numbers have no device of their own: put them on the device of h
         edge_index = as_edge_index(edge_index, device)
     if device.type not in ("cpu", "meta") and not tracing():
         backends.warn_once(
@@ -95,8 +108,9 @@ def _graph_of_edges(edge_index: Any, h: Tensor) -> Graph:
 
 
 def check_edge_rows(name: str, value: Tensor, graph: Graph) -> None:
-    """``value`` has a row for each edge."""
-    # the operator compares with an implicit graph's size itself; here it would be a constant
+    """Raise ValueError unless ``value [E, ...]`` has a row for each edge."""
+    # A trace would record a complete graph's number of edges as a constant here. The operator
+    # checks it at run time.
     if graph.is_complete and tracing():
         return
     if value.shape[0] != graph.num_edges:
@@ -106,7 +120,10 @@ def check_edge_rows(name: str, value: Tensor, graph: Graph) -> None:
 
 
 def check_edge_attr(edge_attr: Tensor | None, width: int, graph: Graph, like: Tensor) -> None:
-    """``edge_attr [E, width]``, or None where the layer takes none."""
+    """Raise unless ``edge_attr`` is ``[E, width]``, or None if ``width`` is 0.
+
+    Outside autocast its dtype must be that of ``like``, the coordinates; its device always.
+    """
     if edge_attr is None:
         if width:
             raise ValueError(f"edge_attr: expected [E, {width}], got None")
@@ -119,7 +136,15 @@ def check_edge_attr(edge_attr: Tensor | None, width: int, graph: Graph, like: Te
 
 
 def as_mask(name: str, mask: Tensor | None, rows: int | None, like: Tensor) -> Tensor | None:
-    """A mask as a floating-point vector; bool and ``[rows, 1]`` are taken too."""
+    """A mask, given as ``[rows]`` or ``[rows, 1]``, bool or float, as ``[rows]`` in like's dtype.
+
+    ``rows=None`` accepts any number of rows. None stays None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        The shape, dtype or device is wrong.
+    """
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
@@ -140,7 +165,11 @@ def as_mask(name: str, mask: Tensor | None, rows: int | None, like: Tensor) -> T
 
 
 def check_edge_weights(weights: EdgeWeights, options: Options, hidden: int, like: Tensor) -> None:
-    """Shapes, dtypes, devices and presence of the split edge weights."""
+    """Raise unless the edge pass's weights fit ``options``, H = ``hidden`` and ``like``.
+
+    Each weight must be a tensor or None as the options say, and have the right shape, and the dtype
+    and device of ``like``, the coordinates.
+    """
     if not isinstance(weights, EdgeWeights):
         raise TypeError(f"weights: expected EdgeWeights, got {type(weights).__name__}")
     _check_hidden("P", hidden)
@@ -161,7 +190,10 @@ def check_edge_weights(weights: EdgeWeights, options: Options, hidden: int, like
 def check_layer_weights(
     weights: LayerWeights, options: Options, features: int, node_attrs: int, like: Tensor
 ) -> int:
-    """The same for a whole layer's weights; returns the edge-attribute width."""
+    """As :func:`check_edge_weights`, for a whole layer. Returns A, the width of ``edge_attr``.
+
+    ``features`` is F, the width of h; ``node_attrs`` is B, the width of ``node_attr``.
+    """
     if not isinstance(weights, LayerWeights):
         raise TypeError(f"weights: expected LayerWeights, got {type(weights).__name__}")
     try:
@@ -204,8 +236,8 @@ def _check_weights(
     shapes: tuple[tuple[int, ...] | None, ...],
     like: Tensor,
 ) -> None:
-    # in every layer of every step: what is right must pass quickly
-    if not torch.compiler.is_compiling() and _fit(weights, shapes, like):
+    # This runs in every call of every layer, so correct weights take a fast path.
+    if not torch.compiler.is_compiling() and _all_fit(weights, shapes, like):
         return
     for name, value, shape in zip(weights._fields, weights, shapes, strict=True):
         if shape is None:
@@ -224,10 +256,13 @@ def _check_weights(
             check_like(f"weights.{name}", value, like, "x")
 
 
-def _fit(
+def _all_fit(
     weights: EdgeWeights | LayerWeights, shapes: tuple[tuple[int, ...] | None, ...], like: Tensor
 ) -> bool:
-    """Whether plain weights have these shapes, and the dtype and device of ``like``."""
+    """Whether the weights are plain tensors of these shapes, with the dtype and device of ``like``.
+
+    False may be wrong: the caller then checks the weights one by one.
+    """
     return (
         PLAIN_OR_NONE.issuperset(map(type, weights))
         and tuple([None if t is None else t.shape for t in weights]) == shapes

@@ -1,6 +1,6 @@
 """The ``egnn-fast`` command.
 
-Everything heavy is imported by the command that needs it, so that ``--help`` is quick.
+Each command imports PyTorch and other slow modules itself, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
@@ -37,14 +37,15 @@ app = typer.Typer(
 train_app = typer.Typer(help="Train a published experiment.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
 
+# exit codes
 INTERRUPTED = 130
 USAGE = 2
-# of whichever click typer brings along
+# click's base error; typer may use its own copy of click
 _CommandLineError: Any = typer.BadParameter.__base__
 
 
 class Backend(str, Enum):
-    """What may run a layer."""
+    """Values of ``--backend``."""
 
     _ignore_ = "name"
     for name in (AUTO, *BACKENDS):
@@ -52,14 +53,14 @@ class Backend(str, Enum):
 
 
 class DType(str, Enum):
-    """What a check computes in."""
+    """Values of ``--dtype``."""
 
     float64 = "float64"
     float32 = "float32"
 
 
 class Precision(str, Enum):
-    """Lightning Fabric's names."""
+    """Values of ``--precision``, as Lightning Fabric names them."""
 
     single = "32-true"
     double = "64-true"
@@ -72,20 +73,20 @@ def main(args: list[str] | None = None) -> None:
     try:
         code = app(args, standalone_mode=False)
     except _CommandLineError as error:
-        if message := error.format_message():  # empty where the help was shown instead
-            _tell(errors, message)
+        if message := error.format_message():  # empty if the help was printed instead
+            _print_error(errors, message)
         code = USAGE
     except ExperimentError as error:
-        _tell(errors, str(error))
+        _print_error(errors, str(error))
         code = error.exit_code
     except OSError as error:
-        _tell(errors, str(error))
+        _print_error(errors, str(error))
         code = 1
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _tell(console: Console, message: str) -> None:
-    # a Text, so that brackets in the message are not taken for markup
+def _print_error(console: Console, message: str) -> None:
+    # rich would read brackets in a str as markup
     console.print(Text.assemble(("error: ", "bold red"), " ".join(message.split())))
 
 
@@ -102,7 +103,7 @@ def _root(
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Tell which backends work here, and why the others do not."""
+    """Show which backends work here, and why the others do not."""
     import torch
 
     from egnn_fast import backends
@@ -117,8 +118,8 @@ def info(
         "cache": str(cache_folder()),
     }
     if as_json:
-        found = [line._asdict() for line in lines]
-        typer.echo(json.dumps({**facts, "backends": found}, indent=2))
+        rows = [line._asdict() for line in lines]
+        typer.echo(json.dumps({**facts, "backends": rows}, indent=2))
         return
     console = Console(highlight=False)
     grid = Table.grid(padding=(0, 2))
@@ -136,11 +137,11 @@ def info(
 def check(
     backend: Annotated[
         list[Backend] | None,
-        typer.Option(help="Which backend; may be repeated.", show_default="all available"),
+        typer.Option(help="Backend to check; may be repeated.", show_default="all available"),
     ] = None,
     dtype: Annotated[
         list[DType] | None,
-        typer.Option(help="Which dtype; may be repeated.", show_default="both"),
+        typer.Option(help="Dtype to check; may be repeated.", show_default="both"),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer cases.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -173,15 +174,15 @@ def check(
 
 
 def _print_report(report: Report, console: Console) -> None:
-    """Errors beside their bounds, a line for each case and one for each dimension."""
+    """Print each error and its share of the bound: a table by case, and one by dimension."""
     console.print(
         _pivot(
-            "max|a - b| / max|b| against float64 reference, and its share of what passes",
+            "max|a - b| / max|b| against the float64 reference, and its share of the bound",
             ("backend", "dtype", "case"),
             [((r.backend, r.dtype, r.case), r.quantity, r) for r in report.rows],
         ),
         _pivot(
-            "Distance from equivariance, and its share of what passes",
+            "Distance from equivariance, and its share of the bound",
             ("backend", "dtype", "D"),
             [((r.backend, r.dtype, str(r.dim)), r.symmetry, r) for r in report.equivariance],
         ),
@@ -200,6 +201,10 @@ def _pivot(
     keys: tuple[str, ...],
     cells: list[tuple[tuple[str, ...], str, Row | EquivarianceRow]],
 ) -> Table:
+    """A table of errors: a line for each key, a column for each quantity.
+
+    ``cells`` are (key, column, row) in the order in which keys and columns shall appear.
+    """
     table = Table(*keys, title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
     columns = list(dict.fromkeys(column for _, column, _ in cells))
     for column in columns:
@@ -210,8 +215,8 @@ def _pivot(
         lines.setdefault(key, {})[column] = Text(
             f"{row.error:.1e} {row.error / row.bound:4.0%}", style=style
         )
-    for key, found in lines.items():
-        table.add_row(*key, *(found.get(column, "") for column in columns))
+    for key, errors in lines.items():
+        table.add_row(*key, *(errors.get(column, "") for column in columns))
     return table
 
 
@@ -230,7 +235,7 @@ def bench(
     against: Annotated[
         list[str] | None,
         typer.Option(
-            help="What to compare with: reference, official, compile, egnn-pytorch, "
+            help="Peer to compare with: reference, official, compile, egnn-pytorch, "
             "egnn-pytorch-sparse; may be repeated.",
             show_default="all installed",
         ),
@@ -248,9 +253,9 @@ def bench(
     ),
     show_list: Annotated[bool, typer.Option("--list", help="Show the cases and exit.")] = False,
 ) -> None:
-    """Time the kernels beside plain PyTorch and other packages, once a check has passed.
+    """Time the kernels and, beside them, plain PyTorch and other packages.
 
-    Exits with 1 if a check fails; what fails it is not timed.
+    A case is timed only if its results are correct. Exits with 1 if a check fails.
     """
     from egnn_fast.bench.command import command, show_cases
 
@@ -269,7 +274,7 @@ def bench(
             out=out,
         )
     except KeyboardInterrupt:
-        message = f"stopped: {out / 'results.json'} has the cases that were done"
+        message = f"stopped: {out / 'results.json'} has the finished cases"
         console.print(Text(message, style="yellow"), soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
     if not passed:
@@ -277,6 +282,7 @@ def bench(
 
 
 def _default(field: str) -> str:
+    """A field's default in :class:`Config`, for the help."""
     return str(getattr(Config, field))
 
 
@@ -289,7 +295,7 @@ def train_nbody(
     seed: Annotated[
         int | None,
         typer.Option(
-            help="Of the initial weights and the order of the batches.",
+            help="Seed of the initial weights and the order of the batches.",
             show_default=_default("seed"),
         ),
     ] = None,
@@ -302,7 +308,7 @@ def train_nbody(
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(help="Systems of a training step.", show_default=_default("batch_size")),
+        typer.Option(help="Systems in a training step.", show_default=_default("batch_size")),
     ] = None,
     train_systems: Annotated[
         int | None,
@@ -325,7 +331,7 @@ def train_nbody(
     ] = None,
     backend: Annotated[
         Backend | None,
-        typer.Option(help="What runs the layers.", show_default=_default("backend")),
+        typer.Option(help="Backend that runs the layers.", show_default=_default("backend")),
     ] = None,
     device: Annotated[
         str | None,
@@ -333,7 +339,9 @@ def train_nbody(
     ] = None,
     precision: Annotated[
         Precision | None,
-        typer.Option(help="Of weights and arithmetic.", show_default=_default("precision")),
+        typer.Option(
+            help="Precision of weights and arithmetic.", show_default=_default("precision")
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for metrics, checkpoints and pictures.")] = Path(
         "runs/nbody"
@@ -342,19 +350,19 @@ def train_nbody(
         bool,
         typer.Option(
             "--resume",
-            help="Go on with the run in --out; only --epochs may differ from how it was started.",
+            help="Continue the run in --out; of its options only --epochs may change.",
         ),
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Remove the run in --out and start anew.")
+        bool, typer.Option("--overwrite", help="Remove the run in --out and start again.")
     ] = False,
 ) -> None:
     """Learn where five charged particles go (section 5.1 of the EGNN paper).
 
-    The data is simulated at the first run (10 s) and kept in the cache folder.
-    Stop with Ctrl-C, go on with --resume.
+    The first run simulates the data (10 s) and stores it in the cache folder.
+    Stop with Ctrl-C, continue with --resume.
     """
-    asked: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "epochs": epochs,
         "seed": seed,
         "lr": lr,
@@ -368,16 +376,16 @@ def train_nbody(
         "device": device,
         "precision": precision.value if precision is not None else None,
     }
-    given = {name: value for name, value in asked.items() if value is not None}
-    Config(**given)  # a wrong option is told before torch is even imported
+    options = {name: value for name, value in arguments.items() if value is not None}
+    Config(**options)  # raises for a wrong option before PyTorch is imported
     from egnn_fast.experiments.nbody.run import run
 
     console = Console()
     try:
-        run(given, out, console, resume=resume, overwrite=overwrite)
+        run(options, out, console, resume=resume, overwrite=overwrite)
     except KeyboardInterrupt:
-        kept = f"what is done is kept: --out {out} --resume goes on"
-        message = kept if (out / "last.pt").exists() else "before training began"
+        saved = f"finished epochs are saved: --out {out} --resume goes on"
+        message = saved if (out / "last.pt").exists() else "before training began"
         console.print(Text(f"stopped: {message}", style="yellow"), soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
 

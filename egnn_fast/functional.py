@@ -1,4 +1,4 @@
-"""The layer as functions: the edge pass alone, and a whole layer around it."""
+"""The layer as functions of its weights: the edge pass alone, and the whole layer."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def egcl_messages(
         n = act(w2 act(P_i + Q_j + w_r r + w_a a) + b2)     m = mask * gate(n) * n
         s = w_x . act(w3 m + b3)                            t = mask * clamp(s d / rho)
 
-    (the first linear's bias belongs into P).
+    These are equations 3, 5 and 8 of Satorras et al. (2021) and the sum in equation 4.
 
     Parameters
     ----------
     P, Q : Tensor [N, H]
-        The receiver's and the sender's part of the edge MLP's first linear. Under autocast also in
-        bfloat16 or float16, as a linear leaves them there: the Triton kernels then gather rows of
-        half the bytes, as a layer's do; other backends convert them to the dtype of ``x``. M and X
-        have the dtype of ``x`` all the same, gradients that of their tensors.
+        The receiver's and the sender's part of the edge MLP's first linear, ``h W_i^T + b1`` and
+        ``h W_j^T``. Under autocast they may also be bfloat16 or float16, as a linear returns them
+        there. The Triton kernels read them in that dtype, which halves the bytes gathered; other
+        backends convert them to the dtype of ``x``. Gradients have the dtypes of P and Q.
     x : Tensor [N, D]
         Coordinates.
     graph : Graph, edge_index or list of Graph
@@ -52,28 +52,28 @@ def egcl_messages(
     weights : EdgeWeights
         The rest of the edge MLP, the gate and the coordinate head.
     options : Options
-        ``coord_agg`` other than None means that the coordinate sum is wanted; mean and
-        ``coord_scale`` are left to the caller.
+        If ``coord_agg`` is not None, X is computed. The mean and ``coord_scale`` are not applied;
+        the caller does that.
     edge_attr : Tensor [E, A], optional
         Edge attributes in the user's edge order.
     edge_mask : Tensor [E] or [E, 1], optional
-        A factor on m and t; bool or floating point. Differentiable.
+        Factor on m and t; bool or floating point. Differentiable.
     backend : str, optional
         See :func:`egnn_fast.use_backend`.
 
     Returns
     -------
     M : Tensor [N, H]
-        Sum of the messages m over each receiver's senders.
+        Sum of the messages m over each receiver's senders, in the dtype of ``x``.
     X : Tensor [N, D] or None
-        Sum of the coordinate updates t; None without a coordinate head.
+        Sum of the coordinate updates t, in the dtype of ``x``; None without a coordinate head.
 
     Raises
     ------
     TypeError, ValueError, IndexError
         An argument is wrong; the message names it.
     BackendError
-        A backend was named that cannot run the call.
+        The named backend cannot run the call.
     """
     refuse_jit_trace()
     arguments.check_nodes(P, x, "P")
@@ -91,8 +91,8 @@ def egcl_messages(
         return reference.messages(
             P, Q, x, receiver, sender, weights, options, edge_attr=edge_attr, edge_mask=edge_mask
         )
-    m, shift = messages(
-        torch.cat(_of_one_dtype(P, Q, x), dim=1),
+    message_sum, coord_sum = messages(
+        torch.cat(_to_common_dtype(P, Q, x), dim=1),
         x,
         graph,
         weights,
@@ -101,7 +101,7 @@ def egcl_messages(
         mask,
         chosen,
     )
-    return m, shift if options.updates_coords else None
+    return message_sum, coord_sum if options.updates_coords else None
 
 
 @without_default_device
@@ -129,13 +129,13 @@ def egcl(
     h : Tensor [N, F]
         Node features.
     x : Tensor [N, D]
-        Coordinates, in the units of the data.
+        Coordinates.
     graph : Graph, edge_index or list of Graph
-        Receivers and senders.
+        N nodes, E edges. A raw ``edge_index`` holds receivers, then senders.
     weights : LayerWeights
         All weights; F, H, O and the attribute widths follow from their shapes.
     options : Options
-        What is not a tensor.
+        The settings that are not tensors.
     edge_attr : Tensor [E, A], optional
         Edge attributes in the user's edge order.
     node_attr : Tensor [N, B], optional
@@ -143,31 +143,32 @@ def egcl(
     edge_mask : Tensor [E] or [E, 1], optional
         Factor on each edge's message and coordinate update; bool or floating point.
     node_mask : Tensor [N] or [N, 1], optional
-        Edges at a node are weighted with its mask, its features come out multiplied by it, its
-        velocity does not move it: a node of mask 0 is padding.
+        Factor on every edge at a node, on the node's new features and on its velocity; bool or
+        floating point. So a node of mask 0 is padding.
     v : Tensor [N, D], optional
-        Velocities (eq. 7); the weights must have the velocity MLP then.
+        Velocities (eq. 7). Required if the weights have a velocity MLP, else not allowed.
     residual : bool
-        Add h to the node MLP's output; F = O then.
+        Add h to the node MLP's output, which needs F = O.
     carry_velocity : bool
         Return the new velocity, ``v_i' = phi_v(h_i) v_i + c agg_j t_ij``.
     activation : callable, optional
-        Replaces the activation that ``options`` names; the layer then runs on the reference.
+        Used instead of the activation that ``options`` names, a function on tensors. The layer
+        then runs on the reference.
     backend : str, optional
         See :func:`egnn_fast.use_backend`.
 
     Returns
     -------
     (h, x, v)
-        ``h [N, O]``; ``x [N, D]``; ``v [N, D]``, the whole step that x made, or None unless
-        ``carry_velocity``.
+        The new features ``[N, O]``, coordinates ``[N, D]``, and velocity ``[N, D]``. The
+        velocity is None without ``carry_velocity`` or without ``v``.
 
     Raises
     ------
     TypeError, ValueError, IndexError
         An argument is wrong; the message names it.
     BackendError
-        A backend was named that cannot run the call.
+        The named backend cannot run the call.
     """
     refuse_jit_trace()
     if (
@@ -176,13 +177,14 @@ def egcl(
         and activation is None
         and backends.requested(backend) in ("auto", "cpu")
     ):
-        # fast: the extension checks the tensors; what it refuses, the checks below name
-        found = try_direct_layer(
+        # Fast path: the extension checks the tensors. If it rejects one, the checks below raise the
+        # error that names it.
+        results = try_direct_layer(
             h, x, graph, weights, options, v=v, edge_attr=edge_attr, node_attr=node_attr,
             residual=residual, carry_velocity=carry_velocity and v is not None,
         )  # fmt: skip
-        if found is not None:
-            new_h, moved, step = found
+        if results is not None:
+            new_h, moved, step = results
             return new_h, x if moved is None else moved, step
     arguments.check_nodes(h, x)
     graph = arguments.resolve_graph(graph, h)
@@ -206,7 +208,7 @@ def egcl(
             edge_attr=edge_attr, node_attr=node_attr, edge_mask=edge_mask, node_mask=node_mask,
             v=v, residual=residual, carry_velocity=carry_velocity,
         )  # fmt: skip
-    # from here on nothing that the reference uses: the checks compare the two
+    # From here on use no code of the reference: the checks compare the two.
     mask, v = _with_node_mask(nodes, mask, v, graph)
     weight = _coord_weight(mask, graph, options, x.dtype)
     carry = carry_velocity and v is not None
@@ -239,10 +241,11 @@ def egcl_by_maps(
     carry_velocity: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """:func:`egcl` with any MLPs, in plain PyTorch on every backend.
+    """:func:`egcl` with any MLPs. Runs in plain PyTorch on every backend.
 
-    ``widths`` are F, H, A and B: of ``h``, of messages, of ``edge_attr`` and of ``node_attr``.
-    ``changed`` says why no kernel runs the layer, for the warning.
+    ``widths`` are F, H, A and B, the widths of ``h``, messages, ``edge_attr`` and ``node_attr``.
+    ``changed`` says which submodule no kernel knows; the warning quotes it. The other arguments,
+    the result and the errors are those of :func:`egcl`.
     """
     features, hidden, edge_attrs, node_attrs = widths
     arguments.check_nodes(h, x)
@@ -285,20 +288,22 @@ def explain(
     options, activation, backend
         As for :func:`egcl`.
     changed : str, optional
-        Which submodule of the layer is not as it was built, and how.
+        Which submodule was modified after the layer was built, and how.
 
     Raises
     ------
+    TypeError, ValueError
+        ``h`` or ``x`` is wrong; the message names it.
     BackendError
-        A backend was named that cannot run the call.
+        The named backend cannot run the call.
     """
     arguments.check_nodes(h, x)
     name = None if activation is not None else (options or Options()).activation
     return backends.explain_call(backend, _call(x, hidden, name, changed))
 
 
-def _of_one_dtype(p: Tensor, q: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """P and Q in autocast's dtype if both have it, else in that of x."""
+def _to_common_dtype(p: Tensor, q: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """P and Q ``[N, H]`` as they are if both have autocast's dtype, else in the dtype of ``x``."""
     if p.dtype == q.dtype == x.dtype:
         return p, q
     if p.dtype == q.dtype == torch.get_autocast_dtype(x.device.type):
@@ -312,8 +317,9 @@ def _call(
     return backends.Call(x.device.type, x.dtype, hidden, x.shape[1], activation, changed)
 
 
-def _check_velocity(v: Tensor | None, wanted: bool, x: Tensor) -> None:
-    if (v is not None) is not wanted:
+def _check_velocity(v: Tensor | None, has_velocity_mlp: bool, x: Tensor) -> None:
+    """Raise unless ``v`` is ``[N, D]`` like ``x``, or None without a velocity MLP."""
+    if (v is not None) is not has_velocity_mlp:
         raise ValueError("v: needed exactly where the weights have a velocity MLP")
     if v is not None:
         arguments.check_float("v", v, 2)
@@ -324,19 +330,22 @@ def _check_velocity(v: Tensor | None, wanted: bool, x: Tensor) -> None:
 def _with_node_mask(
     nodes: Tensor | None, mask: Tensor | None, v: Tensor | None, graph: Graph
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``mask [E]`` times the masks ``[N]`` of an edge's two nodes; ``v [N, D]`` times a node's."""
+    """Apply the node masks ``nodes [N]`` to ``mask [E]``, at both ends, and to ``v [N, D]``."""
     if nodes is None:
         return mask, v
     receiver, sender = graph.shared_edge_index()
-    between = nodes[receiver] * nodes[sender]
-    mask = between if mask is None else mask * between
+    both_ends = nodes[receiver] * nodes[sender]
+    mask = both_ends if mask is None else mask * both_ends
     return mask, None if v is None else v * nodes.unsqueeze(1)
 
 
 def _coord_weight(
     mask: Tensor | None, graph: Graph, options: Options, dtype: torch.dtype
 ) -> Tensor | None:
-    """1 / max(sum of a node's edge masks ``[E]``, 1), ``[N]``; None without a mean."""
+    """The mean's factor at each node, ``[N]``: 1 / max(sum of its edges' masks, 1).
+
+    ``mask`` is ``[E]``, or None for ones. Returns None unless ``coord_agg`` is "mean".
+    """
     if options.coord_agg != "mean":
         return None
     if mask is None:
@@ -347,7 +356,7 @@ def _coord_weight(
 
 
 def _edge_mask(edge_mask: Tensor | None, graph: Graph, x: Tensor) -> Tensor | None:
-    """The edge mask ``[E]`` in the dtype of ``x``, checked."""
+    """Check ``edge_mask [E]`` or ``[E, 1]`` and return it as ``[E]`` in the dtype of ``x``."""
     mask = arguments.as_mask("edge_mask", edge_mask, None, x)
     if mask is not None:
         arguments.check_edge_rows("edge_mask", mask, graph)
@@ -355,6 +364,7 @@ def _edge_mask(edge_mask: Tensor | None, graph: Graph, x: Tensor) -> Tensor | No
 
 
 def _check_node_attr(node_attr: Tensor | None, h: Tensor) -> int:
+    """Check ``node_attr [N, B]`` against ``h [N, F]``; returns B, 0 for None."""
     if node_attr is None:
         return 0
     arguments.check_float("node_attr", node_attr, 2)

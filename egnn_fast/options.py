@@ -1,4 +1,4 @@
-"""A layer's options: everything about it that is no tensor, as an immutable record."""
+"""A layer's options as an immutable record: all of its settings that are not tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
-from egnn_fast.argument_names import hinted
+from egnn_fast.argument_names import suggest_own_name
 
 ACTIVATIONS = ("silu", "relu", "leaky_relu")
 COORD_AGGS = ("mean", "sum", None)
@@ -19,10 +19,12 @@ UNIT_NORM_EPS = 1e-8
 Activation = Callable[[Tensor], Tensor]
 
 
-@hinted
+@suggest_own_name
 @dataclass(frozen=True)
 class Options:
-    """Everything about a layer that is not a tensor.
+    """The settings of a layer that are not tensors.
+
+    Symbols as in CONTRIBUTING.md, "The algorithm".
 
     Parameters
     ----------
@@ -31,18 +33,21 @@ class Options:
     negative_slope : float
         Slope of ``leaky_relu`` below zero; unused by the others.
     attention : bool
-        Gate every message by ``sigmoid(w_g . n_ij + b_g)`` (the paper's eq. 8, inferred edges).
+        Multiply every message by ``sigmoid(w_g . n_ij + b_g)`` (the paper's eq. 8, inferred
+        edges).
     coord_norm : None, "unit" or float
-        Divisor of the coordinate difference: none; ``|d| + 1e-8``, detached; or ``|d| + k``.
+        Divisor rho of the coordinate difference ``d = x_i - x_j``. None: 1. "unit":
+        ``|d| + 1e-8``, without a gradient. A number k > 0: ``|d| + k``, with its gradient.
     coord_tanh : bool
-        Bound the coordinate head's output by tanh.
+        Apply tanh to the coordinate head's output.
     coord_agg : {"mean", "sum", None}
-        How coordinate updates are aggregated; ``None`` leaves the coordinates alone.
+        How a receiver's coordinate updates are aggregated. With ``None`` the layer has no
+        coordinate head and does not change the coordinates.
     coord_scale : float
-        Factor on the aggregated coordinate update.
+        Factor c on the aggregated coordinate update.
     coord_clamp : float or None
-        Bound on each component of an edge's coordinate update. It breaks rotation
-        equivariance where it acts.
+        Clamp each component of an edge's coordinate update to ± this value. Where the clamp
+        acts, the layer is not rotation equivariant.
 
     Raises
     ------
@@ -63,7 +68,7 @@ class Options:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {self.activation!r}")
         for name in ("attention", "coord_tanh"):
-            # object's, because the dataclass is frozen
+            # a frozen dataclass forbids plain assignment
             if not isinstance(getattr(self, name), bool):
                 object.__setattr__(self, name, as_bool(name, getattr(self, name)))
         for name in ("negative_slope", "coord_scale"):
@@ -89,7 +94,7 @@ class Options:
         return self.coord_agg is not None
 
     def activation_fn(self) -> Activation:
-        """The activation as a differentiable PyTorch function."""
+        """The activation as a PyTorch function on tensors of any shape, differentiable."""
         if self.activation == "silu":
             return F.silu
         if self.activation == "relu":
@@ -99,7 +104,7 @@ class Options:
 
 
 def as_bool(name: str, value: object) -> bool:
-    """A bool for a bool, 0, 1 or a NumPy bool, as command lines and configurations give it.
+    """Convert a bool, a NumPy bool, 0 or 1 to bool: command lines and configurations have all.
 
     Raises
     ------

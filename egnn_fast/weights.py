@@ -1,4 +1,4 @@
-"""A layer's weights as immutable records, and the split of the first linear."""
+"""A layer's weights as immutable records, and the split of the edge MLP's first linear."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 
 class EdgeWeights(NamedTuple):
-    """Weights of the edge pass, the first linear already split (CONTRIBUTING.md, "The algorithm").
+    """Weights of the edge pass after the split of W1 (CONTRIBUTING.md, "The algorithm").
 
-    With H hidden and A edge-attribute features, in ``torch.nn.Linear`` layout:
+    P and Q are computed from the rest of W1. With H hidden and A edge-attribute features, in
+    ``torch.nn.Linear`` layout:
     ``w_r [H]``, ``w_a [H, A]`` or None, ``w2 [H, H]``, ``b2 [H]``; with attention ``w_g [H]``,
     ``b_g [1]``; with a coordinate head ``w3 [H, H]``, ``b3 [H]``, ``w_x [H]``.
     """
@@ -29,7 +30,7 @@ class EdgeWeights(NamedTuple):
 
 
 class LayerWeights(NamedTuple):
-    """All weights of one layer in ``torch.nn.Linear`` layout, the first linear unsplit.
+    """All weights of one layer in ``torch.nn.Linear`` layout, with W1 in one piece.
 
     With F input, H hidden, O output, A edge-attribute and B node-attribute features:
     ``edge_w1 [H, 2F + 1 + A]`` (columns: receiver, sender, squared distance, attributes),
@@ -59,9 +60,18 @@ class LayerWeights(NamedTuple):
     vel_b2: Tensor | None = None
 
     def split(self, in_features: int) -> tuple[Tensor, Tensor, EdgeWeights]:
-        """Split the first linear: ``(w_pq [2H, F], b_pq [2H], edge weights)``.
+        """Split W1 into node-level and edge-level parts.
 
-        ``h @ w_pq.T + b_pq`` holds P (with the bias) and Q side by side.
+        Parameters
+        ----------
+        in_features : int
+            F.
+
+        Returns
+        -------
+        (w_pq, b_pq, edge_weights)
+            ``w_pq [2H, F]`` and ``b_pq [2H]`` give ``h @ w_pq.T + b_pq``, which is P (with the
+            bias b1) and Q side by side, ``[N, 2H]``. The rest is an :class:`EdgeWeights`.
         """
         hidden, width = self.edge_w1.shape
         attrs = width - 2 * in_features - 1
@@ -70,7 +80,7 @@ class LayerWeights(NamedTuple):
         return torch.cat((w_i, w_j)), F.pad(self.edge_b1, (0, hidden)), edge
 
     def edge_weights(self, w_r: Tensor, w_a: Tensor | None) -> EdgeWeights:
-        """The edge pass's weights, given the first linear's columns."""
+        """The edge pass's weights, with W1's columns ``w_r [H]`` and ``w_a [H, A]`` or None."""
         return EdgeWeights(
             w_r=w_r,
             w_a=w_a,

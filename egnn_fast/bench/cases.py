@@ -1,4 +1,4 @@
-"""What is measured: one table of sizes, passes and goals. Imports no PyTorch."""
+"""The table of benchmark cases: sizes, passes and goals. Does not import PyTorch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import NamedTuple
 from egnn_fast.experiments.errors import UsageError
 
 INFERENCE = "inference"  # forward under torch.inference_mode
-RECORDING = "recording"  # forward that keeps what the backward needs
-TRAINING = "forward + backward"  # gradients of every input and weight
-BACKWARD = "backward"  # the same without the time of the forward
-STEP = "training step"  # with the loss and Adam
+RECORDING = "recording"  # forward that saves what the backward needs
+TRAINING = "forward + backward"  # with gradients of every input and weight
+BACKWARD = "backward"  # the backward alone: the forward runs, but its time is not counted
+STEP = "training step"  # forward, loss, backward and Adam
 PASSES = (INFERENCE, RECORDING, TRAINING, BACKWARD, STEP)
 
 FUSED = "egnn_fast"
@@ -25,9 +25,11 @@ FLOAT_BYTES = {"float32": 4, "float64": 8}
 
 
 class Goal(NamedTuple):
-    """What a pass is to reach: its share of the floor, and how much faster than eager it is.
+    """The goal of egnn_fast in the pass ``measured`` of a case.
 
-    ``against`` may name another peer than eager, which is the faster of :data:`EAGER`.
+    ``ratio``: how many times faster than the peer ``against`` it shall be; "eager" is the faster
+    peer of :data:`EAGER`. ``share``: the share of the floor that it shall reach
+    (:mod:`egnn_fast.bench.floor`).
     """
 
     measured: str
@@ -38,34 +40,33 @@ class Goal(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """A graph, widths and passes.
+    """One benchmark: a graph, widths, and the passes to time.
 
     Parameters
     ----------
     name : str
-        What ``--case`` calls it.
+        The name for ``--case``.
     about : str
-        One line.
+        A description in one line.
     kind : {"layer", "edges", "nbody", "qm9", "overhead"}
-        A layer with its node MLPs; the edge pass alone; a model with its training step; a layer
-        so small that only the path to the kernel counts.
+        A layer with its node MLPs; the edge pass alone; the n-body or QM9 model with its training
+        step; or a layer so small that the overhead of a call dominates.
     graph : {"regular", "uniform", "power", "hub", "complete"}
-        ``degree`` random senders for every node; both ends at random; receivers by a power law;
-        one receiver for all; all pairs of the components ``sizes``.
+        ``degree`` random senders for every node; both ends of every edge at random; receivers by a
+        power law; one receiver for all edges; or complete graphs of the sizes ``sizes``.
     nodes, degree : int
-        N, and E / N; for complete graphs they follow from ``sizes``.
-    features : int
-        Width F of h; ``hidden`` unless given.
+        N, and E / N. Complete graphs have ``sizes`` instead.
     hidden, layers, attrs, dtype
-        H, L, the width of edge_attr, and "float32" or "float64".
+        H, the number of layers, the width A of edge_attr, and "float32" or "float64".
     attention, head, velocity : bool
-        The gate, the coordinate head, the velocity MLP.
+        Whether the layers have a gate, a coordinate head, a velocity MLP.
     passes, against, memory : tuple of str
-        What is timed; what beside, where installed; whose peak memory is measured.
+        The passes to time; the peers to time beside egnn_fast, if installed; and the peers whose
+        peak memory is measured.
     quick : bool
         Whether ``--quick`` includes it.
     goals : tuple of Goal
-        What it is to reach on two threads.
+        Goals on two threads.
     """
 
     name: str
@@ -102,7 +103,7 @@ class Case:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a number."""
+        """Bytes of one number of ``dtype``."""
         return FLOAT_BYTES[self.dtype]
 
     @property
@@ -111,24 +112,27 @@ class Case:
         return self.num_nodes * self.hidden * self.itemsize
 
     def at_most(self, edges: int) -> Case:
-        """The same with fewer nodes, so that there are about so many edges at most."""
+        """The case with fewer nodes, so that it has at most ``edges`` edges.
+
+        Cases with ``sizes`` stay as they are. One node is the least, which may have more edges.
+        """
         if self.sizes or self.num_edges <= edges:
             return self
         return replace(self, nodes=max(1, edges // self.degree))
 
 
 def _ragged(graphs: int) -> tuple[int, ...]:
-    # 9 to 29 atoms, each size about equally often, in an order that looks random
+    # 9 to 29 atoms, each size about equally often, in no obvious order
     return tuple(9 + (11 * k) % 21 for k in range(graphs))
 
 
 def _growth(edges: int) -> Case:
-    light = edges <= 1_000_000
+    small = edges <= 1_000_000
     return Case(
         f"growth-{edges // 1000}k",
         f"H = 64, {edges:,} edges: time and memory per edge as E grows",
         nodes=edges // 32,
-        against=EAGER if light else (),
+        against=EAGER if small else (),
         memory=(FUSED, "official") if edges <= 3_200_000 else (FUSED,),
     )
 
@@ -207,7 +211,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "overhead",
-        "N = 20, one sender each, H = 64: the path to the kernel beside PyTorch's node operations",
+        "N = 20, one sender each, H = 64: overhead of a call beside PyTorch's node operations",
         kind="overhead",
         nodes=20,
         degree=1,
@@ -236,12 +240,14 @@ CASES: tuple[Case, ...] = (
 
 
 def select(patterns: Sequence[str] | None, quick: bool) -> tuple[Case, ...]:
-    """The cases that names or shell patterns ask for; by default all, or those of ``--quick``.
+    """The cases whose names match one of the shell patterns.
+
+    Without patterns: all cases, or those with ``quick`` if ``quick`` is set.
 
     Raises
     ------
     UsageError
-        A pattern matches none.
+        A pattern matches no case.
     """
     if not patterns:
         return tuple(case for case in CASES if case.quick or not quick)

@@ -1,4 +1,4 @@
-"""``egnn-fast bench``: from its options to its files."""
+"""``egnn-fast bench``: run the cases, write and print the results."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ def command(
     repeats: int | None,
     out: Path,
 ) -> bool:
-    """Run the cases, write ``results.json`` and the pictures, print; whether all checks passed.
+    """Run the cases, write ``results.json`` and the pictures, and print the results.
+
+    The parameters are the options of the command. Returns whether all checks passed.
 
     Raises
     ------
     UsageError
-        An option is wrong; told before any work.
+        An option is wrong. Raised before anything is timed.
     """
     for name, value in (("--threads", threads), ("--repeats", repeats)):
         if value is not None and value < 1:
@@ -54,7 +56,7 @@ def command(
             repeats=repeats or (QUICK_REPEATS if quick else REPEATS),
             quick=quick,
             tell=status.update,
-            save=lambda found: found.save(out / RESULTS),
+            save=lambda results: results.save(out / RESULTS),
         )
     pictures = plots.draw(results, out)
     console.print(report.report(results))

@@ -1,8 +1,8 @@
-"""The layer written the official code's way, on the weights of a layer of this package.
+"""The layer as the official code computes it, on the submodules of a layer of this package.
 
-Unsplit first linear on the concatenation, sums by ``scatter_add_``, a mean that counts its
-neighbours at each call. It is a baseline of time, only what the benchmarks use is here; what is
-right, :mod:`egnn_fast.reference` says.
+The first linear is applied to the concatenation, sums are ``scatter_add_``, and the mean counts the
+edges at each call. This is a baseline for time only, and has only the options that the benchmarks
+use. The definition of right results is :mod:`egnn_fast.reference`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,22 @@ from egnn_fast.reference import segment_sum
 
 
 class OfficialLayer(nn.Module):
-    """``E_GCL`` as published, without normalised differences, masks and node attributes.
+    """The official ``E_GCL``, without normalised differences, masks and node attributes.
 
     Parameters
     ----------
     layer : EGCLBase
-        The layer whose submodules it runs, shared, not copied.
+        The layer whose submodules it runs; they are shared, not copied.
     edges : Tensor [2, E]
-        Receivers and senders, as the official layer takes them.
+        Receivers and senders.
     order : Tensor [E], optional
-        Where the edges stand in another order: the user's number of each.
+        If ``edges`` are shuffled: the index of each in the user's order, to which ``edge_attr``
+        belongs.
+
+    Raises
+    ------
+    ValueError
+        The layer has an option that is not supported here.
     """
 
     def __init__(self, layer: EGCLBase, edges: Tensor, order: Tensor | None = None) -> None:
@@ -57,7 +63,7 @@ class OfficialLayer(nn.Module):
         edge_mask: None = None,
         node_mask: None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As :meth:`egnn_fast.nn.EGCLVel.forward`, but on the layer's own edges."""
+        """As :meth:`egnn_fast.nn.EGCLVel.forward`, but ``graph`` is ignored: ``edges`` are used."""
         row, col = self.edges
         difference = x[row] - x[col]
         radial = torch.sum(difference**2, 1, keepdim=True)
@@ -81,9 +87,9 @@ class OfficialLayer(nn.Module):
 
 
 def official(module: nn.Module, edges: Tensor, order: Tensor | None = None) -> nn.Module:
-    """A copy of a layer or network whose layers run the official way on ``edges [2, E]``.
+    """A copy of a layer or network, with each layer replaced by an :class:`OfficialLayer`.
 
-    ``order [E]``: see :class:`OfficialLayer`.
+    For ``edges [2, E]`` and ``order [E]`` see :class:`OfficialLayer`.
     """
     module = copy.deepcopy(module)
     if isinstance(module, EGCLBase):

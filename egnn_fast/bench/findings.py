@@ -1,4 +1,4 @@
-"""The figures that have goals, from the rows of a run."""
+"""Compare the results of a run with its goals."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from egnn_fast.bench.cases import (
 )
 from egnn_fast.bench.results import CaseResult, Finding
 
-MEMORY_TENSORS, MEMORY_EXTRA = 16, 64e6  # node tensors, and bytes beside them
-GROWTH = 1.3  # slowest over fastest time per edge
+# the goal for peak memory: this many node tensors, and this many bytes more
+MEMORY_TENSORS, MEMORY_EXTRA = 16, 64e6
+GROWTH = 1.3  # the goal for the slowest over the fastest time per edge in a series
 OVERHEAD = {INFERENCE: 25e-6, RECORDING: 60e-6}  # seconds that the edge operator may add
 _SERIES = {
     "growth-": "slowest over fastest time per edge, {}",
@@ -25,17 +26,17 @@ _SERIES = {
 
 
 def findings(results: list[CaseResult]) -> list[Finding]:
-    """All that can be said from these cases; nothing of those that failed their check."""
-    good = {result.name: result for result in results if result.check.passed}
-    found: list[Finding] = []
+    """All figures with a goal that these results contain, without cases that failed their check."""
+    passed = {result.name: result for result in results if result.check.passed}
+    figures: list[Finding] = []
     for case in CASES:
-        if case.name in good:
-            result = good[case.name]
-            found += [*_goals(case, result), *_overhead(case, result), *_memory(case, result)]
+        if case.name in passed:
+            result = passed[case.name]
+            figures += [*_goals(case, result), *_overhead(case, result), *_memory(case, result)]
     for prefix, what in _SERIES.items():
-        series = [result for name, result in good.items() if name.startswith(prefix)]
-        found += _even(prefix + "*", what, series)
-    return found
+        series = [result for name, result in passed.items() if name.startswith(prefix)]
+        figures += _series(prefix + "*", what, series)
+    return figures
 
 
 def _goals(case: Case, result: CaseResult) -> Iterator[Finding]:
@@ -76,7 +77,7 @@ def _memory(case: Case, result: CaseResult) -> Iterator[Finding]:
         yield Finding(case.name, what, row.peak_bytes / 1e6, "MB", allowed / 1e6, False)
 
 
-def _even(name: str, what: str, series: list[CaseResult]) -> Iterator[Finding]:
+def _series(name: str, what: str, series: list[CaseResult]) -> Iterator[Finding]:
     if len(series) < 2:
         return
     for measured in (INFERENCE, TRAINING, BACKWARD):

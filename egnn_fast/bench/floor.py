@@ -1,10 +1,10 @@
-"""The least time that a pass can take: its products at the BLAS's rate, its SiLUs at ours.
+"""The floor: the least time of a pass, with products at the BLAS's rate and SiLUs at ours.
 
-An edge costs two H x H products forward (one without a coordinate head), and three times those
-backward: recomputed, and one each for the input's and the weight's gradient. Nodes count P and Q,
-phi_h and phi_v in the same way. Left out are the terms of an edge that do not grow with H squared
-(distance, edge_attr, gate, sums) and everything outside the layers: the floor is a little too low,
-a share of it never flatters.
+An edge costs two H x H products forward (one without a coordinate head). Backward it costs three
+times as many: the forward's again, one for each input's gradient, and one for each weight's. P and
+Q, phi_h and phi_v count in the same way, per node. The terms of an edge that do not grow with H
+squared (distance, edge_attr, gate, sums) and everything outside the layers are left out. So the
+floor is a little too low, and so is the share of it that a pass reaches.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ import torch
 from egnn_fast.bench.cases import BACKWARD, INFERENCE, RECORDING, STEP, TRAINING, Case
 from egnn_fast.runtime import native
 
-SQUARE = 1536  # a product that runs at the BLAS's best
-TALL = 65_536  # rows of the layer's own shape: tall, H wide
-SILU_PER_THREAD = 4096  # numbers, which stay in the first-level cache
+SQUARE = 1536  # side of a square product, large enough for the BLAS's best rate
+TALL = 65_536  # rows of a product of the layer's shape, [TALL, H] @ [H, H]
+SILU_PER_THREAD = 4096  # numbers of the SiLU probe; they stay in the first-level cache
 _REPEATS = 5
-_COPY_BYTES = 1 << 28  # beyond any cache
+_COPY_BYTES = 1 << 28  # size of the copy probe, larger than any cache
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one pass has to do.
+    """The work of one pass.
 
     Attributes
     ----------
     flop : float
-        Of the matrix products; a multiply-add is two.
+        Floating-point operations of the matrix products; a multiply-add counts as two.
     activations : float
-        SiLUs, or their derivatives.
+        Number of SiLUs, or of their derivatives.
     bytes : float
-        The least memory traffic: node tensors once, a sender's row for every edge.
+        The least memory traffic: every node tensor once, and a sender's row for every edge.
     """
 
     flop: float = 0.0
@@ -45,7 +45,7 @@ class Work:
     bytes: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        """Both, one after the other."""
+        """The work of both passes together."""
         return Work(
             self.flop + other.flop, self.activations + other.activations, self.bytes + other.bytes
         )
@@ -53,12 +53,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Rates:
-    """What this machine reaches, in this process, with its threads.
+    """The rates of this machine in this process, on its threads.
 
     Attributes
     ----------
     blas : float
-        Flop of ``torch.mm`` per second, of a large square or the layer's shape, the better one.
+        Flop per second of ``torch.mm``, for a large square or the layer's shape, whichever is
+        faster.
     silu : float or None
         SiLUs per second of the extension's own vectorised code; None without the extension.
     copy : float
@@ -70,21 +71,21 @@ class Rates:
     copy: float
 
     def seconds(self, work: Work) -> float | None:
-        """The floor of some work; None where the rate of SiLU is unknown."""
+        """The floor of some work in seconds; None if the rate of SiLU is unknown."""
         if self.silu is None:
             return None
         return work.flop / self.blas + work.activations / self.silu
 
 
 def forward_work(case: Case) -> Work:
-    """Of all layers of a case, forward."""
+    """The work of all layers of a case, forward."""
     n, e, h, layers = case.num_nodes, case.num_edges, case.hidden, case.layers
     products = 2 if case.head else 1
     edge_flop = products * 2 * h * h
     edge_activations = (products + 1) * h
-    # the sender's row of Q and its coordinates; the graph counts 4 bytes an edge
+    # the sender's row of Q, its coordinates, and 4 bytes of the graph
     edge_bytes = (h + 3) * case.itemsize + 4
-    if case.kind == "edges":  # P and Q are given, M and X are what comes out
+    if case.kind == "edges":  # P and Q read, M written
         node = Work(bytes=(2 * h + h) * case.itemsize)
     else:
         phi_h = 2 * 2 * h * h + 2 * h * h  # [h ; M] -> H -> H
@@ -92,7 +93,7 @@ def forward_work(case: Case) -> Work:
         node = Work(
             flop=2 * h * 2 * h + phi_h + phi_v,
             activations=h * (2 if case.velocity else 1),
-            # h; P and Q written and read; M written and read; h'
+            # h read; P and Q written and read; M written and read; h' written
             bytes=(h + 4 * h + 2 * h + h) * case.itemsize,
         )
     return Work(
@@ -103,14 +104,20 @@ def forward_work(case: Case) -> Work:
 
 
 def backward_work(case: Case) -> Work:
-    """Of all layers of a case, backward, recomputing what was not kept."""
+    """The work of all layers of a case, backward, with the forward's products run again."""
     forward = forward_work(case)
-    # Q is gathered again, and each edge adds a row to its sender's gradient
+    # twice the bytes: Q is gathered again, and each edge adds a row to its sender's gradient
     return Work(3 * forward.flop, forward.activations, 2 * forward.bytes)
 
 
 def pass_work(case: Case, measured: str) -> Work:
-    """Of a pass: forward, backward or both."""
+    """The work of a pass: forward, backward or both.
+
+    Raises
+    ------
+    ValueError
+        There is no such pass.
+    """
     if measured in (INFERENCE, RECORDING):
         return forward_work(case)
     if measured == BACKWARD:
@@ -121,19 +128,24 @@ def pass_work(case: Case, measured: str) -> Work:
 
 
 class Probes:
-    """What the rates are measured with, run in turn with what they are to judge.
+    """Functions that measure the rates. They are timed in turn with the passes.
 
-    A rate taken at another moment, or as the best of many while times are medians, would compare
-    two different machines: neighbours and clock rates come and go.
+    The machine's speed changes with its load and clock rate. So a rate must be measured at the same
+    time as the passes, and be a median as their times are.
 
     Parameters
     ----------
     dtype : {"float32", "float64"}
-        Of the numbers.
+        Dtype of the numbers.
     hidden : int
-        H, for the layer's own shape ``[65536, H] @ [H, H]``.
+        H, for the product of the layer's shape, ``[65536, H] @ [H, H]``.
     threads : int
-        Of PyTorch and of the SiLU; must be what ``torch.get_num_threads()`` says.
+        Threads of PyTorch and of the SiLU; must equal ``torch.get_num_threads()``.
+
+    Raises
+    ------
+    ValueError
+        PyTorch has another number of threads.
     """
 
     def __init__(self, dtype: str, hidden: int, threads: int) -> None:
@@ -141,7 +153,7 @@ class Probes:
             raise ValueError(f"threads: PyTorch runs on {torch.get_num_threads()}, got {threads}")
         kind: torch.dtype = getattr(torch, dtype)
         products = [_product(SQUARE, SQUARE, kind), _product(TALL, hidden, kind)]
-        # the shape that the BLAS is better at
+        # the shape with the higher rate
         self._product, self._flop = min(products, key=lambda p: _seconds(p[0]) / p[1])
         silu = _silu(kind, threads)
         self._silu = None if silu is None else silu[0]
@@ -149,17 +161,18 @@ class Probes:
         self._copy = _copy_rate(kind)
 
     def functions(self) -> dict[str, Callable[[], object]]:
-        """The probes by name, to be timed along."""
-        found: dict[str, Callable[[], object]] = {"blas": self._product}
-        return found if self._silu is None else {**found, "silu": self._silu}
+        """The functions to time, by name."""
+        probes: dict[str, Callable[[], object]] = {"blas": self._product}
+        return probes if self._silu is None else {**probes, "silu": self._silu}
 
     def rates(self, seconds: Mapping[str, float]) -> Rates:
-        """The rates, given how long each probe took."""
+        """The rates, from the seconds that each of :meth:`functions` took."""
         silu = None if self._silu is None else self._silus / seconds["silu"]
         return Rates(self._flop / seconds["blas"], silu, self._copy)
 
 
 def _product(rows: int, inner: int, dtype: torch.dtype) -> tuple[Callable[[], object], float]:
+    """A function that multiplies ``[rows, inner] @ [inner, inner]`` some times, and its flop."""
     a, b = (
         torch.randn(rows, inner, dtype=dtype, device="cpu"),
         torch.randn(inner, inner, dtype=dtype, device="cpu"),
@@ -175,6 +188,7 @@ def _product(rows: int, inner: int, dtype: torch.dtype) -> tuple[Callable[[], ob
 
 
 def _silu(dtype: torch.dtype, threads: int) -> tuple[Callable[[], object], float] | None:
+    """A function that computes SiLUs, and their number; None without the extension."""
     if native.core is None:
         return None
     silu = native.core.silu
@@ -192,6 +206,7 @@ def _silu(dtype: torch.dtype, threads: int) -> tuple[Callable[[], object], float
 
 
 def _copy_rate(dtype: torch.dtype) -> float:
+    """Bytes read and written per second."""
     source = torch.ones(_COPY_BYTES // dtype.itemsize, dtype=dtype, device="cpu")
     target = torch.empty_like(source)
     return 2 * _COPY_BYTES / _seconds(lambda: target.copy_(source))

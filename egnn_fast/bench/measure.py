@@ -1,4 +1,4 @@
-"""Time, in turn and in one process; and memory, in a process of its own."""
+"""Time functions in turn in one process, and measure the growth of this process's memory."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-# seconds: shorter runs are repeated within a sample, so that a training step meets what the step
-# before it left in the caches, as it does in training, rather than what its rival left there
+# Seconds of a sample at least. Shorter runs are repeated within it, so that a training step finds
+# in the caches what the step before it left there, as in training, not what another function left.
 MIN_SAMPLE = 0.1
 _PROC = Path("/proc/self")
 
 
 class Timing(NamedTuple):
-    """Seconds of one run; the samples of what is compared were taken in turn."""
+    """Seconds of one run of a function: statistics of its samples."""
 
     median: float
     lower_quartile: float
@@ -36,26 +36,25 @@ class Timing(NamedTuple):
 def alternate(
     runs: Mapping[str, Callable[[], object]], repeats: int, min_sample: float | None = None
 ) -> dict[str, Timing]:
-    """Time several functions in turn, so that what disturbs the machine disturbs all of them.
+    """Time several functions in turn, so that other load on the machine affects all of them.
 
     Parameters
     ----------
     runs : mapping
-        The functions by name. Each runs at least once before it is timed. One that returns a
-        float says itself how many seconds count.
+        The functions by name. Each runs at least once before it is timed. If a function returns a
+        float, that is its time in seconds; else the whole run counts.
     repeats : int
         Samples of each.
     min_sample : float
-        Seconds that a sample lasts at least (``MIN_SAMPLE``): short functions run several times in
-        it.
+        Seconds of a sample at least (default ``MIN_SAMPLE``). Short functions run several times.
     """
     counts = {name: runs_per_sample(run, min_sample) for name, run in runs.items()}
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    with _no_collection():
+    with _no_garbage_collection():
         for _ in range(repeats):
             for name, run in runs.items():
                 samples[name].append(_sample(run, counts[name]) / counts[name])
-    return {name: _timing(found, counts[name]) for name, found in samples.items()}
+    return {name: _timing(seconds, counts[name]) for name, seconds in samples.items()}
 
 
 def _timing(samples: list[float], runs: int) -> Timing:
@@ -67,7 +66,7 @@ def _timing(samples: list[float], runs: int) -> Timing:
 
 
 def runs_per_sample(run: Callable[[], object], min_sample: float | None = None) -> int:
-    """Warm up, and find how many runs a sample needs."""
+    """Warm up, and return how many runs a sample of ``min_sample`` seconds needs."""
     min_sample = MIN_SAMPLE if min_sample is None else min_sample
     run()
     seconds, count = _sample(run, 1), 1
@@ -78,18 +77,19 @@ def runs_per_sample(run: Callable[[], object], min_sample: float | None = None) 
 
 
 def _sample(run: Callable[[], object], count: int) -> float:
-    counted, told = 0.0, False
+    """Seconds of ``count`` runs: those that the function returned, else those that passed."""
+    reported, reports = 0.0, False
     begin = time.perf_counter()
     for _ in range(count):
         seconds = run()
         if isinstance(seconds, float):
-            counted, told = counted + seconds, True
-    return counted if told else time.perf_counter() - begin
+            reported, reports = reported + seconds, True
+    return reported if reports else time.perf_counter() - begin
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """Without Python's garbage collector, which would strike one of them at random."""
+def _no_garbage_collection() -> Iterator[None]:
+    """Switch Python's garbage collector off: it would run during one of the functions at random."""
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -101,9 +101,9 @@ def _no_collection() -> Iterator[None]:
 
 
 def peak_growth(run: Callable[[], object]) -> int | None:
-    """By how many bytes the resident memory rises above its level before, at most; Linux only."""
+    """Peak of the resident memory during a run, less that before it, in bytes; None off Linux."""
     try:
-        (_PROC / "clear_refs").write_text("5")  # forgets the peak so far
+        (_PROC / "clear_refs").write_text("5")  # resets the peak
         before = _memory(_PROC / "status", "VmRSS")
         run()
         return _memory(_PROC / "status", "VmHWM") - before
@@ -112,7 +112,7 @@ def peak_growth(run: Callable[[], object]) -> int | None:
 
 
 def available_memory() -> int | None:
-    """Bytes that can be had without swapping; None where the system does not say."""
+    """Bytes that can be allocated without swapping; None if the system does not say."""
     try:
         return _memory(Path("/proc/meminfo"), "MemAvailable")
     except OSError:
@@ -120,6 +120,6 @@ def available_memory() -> int | None:
 
 
 def _memory(file: Path, field: str) -> int:
-    """A figure of a file of /proc, in bytes."""
+    """The value of a field, which a file in /proc gives in KiB, in bytes."""
     lines = file.read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024

@@ -1,4 +1,4 @@
-"""Peak memory of forward + backward, in a process that does nothing else.
+"""Peak memory of forward + backward, measured in a fresh process.
 
 ``python -m egnn_fast.bench.memory CASE PEER THREADS`` prints the bytes, or null.
 """
@@ -15,15 +15,16 @@ from egnn_fast.bench.cases import CASES, EAGER, TRAINING, Case
 from egnn_fast.experiments.errors import ExperimentError
 
 _WARM_UP_EDGES = 640
-# autograd keeps 8 H + 9 numbers of an edge in an eager layer; with what comes and goes, 11 H
+# Numbers that an eager layer needs for each edge, over H: autograd saves 8 H + 9; temporaries make
+# it 11 H.
 _EAGER_NUMBERS = 11
 
 
 class Memory(NamedTuple):
-    """Growth of a process's peak resident size over that with graph, inputs and weights built.
+    """How far a process's peak memory exceeds its memory before the run.
 
-    ``peak_bytes`` is None where the system does not tell, or where it was not tried; ``skipped``
-    says why then.
+    Graph, inputs and weights exist before the run. ``peak_bytes`` is None if it was not measured;
+    ``skipped`` then says why.
     """
 
     peak_bytes: int | None
@@ -31,7 +32,7 @@ class Memory(NamedTuple):
 
 
 def skipped(case: Case, peer: str) -> str | None:
-    """Why a peer is not tried: it would not fit into memory."""
+    """Why a peer is not run: it would not fit into memory. None if it is run."""
     if peer not in EAGER:
         return None
     free = measure.available_memory()
@@ -42,7 +43,7 @@ def skipped(case: Case, peer: str) -> str | None:
 
 
 def peak(case: Case, peer: str, threads: int) -> Memory:
-    """Measure in a fresh process.
+    """Measure a peer in a fresh process, on ``threads`` threads.
 
     Raises
     ------
@@ -60,8 +61,9 @@ def peak(case: Case, peer: str, threads: int) -> Memory:
             f"measuring the memory of {peer} on {case.name} failed "
             f"(exit status {done.returncode}): {last}"
         )
-    found = json.loads(done.stdout)
-    return Memory(found, None if found is not None else "only Linux tells a process's peak")
+    peak_bytes = json.loads(done.stdout)
+    reason = "a process's peak can be read on Linux only" if peak_bytes is None else None
+    return Memory(peak_bytes, reason)
 
 
 def main(name: str, peer: str, threads: str) -> None:
@@ -73,7 +75,7 @@ def main(name: str, peer: str, threads: str) -> None:
 
     torch.set_num_threads(int(threads))
     (case,) = (case for case in CASES if case.name == name)
-    # what is loaded and allocated once, such as the BLAS, its threads and their stacks
+    # Warm up: what is loaded and allocated once (the BLAS, threads, their stacks) must not count.
     PEERS[peer].build(problems.build(case.at_most(_WARM_UP_EDGES))).timed(TRAINING)()
     run = PEERS[peer].build(problems.build(case)).timed(TRAINING)
     print(json.dumps(measure.peak_growth(run)))

@@ -1,4 +1,4 @@
-"""What is compared: egnn_fast, PyTorch's ways to the same numbers, and packages that are near."""
+"""The peers that are compared: egnn_fast, plain PyTorch in several ways, and other packages."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Runner:
     Attributes
     ----------
     forward : callable
-        Gives the outputs.
+        Returns the outputs.
     leaves : mapping of Tensor
-        What is differentiated by.
+        Inputs and weights whose gradients are computed, by name.
     make_step : callable, optional
-        Makes the training step.
+        Returns a function that takes a training step.
     """
 
     forward: Callable[[], Outputs]
@@ -44,7 +44,7 @@ class Runner:
     _cotangents: list[Tensor] = field(default_factory=list)
 
     def timed(self, measured: str) -> Callable[[], object]:
-        """The function that stands for a pass."""
+        """The function to time for a pass, one of ``cases.PASSES``."""
         if measured == cases.INFERENCE:
             return torch.inference_mode()(self.forward)
         if measured == cases.RECORDING:
@@ -57,10 +57,10 @@ class Runner:
         return self.make_step()
 
     def gradients(self, outputs: Outputs, cotangents: Sequence[Tensor]) -> dict[str, Tensor]:
-        """By leaf; those that the outputs do not depend on are left out."""
+        """Gradients by leaf. Leaves that the outputs do not depend on are left out."""
         pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
-        outs, towards = zip(*pairs, strict=True)
-        grads = torch.autograd.grad(outs, list(self.leaves.values()), towards, allow_unused=True)
+        outs, cots = zip(*pairs, strict=True)
+        grads = torch.autograd.grad(outs, list(self.leaves.values()), cots, allow_unused=True)
         named = zip(self.leaves, grads, strict=True)
         return {name: grad for name, grad in named if grad is not None}
 
@@ -70,6 +70,7 @@ class Runner:
         self.gradients(outputs, self._cotangents)
 
     def _backward_alone(self) -> float:
+        """Run forward and backward; returns the seconds of the backward."""
         outputs = self.forward()
         begin = time.perf_counter()
         self._backward(outputs)
@@ -77,10 +78,10 @@ class Runner:
 
 
 class Peer(NamedTuple):
-    """Something to compare with.
+    """An implementation to time.
 
-    ``differs`` is empty where it computes the same function of the same weights. ``needs`` are
-    the modules it is made from, beyond what egnn_fast itself requires.
+    ``differs`` says how its function differs from egnn_fast's; it is empty for the same function of
+    the same weights. ``needs`` are modules that it imports and egnn_fast does not require.
     """
 
     name: str
@@ -90,13 +91,13 @@ class Peer(NamedTuple):
     needs: tuple[str, ...] = ()
 
     def missing(self) -> str | None:
-        """Why it cannot run here; None if it can."""
+        """Why the peer cannot run here; None if it can."""
         absent = [name for name in self.needs if importlib.util.find_spec(name) is None]
         return f"not installed: {', '.join(absent)}" if absent else None
 
 
 def on_backend(name: str) -> Callable[[Problem], Runner]:
-    """A peer's ``build`` that runs a backend of this package."""
+    """The ``build`` of a peer that runs the problem's own module on a backend of this package."""
     return lambda problem: _runner(problem, problem.with_backend(name))
 
 
@@ -105,7 +106,7 @@ def _official(problem: Problem) -> Runner:
 
 
 def _compiled(problem: Problem) -> Runner:
-    torch.compiler.reset()  # what an earlier case compiled must not count against a limit
+    torch.compiler.reset()  # else compilations of earlier cases count against a limit
     module = eager.official(problem.module, problem.edges)
     problem.network(module).compile(dynamic=False)
     return _runner(problem, module)
@@ -123,7 +124,7 @@ def _layer_inputs(problem: Problem) -> tuple[EGCL, Tensor, Tensor]:
 
 
 def _edge_op(problem: Problem) -> Runner:
-    """A layer as the edge operator between PyTorch's node operations."""
+    """A layer as the fused edge operator between node operations in PyTorch."""
     layer, h, x = _layer_inputs(problem)
     graph = problem.graph
     weight = graph.inverse_degree(x.dtype)
@@ -139,22 +140,23 @@ def _edge_op(problem: Problem) -> Runner:
 
 
 def _node_ops(problem: Problem) -> Runner:
-    """The same without the edges: what the edge operator returns is there already."""
+    """:func:`_edge_op` without the edge operator: M and X are constants."""
     layer, h, x = _layer_inputs(problem)
     weight = problem.graph.inverse_degree(x.dtype)
-    m = torch.zeros_like(h).requires_grad_()
-    total = torch.zeros_like(x).requires_grad_()
+    message_sum = torch.zeros_like(h).requires_grad_()
+    coord_sum = torch.zeros_like(x).requires_grad_()
 
     def forward() -> Outputs:
         weights = layer.weights()
         w_pq, b_pq, _ = weights.split(h.shape[1])
         new_h, new_x, _ = reference.update_nodes(
-            h, x, None, m, total, reference.maps_of(weights, layer.options), layer.options,
-            node_attr=None, weight=weight, residual=True,
+            h, x, None, message_sum, coord_sum, reference.maps_of(weights, layer.options),
+            layer.options, node_attr=None, weight=weight, residual=True,
         )  # fmt: skip
         return new_h, new_x, F.linear(h, w_pq, b_pq)
 
-    return Runner(forward, {**problem.leaves(layer), "m": m, "total": total})
+    leaves = {**problem.leaves(layer), "message_sum": message_sum, "coord_sum": coord_sum}
+    return Runner(forward, leaves)
 
 
 def _dense(problem: Problem) -> Runner:
@@ -175,7 +177,7 @@ def _sparse(problem: Problem) -> Runner:
     package: Any = importlib.import_module("egnn_pytorch")
     width = layer.hidden_features
     theirs = package.EGNN_Sparse(feats_dim=width, m_dim=width, aggr="mean").to(h.dtype)
-    edges = problem.edges.flip(0)  # PyTorch Geometric's senders come first
+    edges = problem.edges.flip(0)  # PyTorch Geometric has the senders first
 
     def forward() -> Outputs:
         return (theirs(torch.cat((x, h), dim=1), edges),)
@@ -224,16 +226,21 @@ PEERS: dict[str, Peer] = {
 def chosen(
     case: cases.Case, against: Sequence[str] | None, quick: bool
 ) -> tuple[list[Peer], dict[str, str]]:
-    """The peers of a case, egnn_fast first, and why others are left out.
+    """The peers to time in a case, egnn_fast first, and why others are left out.
 
     Parameters
     ----------
     case : Case
-        Whose table of peers holds.
+        The case; ``case.against`` names its peers.
     against : sequence of str, optional
-        Names; by default all of the case that can run here.
+        Use only these of the case's peers.
     quick : bool
-        Leave out what compiles for a minute.
+        Leave out "compile", which compiles for a minute, unless ``against`` names it.
+
+    Returns
+    -------
+    (peers, left_out)
+        A list, and a reason by name for each peer that cannot run here.
     """
     named = [name for name in case.against if against is None or name in against]
     if against is None and quick:
@@ -244,12 +251,12 @@ def chosen(
 
 
 def check_names(against: Sequence[str] | None) -> None:
-    """Refuse peers that do not exist or cannot run here.
+    """Check that the named peers exist and can run here.
 
     Raises
     ------
     UsageError
-        Names the option.
+        One does not.
     """
     known = [name for name in PEERS if name != cases.FUSED]
     for name in against or ():

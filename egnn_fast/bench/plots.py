@@ -1,4 +1,4 @@
-"""Pictures of a run: speed and memory against E, and the roofline."""
+"""Plots of a run: speed and memory against the number of edges, and the roofline."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ COLORS = {
 }
 _MARKERS = {INFERENCE: "o", TRAINING: "s"}
 _SERIES = "growth-"
-# layers that differ in their graphs alone; and those too small for a rate to mean anything
+# cases that differ only in their graphs; and cases too small for a meaningful rate
 _ALIKE = {c.name for c in CASES if (c.kind, c.hidden, c.dtype) == ("layer", 64, "float32")}
 _TINY = {c.name for c in CASES if c.kind == "overhead"}
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """Write ``speed.png``, ``memory.png`` and ``roofline.png``; those that have data.
+    """Write ``speed.png``, ``memory.png`` and ``roofline.png``, if there are data for them.
 
     Returns
     -------
     list of Path
-        What was written.
+        The files that were written.
     """
     written = []
     for name, picture in (("speed", _speed), ("memory", _memory), ("roofline", _roofline)):
@@ -45,7 +45,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
         axes = figure.add_subplot()
         path = folder / f"{name}.png"
         if not picture(axes, results):
-            path.unlink(missing_ok=True)  # of an earlier run with other cases
+            path.unlink(missing_ok=True)  # an earlier run with other cases may have left one
             continue
         axes.grid(which="major", alpha=0.25)
         axes.legend(fontsize=8, framealpha=1)
@@ -58,7 +58,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
 
 def _speed(axes: Axes, results: Results) -> bool:
-    """Edges per second; lines through the series of growing graphs."""
+    """Plot edges per second, with lines through the growing graphs; False without data."""
 
     def rate(result: CaseResult, peer: str, measured: str) -> float | None:
         row = result.time(measured, peer)
@@ -74,7 +74,7 @@ def _speed(axes: Axes, results: Results) -> bool:
 
 
 def _memory(axes: Axes, results: Results) -> bool:
-    """Peak growth of the process in forward + backward."""
+    """Plot the peak memory of forward + backward; False without data."""
 
     def peak(result: CaseResult, peer: str, _: str) -> float | None:
         row = result.peak(peer)
@@ -96,11 +96,14 @@ def _against_edges(
     measured: str,
     value: Callable[[CaseResult, str, str], float | None],
 ) -> bool:
-    """Points of layers with H = 64, a line through the series; False without any."""
+    """Plot ``value(result, peer, measured)`` of the cases in ``_ALIKE``; False without data.
+
+    A line joins the series of growing graphs.
+    """
     alike = [result for result in results.cases if result.name in _ALIKE]
-    found = [(result, value(result, peer, measured)) for result in alike]
+    values = [(result, value(result, peer, measured)) for result in alike]
     points = sorted(
-        (result.edges, y, result.name) for result, y in found if y is not None and y > 0
+        (result.edges, y, result.name) for result, y in values if y is not None and y > 0
     )
     if not points:
         return False
@@ -122,7 +125,10 @@ def _against_edges(
 
 
 def _roofline(axes: Axes, results: Results) -> bool:
-    """GFLOP/s against flop per byte, under the BLAS's rate, the memory's, and the floor."""
+    """Plot GFLOP/s against flop per byte, with the BLAS's and memory's limits and the floor.
+
+    False without data.
+    """
     points = [
         (result, row)
         for result in results.cases
@@ -137,7 +143,7 @@ def _roofline(axes: Axes, results: Results) -> bool:
         ceiling = np.minimum(rates.blas_gflops, rates.copy_gb * intensity)
         label = f"BLAS and memory, {kind[0]}, H = {kind[1]}"
         axes.loglog(intensity, ceiling, style, color="black", linewidth=1, label=label)
-    named: set[str] = set()
+    labelled: set[str] = set()
     for result, row in points:
         assert row.gflops is not None
         axes.loglog(
@@ -145,14 +151,14 @@ def _roofline(axes: Axes, results: Results) -> bool:
             row.gflops,
             "o",
             color=COLORS[row.peer],
-            label="_" if row.peer in named else row.peer,
+            label="_" if row.peer in labelled else row.peer,
         )
-        named.add(row.peer)
+        labelled.add(row.peer)
         if row.peer == FUSED and row.floor_share:
-            label = "_" if "floor" in named else "floor: products and SiLU"
+            label = "_" if "floor" in labelled else "floor: products and SiLU"
             top = row.gflops / row.floor_share
             axes.loglog(result.flop_per_byte, top, "_", color="black", ms=12, label=label)
-            named.add("floor")
+            labelled.add("floor")
         if row.peer == FUSED and not result.name.startswith(_SERIES):
             axes.annotate(
                 result.name,

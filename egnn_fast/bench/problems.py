@@ -1,4 +1,4 @@
-"""What a case computes: a module with its inputs, made from the same random numbers each time."""
+"""The modules and inputs of the cases. The random numbers are the same each time."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ Step = Callable[[], Tensor]
 
 
 class Problem(ABC):
-    """A module, its inputs, and how the two give outputs.
+    """A module, its inputs, and how to compute the outputs from both.
 
     Parameters
     ----------
     case : Case
-        Sizes; the dtype of the numbers drawn.
+        Sizes and dtype.
     graph : Graph, optional
-        In place of the one that the case describes, and of its size.
+        Used instead of the graph that the case describes; it must have that graph's size.
 
     Attributes
     ----------
     graph : Graph
         N nodes, E edges; building it is never timed.
     edges : Tensor [2, E]
-        The same as a list, for peers that take one.
+        The graph as an edge list, for peers that take one.
     order : Tensor [E] or None
-        The number of each of these edges where they were shuffled.
+        If the edges were shuffled: the index of each in the original order.
     module : nn.Module
-        With the weights that every peer computes with.
+        Has the weights that every peer uses.
     inputs : dict of Tensor
-        By name; those that require gradients are leaves.
+        Inputs by name; gradients are computed for those that require them.
     """
 
     graph: Graph
@@ -71,14 +71,20 @@ class Problem(ABC):
 
     @abstractmethod
     def forward(self, module: nn.Module) -> tuple[Tensor, ...]:
-        """The module's outputs."""
+        """The outputs of ``module`` for the inputs."""
 
     def step(self, module: nn.Module) -> Step:
-        """A training step of the module: loss, gradients and Adam."""
+        """A function that takes a training step of ``module``: loss, gradients and Adam.
+
+        Raises
+        ------
+        ValueError
+            Cases of this kind have no training step.
+        """
         raise ValueError(f"a case of kind {self.case.kind!r} has no training step")
 
     def network(self, module: nn.Module) -> nn.Module:
-        """The part of the module that ``torch.compile`` is given."""
+        """The part of ``module`` that the peer "compile" compiles."""
         return module
 
     def with_backend(self, name: str) -> nn.Module:
@@ -90,9 +96,9 @@ class Problem(ABC):
         return module
 
     def leaves(self, module: nn.Module) -> dict[str, Tensor]:
-        """What is differentiated by: inputs and weights."""
-        wanted = {name: t for name, t in self.inputs.items() if t.requires_grad}
-        return wanted | dict(module.named_parameters())
+        """The tensors whose gradients are computed, inputs and weights, by name."""
+        inputs = {name: t for name, t in self.inputs.items() if t.requires_grad}
+        return inputs | dict(module.named_parameters())
 
     def double(self) -> Problem:
         """The same numbers in float64."""
@@ -117,7 +123,7 @@ class Problem(ABC):
         return moved
 
     def shuffled(self, seed: int) -> Problem:
-        """The same numbers, the edges in another order: sums round in another way."""
+        """The same numbers, with the edges in a random order, so that sums round differently."""
         other = copy.copy(self)
         draw = torch.Generator().manual_seed(seed)
         other.order = torch.randperm(self.graph.num_edges, generator=draw, device="cpu")
@@ -138,13 +144,13 @@ class LayerProblem(Problem):
         }
 
     def forward(self, module: nn.Module) -> tuple[Tensor, ...]:
-        """New h and x."""
-        found: tuple[Tensor, ...] = module(self.inputs["h"], self.inputs["x"], self.graph)
-        return found
+        """New h ``[N, H]`` and x ``[N, 3]``."""
+        outputs: tuple[Tensor, ...] = module(self.inputs["h"], self.inputs["x"], self.graph)
+        return outputs
 
 
 class EdgePass(nn.Module):
-    """``functional.egcl_messages`` with weights of its own, drawn as ``nn.Linear`` draws them."""
+    """``functional.egcl_messages`` as a module with weights, initialised as in ``nn.Linear``."""
 
     backend: str | None = None
 
@@ -156,7 +162,7 @@ class EdgePass(nn.Module):
         self.last = nn.Linear(hidden, 1, bias=False, dtype=dtype)
 
     def weights(self) -> EdgeWeights:
-        """As the function takes them."""
+        """The weights as an argument for ``functional.egcl_messages``."""
         return EdgeWeights(
             w_r=self.first.weight.squeeze(1),
             w_a=None,
@@ -169,11 +175,11 @@ class EdgePass(nn.Module):
 
     def forward(self, p: Tensor, q: Tensor, x: Tensor, graph: Graph) -> tuple[Tensor, Tensor]:
         """M ``[N, H]`` and X ``[N, 3]``."""
-        m, shift = functional.egcl_messages(
+        message_sum, coord_sum = functional.egcl_messages(
             p, q, x, graph, self.weights(), Options(), backend=self.backend
         )
-        assert shift is not None
-        return m, shift
+        assert coord_sum is not None
+        return message_sum, coord_sum
 
 
 class EdgePassProblem(Problem):
@@ -182,45 +188,45 @@ class EdgePassProblem(Problem):
     def _draw(self, dtype: torch.dtype) -> None:
         n, hidden = self.case.num_nodes, self.case.hidden
         self.module = EdgePass(hidden, dtype)
-        shapes = {"p": hidden, "q": hidden, "x": 3}
+        widths = {"p": hidden, "q": hidden, "x": 3}
         self.inputs = {
             name: torch.randn(n, width, dtype=dtype, requires_grad=True, device="cpu")
-            for name, width in shapes.items()
+            for name, width in widths.items()
         }
 
     def forward(self, module: nn.Module) -> tuple[Tensor, ...]:
-        """M and X."""
+        """M ``[N, H]`` and X ``[N, 3]``."""
         t = self.inputs
-        found: tuple[Tensor, ...] = module(t["p"], t["q"], t["x"], self.graph)
-        return found
+        outputs: tuple[Tensor, ...] = module(t["p"], t["q"], t["x"], self.graph)
+        return outputs
 
 
 class NBodyProblem(Problem):
-    """The n-body model on made-up systems, stepped by the experiment's own trainer."""
+    """The n-body model on random systems, trained by the experiment's own trainer."""
 
     def _draw(self, dtype: torch.dtype) -> None:
         case = self.case
         shape = (len(case.sizes), case.sizes[0])
         charges = torch.randint(2, shape, device="cpu") * 2.0 - 1
-        x, v, later = (torch.randn(shape[0], 3, shape[1], device="cpu").numpy() for _ in range(3))
-        batch = systems(Arrays(charges.numpy(), x, v, later), slice(None), dtype=dtype)
+        x, v, target = (torch.randn(shape[0], 3, shape[1], device="cpu").numpy() for _ in range(3))
+        batch = systems(Arrays(charges.numpy(), x, v, target), slice(None), dtype=dtype)
         self.inputs = {name: getattr(batch, name) for name in type(batch).__dataclass_fields__}
         self._systems = type(batch)
         self.module = NBodyModel(case.hidden, case.layers).to(dtype)
 
     def forward(self, module: nn.Module) -> tuple[Tensor, ...]:
-        """Positions."""
+        """Predicted positions ``[S, P, 3]``."""
         t = self.inputs
         return (module(t["h"], t["x"], t["v"], t["edge_attr"]),)
 
     def network(self, module: nn.Module) -> nn.Module:
-        """Without what makes the batch a graph."""
+        """The ``EGNNVel`` alone, without the code that turns the batch into a graph."""
         network: Any = module.egnn
         return network
 
     def step(self, module: nn.Module) -> Step:
-        """As ``egnn-fast train nbody`` takes it."""
-        from lightning_fabric import Fabric  # nothing else here needs it
+        """The training step of ``egnn-fast train nbody``."""
+        from lightning_fabric import Fabric  # slow to import, and used only here
 
         assert isinstance(module, NBodyModel)
         config = Config()
@@ -231,9 +237,9 @@ class NBodyProblem(Problem):
 
 
 class QM9Model(nn.Module):
-    """The official QM9 network on a ragged batch: atoms to one number for each molecule.
+    """The official QM9 network on molecules of different sizes, without padding.
 
-    ``embedding_out`` of the network is the first linear of the official ``node_dec``.
+    The first linear of the official ``node_dec`` is the network's ``embedding_out`` here.
     """
 
     def __init__(self, atoms: int, hidden: int, layers: int) -> None:
@@ -243,7 +249,10 @@ class QM9Model(nn.Module):
         self.graph_dec = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, 1))
 
     def forward(self, h: Tensor, x: Tensor, graph: Graph, molecule: Tensor, count: int) -> Tensor:
-        """One number for each molecule ``[count]``; ``molecule [N]`` says whose each atom is."""
+        """One number for each molecule, ``[count]``.
+
+        ``molecule [N]`` has the index of each atom's molecule.
+        """
         h = self.node_dec(self.egnn(h, x, graph)[0])
         pooled = h.new_zeros(count, h.shape[1]).index_add(0, molecule, h)
         out: Tensor = self.graph_dec(pooled).squeeze(1)
@@ -251,7 +260,7 @@ class QM9Model(nn.Module):
 
 
 class QM9Problem(Problem):
-    """A QM9-like batch; L1 loss and Adam as officially."""
+    """A QM9-like batch, with L1 loss and Adam as in the official code."""
 
     ATOMS = 15  # width of the official one-hot atom features
     LR, WEIGHT_DECAY = 1e-3, 1e-16
@@ -271,21 +280,21 @@ class QM9Problem(Problem):
         """The same numbers on another device."""
         moved: Any = super().to(device)
         moved._molecule = self._molecule.to(device)
-        found: Problem = moved
-        return found
+        problem: Problem = moved
+        return problem
 
     def forward(self, module: nn.Module) -> tuple[Tensor, ...]:
-        """One number for each molecule."""
+        """One number for each molecule, ``[B]``."""
         t = self.inputs
         return (module(t["h"], t["x"], self.graph, self._molecule, len(self.case.sizes)),)
 
     def network(self, module: nn.Module) -> nn.Module:
-        """Without the readout."""
+        """The ``EGNN`` alone, without the readout."""
         network: Any = module.egnn
         return network
 
     def step(self, module: nn.Module) -> Step:
-        """Loss, gradients, Adam."""
+        """L1 loss, gradients, fused Adam."""
         optimizer = torch.optim.Adam(
             module.parameters(), lr=self.LR, weight_decay=self.WEIGHT_DECAY, fused=True,
             capturable=self.inputs["x"].is_cuda,
@@ -311,7 +320,7 @@ _KINDS: dict[str, type[Problem]] = {
 
 
 def build(case: Case) -> Problem:
-    """The case's module and inputs."""
+    """The problem of a case."""
     return _KINDS[case.kind](case)
 
 

@@ -1,4 +1,4 @@
-"""A run told on a terminal."""
+"""The results of a run as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from egnn_fast.bench.cases import CASES, FUSED, TRAINING
 from egnn_fast.bench.peers import PEERS
 from egnn_fast.bench.results import CaseResult, Environment, Finding, Results, TimeRow
 
-BUSY = 0.5  # other processes running, on average, that spoil a figure
+BUSY = 0.5  # load average from which on the report warns that other programs ran
 
 
 def seconds(value: float) -> str:
-    """With a unit that leaves one to three digits before the point."""
+    """A time in s, ms or µs, with three significant digits."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if value >= size:
             return f"{value / size:.3g} {unit}" if value < 1000 * size else f"{value:.0f} {unit}"
@@ -26,30 +26,30 @@ def seconds(value: float) -> str:
 
 
 def size(value: float) -> str:
-    """Bytes in MB or GB."""
+    """A number of bytes in MB or GB."""
     digits = 2 if value < 1e10 else 1
     return f"{value / 1e9:.{digits}f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
 
 
 def ratio(value: float) -> str:
-    """How many times slower, one digit behind the point below ten and beyond."""
+    """A ratio with two decimals below 2, else with one."""
     return f"{value:.2f}x" if value < 2 else f"{value:.1f}x"
 
 
-def environment(found: Environment) -> str:
-    """One line."""
-    commit = "" if found.commit is None else f", commit {found.commit}"
-    busy = found.load is not None and found.load >= BUSY
-    load = f", while other programs ran (load {found.load:.1f})" if busy else ""
+def environment(env: Environment) -> str:
+    """Machine, versions and date in one line."""
+    commit = "" if env.commit is None else f", commit {env.commit}"
+    busy = env.load is not None and env.load >= BUSY
+    load = f", while other programs ran (load {env.load:.1f})" if busy else ""
     return (
-        f"{found.cpu}, {found.instruction_set}, {threads(found)}, "
-        f"torch {found.torch}, egnn_fast {found.egnn_fast}{commit}, {found.date}{load}"
+        f"{env.cpu}, {env.instruction_set}, {threads(env)}, "
+        f"torch {env.torch}, egnn_fast {env.egnn_fast}{commit}, {env.date}{load}"
     )
 
 
-def threads(found: Environment) -> str:
-    """How many, in words."""
-    return "1 thread" if found.threads == 1 else f"{found.threads} threads"
+def threads(env: Environment) -> str:
+    """The number of threads, such as "2 threads"."""
+    return "1 thread" if env.threads == 1 else f"{env.threads} threads"
 
 
 def listing() -> Table:
@@ -84,11 +84,10 @@ def _rates(results: Results) -> Iterator[RenderableType]:
 
 
 def _times(results: Results) -> Table:
-    # a case's name stands above its rows: all columns fit on 80 then, with whole words
+    # a case's name has its own line above its rows, so that the table fits into 80 characters
     table = Table(box=SIMPLE_HEAD, padding=0)
     table.add_column("case, pass", overflow="fold")
     table.add_column("peer", no_wrap=True)
-    # a ratio is this peer's time over that of egnn_fast
     for column in ("median", "spread", "ratio", "GFLOP/s", "floor", "peak", "N·H"):
         table.add_column(column, justify="right", no_wrap=True)
     for result in results.cases:
@@ -109,9 +108,10 @@ def _case_rows(table: Table, result: CaseResult) -> None:
             memory = _peak(result, row.peer)
             shown.add(row.peer)
         table.add_row(row.measured, *_time_cells(row), *memory)
-    for found in result.memory:
-        if found.peer not in shown:
-            table.add_row(TRAINING, _in_lines(found.peer), *[""] * 5, *_peak(result, found.peer))
+    for memory_row in result.memory:
+        peer = memory_row.peer
+        if peer not in shown:
+            table.add_row(TRAINING, _in_lines(peer), *[""] * 5, *_peak(result, peer))
 
 
 def _time_cells(row: TimeRow) -> tuple[str, ...]:
@@ -127,32 +127,33 @@ def _time_cells(row: TimeRow) -> tuple[str, ...]:
 
 
 def _in_lines(peer: str) -> str:
-    """A long name on several lines, broken after a hyphen."""
+    """A long name in several lines, broken after hyphens."""
     return textwrap.fill(peer, len("egnn-pytorch-"), break_long_words=False)
 
 
 def _failure(result: CaseResult) -> Text:
     """Why a case was not timed."""
-    found = result.check
-    error = "not finite" if found.error is None else f"off by {found.error:.1e}"
-    what = f": {result.name}, {found.tensor} is {error}, allowed {found.bound:.1e}"
+    check = result.check
+    error = "not finite" if check.error is None else f"off by {check.error:.1e}"
+    what = f": {result.name}, {check.tensor} is {error}, allowed {check.bound:.1e}"
     return Text.assemble(("CHECK FAILED", "bold red"), what)
 
 
 def _peak(result: CaseResult, peer: str) -> tuple[str, str]:
+    """A peer's peak memory in MB or GB, and in tensors ``[N, H]``; empty if not measured."""
     row = result.peak(peer)
     if row is None or row.peak_bytes is None:
         return "", ""
     return size(row.peak_bytes), f"{row.node_tensors:.3g}"
 
 
-def _findings(found: list[Finding]) -> Table:
+def _findings(findings: list[Finding]) -> Table:
     table = Table(title="Goals", title_justify="left", box=SIMPLE_HEAD, padding=0)
     table.add_column("case")
     table.add_column("figure")
     for column in ("measured", "goal"):
         table.add_column(column, justify="right", no_wrap=True)
-    for finding in found:
+    for finding in findings:
         sign = "≥" if finding.at_least else "≤"
         digits = ".3g" if finding.value < 1000 else ",.0f"
         table.add_row(
@@ -167,8 +168,8 @@ def _findings(found: list[Finding]) -> Table:
 def _notes(results: Results) -> list[RenderableType]:
     notes = [
         "spread: interquartile range over median; ratio: time over that of egnn_fast; "
-        "floor: the share of it that is reached",
-        "peak: growth of a fresh process's resident size; N·H: as many node tensors",
+        "floor: floor over time",
+        "peak: growth of a fresh process's memory; N·H: the same in tensors of N x H numbers",
     ]
     peers = {row.peer for result in results.cases for row in result.times}
     notes += [f"* {n}: {PEERS[n].differs}" for n in PEERS if n in peers and PEERS[n].differs]

@@ -1,4 +1,4 @@
-"""What a run found: records, and the JSON that keeps them. ``bench/README.md`` tells the fields."""
+"""Records of a run's results, and their JSON. ``bench/README.md`` describes the fields."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Environment:
-    """Where and with what.
+    """Machine, versions and date of a run.
 
-    ``load`` is how many processes ran on average in the minute before, where the system tells:
-    figures of a machine that had other work are worth less.
+    ``load`` is the load average of the minute before the run, or None if the system has none. Times
+    from a busy machine are less reliable.
     """
 
     cpu: str
@@ -44,7 +44,7 @@ class Environment:
 
     @classmethod
     def here(cls) -> Environment:
-        """That of this process."""
+        """The environment of this process."""
         return cls(
             cpu=_cpu_model(),
             instruction_set=backends.instruction_set("cpu"),
@@ -61,7 +61,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class RateRow:
-    """The rates that a case's floors were counted with, the median over its passes."""
+    """The rates that a case's floors were computed with: medians over its passes."""
 
     blas_gflops: float
     silu_g: float | None
@@ -72,9 +72,8 @@ class RateRow:
 class TimeRow:
     """One peer's time for one pass of one case.
 
-    ``ratio`` is this time over that of egnn_fast in the same pass: 1 for itself, None where
-    egnn_fast failed its check or was not timed. ``gflops`` and ``floor_share`` are None for peers
-    that compute something else.
+    ``ratio`` is this time over that of egnn_fast in the same pass, so 1 for egnn_fast.
+    ``gflops``, ``floor_s`` and ``floor_share`` are None for peers that compute another function.
     """
 
     measured: str
@@ -93,7 +92,10 @@ class TimeRow:
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """Peak growth of one peer's process in forward + backward."""
+    """Peak memory of one peer in forward + backward; see :class:`egnn_fast.bench.memory.Memory`.
+
+    ``node_tensors`` is ``peak_bytes`` in tensors ``[N, H]``.
+    """
 
     peer: str
     peak_bytes: int | None
@@ -103,7 +105,7 @@ class MemoryRow:
 
 @dataclass(frozen=True)
 class CheckRow:
-    """See :class:`egnn_fast.bench.check.Check`; an error that is no number is None."""
+    """See :class:`egnn_fast.bench.check.Check`; an error that is not finite is None."""
 
     passed: bool
     error: float | None
@@ -114,7 +116,7 @@ class CheckRow:
 
 @dataclass
 class CaseResult:
-    """All about one case."""
+    """All results of one case."""
 
     name: str
     about: str
@@ -131,13 +133,16 @@ class CaseResult:
     left_out: dict[str, str] = field(default_factory=dict)
 
     def time(self, measured: str, peer: str) -> TimeRow | None:
-        """The row of a pass and a peer; ``"eager"`` is the faster of the eager ones."""
+        """The row of a pass and a peer; None if there is none.
+
+        ``"eager"`` is the faster peer of ``EAGER``.
+        """
         names = EAGER if peer == "eager" else (peer,)
-        found = [t for t in self.times if t.measured == measured and t.peer in names]
-        return min(found, key=lambda row: row.median_s, default=None)
+        rows = [row for row in self.times if row.measured == measured and row.peer in names]
+        return min(rows, key=lambda row: row.median_s, default=None)
 
     def peak(self, peer: str = FUSED) -> MemoryRow | None:
-        """The memory of a peer."""
+        """The memory of a peer; None if there is no row of it."""
         return next((row for row in self.memory if row.peer == peer), None)
 
 
@@ -154,7 +159,7 @@ class Finding:
 
     @property
     def met(self) -> bool:
-        """Whether the goal is reached."""
+        """Whether the figure reaches its goal."""
         return self.value >= self.goal if self.at_least else self.value <= self.goal
 
 
@@ -170,28 +175,28 @@ class Results:
 
     @property
     def passed(self) -> bool:
-        """Whether every check did."""
+        """Whether every case passed its check."""
         return all(case.check.passed for case in self.cases)
 
     def rates(self) -> dict[tuple[str, int], RateRow]:
-        """For each dtype and H, those of the case where the BLAS was fastest."""
-        found: dict[tuple[str, int], RateRow] = {}
+        """For each dtype and H, the rates of the case with the fastest BLAS."""
+        fastest: dict[tuple[str, int], RateRow] = {}
         for case in self.cases:
             key = (case.dtype, case.hidden)
-            known = found.get(key)
-            if case.rates and (known is None or case.rates.blas_gflops > known.blas_gflops):
-                found[key] = case.rates
-        return found
+            best = fastest.get(key)
+            if case.rates and (best is None or case.rates.blas_gflops > best.blas_gflops):
+                fastest[key] = case.rates
+        return fastest
 
     def to_json(self) -> str:
-        """As ``results.json`` holds it."""
+        """The content of ``results.json``."""
         content = asdict(self)
         for written, finding in zip(content["findings"], self.findings, strict=True):
             written["met"] = finding.met
         return json.dumps({"schema": SCHEMA, **content}, indent=1, allow_nan=False) + "\n"
 
     def save(self, path: Path) -> None:
-        """Write the file: the old one or the whole new one is there at any moment."""
+        """Write the file atomically."""
         write_atomic(path, self.to_json())
 
     @classmethod
@@ -201,7 +206,7 @@ class Results:
         Raises
         ------
         ExperimentError
-            The file is something else.
+            The file has no results of this schema.
         """
         try:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -226,7 +231,7 @@ def _case(content: dict[str, Any]) -> CaseResult:
 
 
 def finite(value: float) -> float | None:
-    """The value, or None where JSON has no word for it."""
+    """The value, or None for infinity and NaN, which JSON does not have."""
     return value if math.isfinite(value) else None
 
 
@@ -240,7 +245,7 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with a mark where files have changed since; None elsewhere."""
+    """The commit of the checkout, with "-dirty" if files have changed; None without a checkout."""
     folder = Path(egnn_fast.__file__).resolve().parent.parent
     if not (folder / ".git").exists():
         return None

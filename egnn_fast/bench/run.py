@@ -1,4 +1,4 @@
-"""A run: check, time in turn, measure memory; one case after the other."""
+"""Run cases one after the other: check, time the peers in turn, measure memory."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ def run(
     tell: Tell = lambda line: None,
     save: Callable[[Results], None] = lambda results: None,
 ) -> Results:
-    """Measure cases on the threads that PyTorch has.
+    """Measure cases on PyTorch's present number of threads.
 
     Parameters
     ----------
     cases : sequence of Case
-        What to measure.
+        The cases.
     against : sequence of str, optional
-        Peers; by default those of each case that can run here.
+        Names of peers; by default all peers of each case that can run here.
     repeats : int
         Samples of each function.
     quick : bool
         Leave out the peers that take a minute to compile, and check on smaller graphs.
     tell : callable
-        Told what is being done.
+        Called with a line that says what is being done.
     save : callable
-        Given the results after each case.
+        Called with all results so far after each case.
 
     Raises
     ------
@@ -76,9 +76,9 @@ def run(
 
 
 def start(case: Case, quick: bool = False) -> CaseResult:
-    """A result that knows its sizes and whether its check passed."""
-    found = checking.check(case, quick)
-    row = CheckRow(found.passed, finite(found.error), found.bound, found.tensor, found.edges)
+    """Check a case; returns a result with its sizes and the check, without times and memory."""
+    check = checking.check(case, quick)
+    row = CheckRow(check.passed, finite(check.error), check.bound, check.tensor, check.edges)
     work = floor.forward_work(case)
     return CaseResult(
         case.name,
@@ -99,6 +99,7 @@ def _time(
     chosen: Sequence[peers.Peer],
     repeats: int,
 ) -> None:
+    """Time all passes of a case and add the rows to ``result``."""
     probes = floor.Probes(case.dtype, case.hidden, torch.get_num_threads())
     problem = problems.build(case)
     runners = {}
@@ -108,28 +109,27 @@ def _time(
             runners[peer.name] = peer.build(problem)
         else:
             result.left_out[peer.name] = reason
-    met: list[floor.Rates] = []
+    rates_of_passes: list[floor.Rates] = []
     for measured in case.passes:
-        # the backward alone is there for its share of the floor
+        # the backward alone is timed for its share of the floor, so without peers
         names = [FUSED] if measured == BACKWARD else list(runners)
         functions = {name: runners[name].timed(measured) for name in names}
         timings = measure.alternate({**functions, **probes.functions()}, repeats)
         rates = probes.rates({name: timings.pop(name).median for name in probes.functions()})
-        met.append(rates)
+        rates_of_passes.append(rates)
         result.times += [
             _row(case, measured, name, timing, timings[FUSED], rates)
             for name, timing in timings.items()
         ]
+    result.rates = _rate_row(rates_of_passes)
 
-    result.rates = _rate_row(met)
 
-
-def _rate_row(met: Sequence[floor.Rates]) -> RateRow:
-    silu = [rates.silu for rates in met if rates.silu is not None]
+def _rate_row(rates_of_passes: Sequence[floor.Rates]) -> RateRow:
+    silu = [rates.silu for rates in rates_of_passes if rates.silu is not None]
     return RateRow(
-        statistics.median(rates.blas for rates in met) / 1e9,
+        statistics.median(rates.blas for rates in rates_of_passes) / 1e9,
         statistics.median(silu) / 1e9 if silu else None,
-        statistics.median(rates.copy for rates in met) / 1e9,
+        statistics.median(rates.copy for rates in rates_of_passes) / 1e9,
     )
 
 
@@ -156,6 +156,6 @@ def _row(
 
 
 def _memory(case: Case, name: str) -> MemoryRow:
-    found = memory.peak(case, name, torch.get_num_threads())
-    tensors = None if found.peak_bytes is None else found.peak_bytes / case.node_tensor_bytes
-    return MemoryRow(name, found.peak_bytes, tensors, found.skipped)
+    peak_bytes, skipped = memory.peak(case, name, torch.get_num_threads())
+    tensors = None if peak_bytes is None else peak_bytes / case.node_tensor_bytes
+    return MemoryRow(name, peak_bytes, tensors, skipped)

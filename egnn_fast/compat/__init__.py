@@ -1,4 +1,4 @@
-"""The official EGNN code's classes on fused layers: switching is one import line.
+"""The classes of the official EGNN code on fused layers. To switch, change the import line.
 
 =================  ==========================================  =======================
 module             official module                             classes
@@ -11,11 +11,14 @@ module             official module                             classes
 =================  ==========================================  =======================
 
 Constructor arguments and their order, defaults, forward signatures, returns and ``state_dict``
-keys are the official ones; with the same seed the initial weights are equal bit for bit.
-Wherever they take edges they take a :class:`egnn_fast.Graph` too. Each constructor takes
-``backend`` as a further keyword. Unlike the official code they never write into the caller's
-coordinates, ``node_attr`` works, and the autoencoder's ``w`` and ``b`` train on every device.
-A residual over unequal widths, which officially broadcasts or crashes, is an error here.
+keys are the official ones. With the same seed the initial weights are equal bit for bit.
+
+Additions: arguments for edges may be a :class:`egnn_fast.Graph`, and each constructor has a keyword
+``backend``.
+
+Differences: the caller's coordinates are never written to, ``node_attr`` works, and the
+autoencoder's ``w`` and ``b`` train on every device. A residual between unequal widths raises; the
+official code broadcasts or crashes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the dialects share: the official 3-tuple layer and the checks of official arguments."""
+"""Code that the modules share: the layer with the official forward, and checks of arguments."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from egnn_fast.graph import EdgeIndexLike, Graph
 from egnn_fast.nn._parts import check_activation, check_sizes
 from egnn_fast.nn.layers import EGCLBase
 
-# the bound that the official gcl and n-body layers put on an edge's coordinate update
+# the bound at which the official gcl and n-body layers clamp an edge's coordinate update
 CLAMP = 100.0
-# what the official layers' forward calls, and nothing calls here
+# methods that the official layers' forward calls; the layers here have none of them
 METHODS = ("edge_model", "node_model", "coord_model", "coord2radial")
 
 
 class OfficialLayer(EGCLBase):
-    """A layer called the official way: ``(h, edge_index, coord, ...) -> (h, coord, edge_attr)``."""
+    """Layer with the official forward: ``(h, edge_index, coord, ...) -> (h, coord, edge_attr)``."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Raise TypeError if a subclass overrides one of METHODS but not forward."""
@@ -57,7 +57,13 @@ class OfficialLayer(EGCLBase):
         Returns
         -------
         (h, coord, edge_attr)
-            New features and coordinates, and ``edge_attr`` as it came.
+            New features ``[N, output_nf]``, new coordinates ``[N, D]``, and ``edge_attr``
+            unchanged.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError, BackendError
+            As :func:`egnn_fast.functional.egcl`.
         """
         new_h, new_x, _ = self._run(h, coord, edge_index, edge_attr=edge_attr, node_attr=node_attr)
         return new_h, new_x, edge_attr
@@ -75,7 +81,13 @@ def check_layer(
 ) -> None:
     """Check a layer's arguments under their official names.
 
-    ``residual_name`` is the name of the argument that adds h to the output.
+    ``residual_name`` is the official name of ``residual``; ``attributes`` are the widths of edge
+    and node attributes.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is wrong; the message names it.
     """
     check_sizes(1, input_nf=input_nf, output_nf=output_nf, hidden_nf=hidden_nf)
     check_sizes(0, **attributes)
@@ -98,6 +110,9 @@ def unsorted_segment_sum(data: Tensor, segment_ids: Tensor, num_segments: int) -
 
 
 def unsorted_segment_mean(data: Tensor, segment_ids: Tensor, num_segments: int) -> Tensor:
-    """Mean of the rows of ``data [E, K]`` that share a segment; 0 where there are none."""
+    """Mean of the rows of ``data [E, K]`` that share a segment: ``[num_segments, K]``.
+
+    Empty segments give 0.
+    """
     count = torch.bincount(segment_ids, minlength=num_segments).clamp(min=1)
     return unsorted_segment_sum(data, segment_ids, num_segments) / count.unsqueeze(1).to(data.dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from egnn_fast import arguments
-from egnn_fast.argument_names import hinted
+from egnn_fast.argument_names import suggest_own_name
 from egnn_fast.compat.gcl import E_GCL
 from egnn_fast.graph import EdgeIndexLike, Graph
 from egnn_fast.nn._parts import check_sizes
@@ -15,32 +15,38 @@ from egnn_fast.nn.networks import layers_of
 __all__ = ["AE_EGNN"]
 
 
-@hinted
+@suggest_own_name
 class AE_EGNN(nn.Module):
-    """The official ``AE_EGNN``: noise becomes coordinates, their distances an adjacency matrix.
+    """The official ``AE_EGNN``: it embeds nodes, and decodes distances to an adjacency matrix.
 
-    The decoder is ``sigmoid(w |z_i - z_j|^2 + b)`` (the paper's eq. 9). ``w`` and ``b`` are
-    parameters on every device; officially they are so on the CPU only, and checkpoints made on a
-    GPU lack them (load those with ``strict=False``).
+    The embedding z ``[N, K]`` starts from noise. The decoder is ``sigmoid(w |z_i - z_j|^2 + b)``
+    (the paper's eq. 9, up to the signs of w and b). ``w`` and ``b`` are parameters on every device.
+    In the official code they are parameters on the CPU only, so its checkpoints from a GPU lack
+    them: load those with ``strict=False``.
 
     Parameters
     ----------
     hidden_nf : int
         Width of h between the layers.
     K : int
-        Dimension of the coordinates.
+        Dimension of the coordinates, D elsewhere.
     device : torch.device or str
-        Where the parameters are moved once drawn.
+        Device to which the parameters are moved after their initialisation.
     act_fn : torch.nn.Module, optional
         ``nn.SiLU()`` by default.
     n_layers : int
         Number of layers.
     reg : float
-        Share of the coordinates that is taken off after each layer.
+        After each layer the coordinates are multiplied by ``1 - reg``.
     clamp : bool
-        Without effect, as officially; see :class:`egnn_fast.compat.gcl.E_GCL`.
+        Without effect, as in the official code; see :class:`egnn_fast.compat.gcl.E_GCL`.
     backend : str, optional
         See :func:`egnn_fast.use_backend`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is wrong; the message names it.
     """
 
     def __init__(
@@ -97,15 +103,22 @@ class AE_EGNN(nn.Module):
         edge_attr : Tensor [E, 1]
             Edge attributes.
         x0 : Tensor [N, K], optional
-            The noise to start from; drawn from PyTorch's CPU generator by default, as officially.
+            The initial coordinates. By default noise from PyTorch's CPU generator, as in the
+            official code.
 
         Returns
         -------
         Tensor [N, K]
+            The embedding.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError, BackendError
+            As :func:`egnn_fast.functional.egcl`.
         """
         arguments.check_float("h", h, 2)
         if x0 is None:
-            # drawn in the default dtype and on the CPU, so that a seed gives the official noise
+            # default dtype and CPU generator, so that a seed gives the official noise
             x0 = torch.randn(h.shape[0], self.K, device="cpu").to(h)
         arguments.check_nodes(h, x0)
         arguments.check_shape("x0", x0, (h.shape[0], self.K))
@@ -117,7 +130,7 @@ class AE_EGNN(nn.Module):
         return x
 
     def decode(self, x: Tensor) -> Tensor:
-        """The adjacency matrix ``[N, N]`` of embedded nodes ``x [N, K]``, diagonal 0."""
+        """The adjacency matrix ``[N, N]`` of embedded nodes ``x [N, K]``, diagonal 0 (eq. 9)."""
         return self.decode_from_x(x, C=self.w, b=self.b)
 
     def decode_from_x(
@@ -128,7 +141,7 @@ class AE_EGNN(nn.Module):
         b: Tensor | float = -1,
         remove_diagonal: bool = True,
     ) -> Tensor:
-        """``sigmoid(C |x_i - x_j|^2 + b)``, or of ``linear_layer`` on the squared components.
+        """``sigmoid(C |x_i - x_j|^2 + b)``, or ``sigmoid(linear_layer((x_i - x_j)^2))``.
 
         Parameters
         ----------
@@ -137,7 +150,7 @@ class AE_EGNN(nn.Module):
         linear_layer : torch.nn.Module, optional
             Maps the K squared components of a difference to one number.
         C, b : Tensor or float
-            Scale and offset without a linear layer.
+            Scale and offset, used without a linear layer.
         remove_diagonal : bool
             Whether to set the diagonal to 0.
 

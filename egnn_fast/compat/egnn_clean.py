@@ -1,11 +1,11 @@
-"""``models.egnn_clean.egnn_clean``: the official EGNN of the paper's code, SiLU and residual."""
+"""``models.egnn_clean.egnn_clean``: the official EGNN, by default with SiLU and residual."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from egnn_fast.argument_names import hinted
+from egnn_fast.argument_names import suggest_own_name
 from egnn_fast.compat._official import (
     OfficialLayer,
     add_layers,
@@ -27,9 +27,9 @@ __all__ = [
 ]
 
 
-@hinted
+@suggest_own_name
 class E_GCL(OfficialLayer):
-    """The official ``E_GCL``.
+    """The official ``E_GCL`` of ``models.egnn_clean`` (eqs. 3 to 6; 8 with attention).
 
     Parameters
     ----------
@@ -40,13 +40,13 @@ class E_GCL(OfficialLayer):
     act_fn : torch.nn.Module, optional
         ``nn.SiLU()`` by default.
     residual, attention, tanh : bool
-        Add h to the output; gate the messages; bound the coordinate head.
+        Add h to the output; gate the messages; apply tanh to the coordinate head's output.
     normalize : bool
-        Divide ``x_i - x_j`` by its length + 1e-8, detached.
+        Divide ``x_i - x_j`` by its length + 1e-8, without a gradient through the divisor.
     coords_agg : {"mean", "sum"}
         How coordinate updates are aggregated.
     nodes_att_dim : int
-        Width of ``node_attr``; not in the official class, where ``node_attr`` crashes.
+        Width of ``node_attr``. Not in the official class, in which ``node_attr`` crashes.
     backend : str, optional
         See :func:`egnn_fast.use_backend`.
 
@@ -100,7 +100,7 @@ class E_GCL(OfficialLayer):
         )
 
 
-@hinted
+@suggest_own_name
 class EGNN(nn.Module):
     """The official ``EGNN``: embedding, ``n_layers`` layers, output embedding.
 
@@ -111,11 +111,16 @@ class EGNN(nn.Module):
     in_edge_nf : int
         Width of ``edge_attr``.
     device : torch.device or str
-        Where the parameters are moved once drawn.
+        Device to which the parameters are moved after their initialisation.
     n_layers : int
         Number of layers.
     act_fn, residual, attention, normalize, tanh, backend
         See :class:`E_GCL`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is wrong; the message names it.
     """
 
     def __init__(
@@ -163,7 +168,10 @@ class EGNN(nn.Module):
     def forward(
         self, h: Tensor, x: Tensor, edges: Graph | EdgeIndexLike, edge_attr: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Features ``[N, out_node_nf]`` and coordinates ``[N, D]``; see :class:`E_GCL`."""
+        """Run the network; arguments as for :meth:`E_GCL.forward`.
+
+        Returns features ``[N, out_node_nf]`` and coordinates ``[N, D]``.
+        """
         h, graph = enter(self.embedding_in, h, x, edges)
         for gcl in layers_of(self, self.n_layers):
             h, x, _ = gcl(h, graph, x, edge_attr=edge_attr)
@@ -171,11 +179,11 @@ class EGNN(nn.Module):
 
 
 def get_edges(n_nodes: int) -> list[list[int]]:
-    """Receivers and senders of the complete graph on ``n_nodes`` nodes, row-major."""
+    """Receivers and senders of the complete graph on ``n_nodes`` nodes, in receiver order."""
     return Graph.complete([n_nodes]).edge_index.tolist()
 
 
 def get_edges_batch(n_nodes: int, batch_size: int) -> tuple[list[Tensor], Tensor]:
-    """The edges of ``batch_size`` such graphs one after the other, and ones as ``edge_attr``."""
+    """Edges of ``batch_size`` complete graphs: ``[receivers, senders]``, and ones ``[E, 1]``."""
     edges = Graph.complete([n_nodes] * batch_size).edge_index
     return list(edges), torch.ones(edges.shape[1], 1, device="cpu")

@@ -1,10 +1,13 @@
-"""``models.gcl``: the official layers of the experiments, ReLU, clamped at 100, mean."""
+"""``models.gcl``: the layers of the official experiments.
+
+By default they have ReLU. They aggregate coordinate updates by the mean and clamp them at 100.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from egnn_fast.argument_names import hinted
+from egnn_fast.argument_names import suggest_own_name
 from egnn_fast.compat._official import (
     CLAMP,
     OfficialLayer,
@@ -17,7 +20,7 @@ from egnn_fast.graph import EdgeIndexLike, Graph
 __all__ = ["E_GCL", "E_GCL_vel", "unsorted_segment_sum", "unsorted_segment_mean"]
 
 
-@hinted
+@suggest_own_name
 class E_GCL(OfficialLayer):
     """The official ``E_GCL`` of ``models.gcl``.
 
@@ -30,11 +33,11 @@ class E_GCL(OfficialLayer):
     act_fn : torch.nn.Module, optional
         ``nn.ReLU()`` by default.
     recurrent, attention, tanh : bool
-        Add h to the output; gate the messages; bound the coordinate head.
+        Add h to the output; gate the messages; apply tanh to the coordinate head's output.
     coords_weight : float
         Factor on the coordinate update.
     clamp : bool
-        Without effect, as officially: coordinate updates are always clamped at 100.
+        Without effect, as in the official code: coordinate updates are always clamped at 100.
     norm_diff : bool
         Divide ``x_i - x_j`` by its length + 1.
     backend : str, optional
@@ -90,11 +93,11 @@ class E_GCL(OfficialLayer):
         )
 
 
-@hinted
+@suggest_own_name
 class E_GCL_vel(E_GCL):
     """The official ``E_GCL_vel``: the coordinates also move by ``phi_v(h) vel``.
 
-    Parameters are those of :class:`E_GCL` without ``clamp``.
+    Parameters are those of :class:`E_GCL`, except ``clamp``.
     """
 
     def __init__(
@@ -129,7 +132,7 @@ class E_GCL_vel(E_GCL):
         )
         self._add_velocity_mlp()
 
-    def forward(  # type: ignore[override]  # the official class differs from its base so
+    def forward(  # type: ignore[override]  # as in the official code, vel comes before edge_attr
         self,
         h: Tensor,
         edge_index: Graph | EdgeIndexLike,
@@ -138,7 +141,7 @@ class E_GCL_vel(E_GCL):
         edge_attr: Tensor | None = None,
         node_attr: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As :meth:`E_GCL.forward`, with velocities ``vel [N, D]``."""
+        """Run the layer as :meth:`E_GCL.forward` does, with velocities ``vel [N, D]``."""
         new_h, new_x, _ = self._run(
             h, coord, edge_index, vel, edge_attr=edge_attr, node_attr=node_attr
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from egnn_fast.argument_names import hinted
+from egnn_fast.argument_names import suggest_own_name
 from egnn_fast.compat._official import add_layers
 from egnn_fast.compat.gcl import E_GCL, E_GCL_vel
 from egnn_fast.graph import EdgeIndexLike, Graph
@@ -14,20 +14,20 @@ from egnn_fast.nn.networks import enter, layers_of
 
 __all__ = ["EGNN", "EGNN_vel"]
 
-# the official default of EGNN; EGNN_vel's is SiLU
+# negative slope of LeakyReLU, the official default activation of EGNN; EGNN_vel's is SiLU
 _EGNN_SLOPE = 0.2
 
 
-@hinted
+@suggest_own_name
 class EGNN(nn.Module):
-    """The official n-body ``EGNN``, without velocities; returns coordinates only.
+    """The official n-body ``EGNN``, without velocities. It returns coordinates only.
 
     Parameters
     ----------
     in_node_nf, in_edge_nf, hidden_nf : int
         Widths of h at the input, of ``edge_attr`` and of h between the layers.
     device : torch.device or str
-        Where the parameters are moved once drawn.
+        Device to which the parameters are moved after their initialisation.
     act_fn : torch.nn.Module, optional
         ``nn.LeakyReLU(0.2)`` by default.
     n_layers : int
@@ -36,6 +36,11 @@ class EGNN(nn.Module):
         Factor on each coordinate update.
     backend : str, optional
         See :func:`egnn_fast.use_backend`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is wrong; the message names it.
     """
 
     def __init__(
@@ -79,16 +84,19 @@ class EGNN(nn.Module):
         edge_attr: Tensor | None,
         vel: Tensor | None = None,
     ) -> Tensor:
-        """Coordinates ``[N, D]``; ``vel`` is not used, as officially."""
+        """Run the network and return new coordinates ``[N, D]``.
+
+        Arguments are those of :meth:`E_GCL.forward`. ``vel`` is ignored, as in the official code.
+        """
         h, graph = enter(self.embedding, h, x, edges)
         for gcl in layers_of(self, self.n_layers):
             h, x, _ = gcl(h, graph, x, edge_attr=edge_attr)
         return x
 
 
-@hinted
+@suggest_own_name
 class EGNN_vel(nn.Module):
-    """The official ``EGNN_vel`` of the paper's n-body experiment; returns coordinates only.
+    """The official ``EGNN_vel`` of the paper's n-body experiment. It returns coordinates only.
 
     Parameters
     ----------
@@ -97,7 +105,12 @@ class EGNN_vel(nn.Module):
     act_fn : torch.nn.Module, optional
         ``nn.SiLU()`` by default.
     recurrent, norm_diff, tanh : bool
-        See :class:`egnn_fast.compat.gcl.E_GCL`; the official training script sets ``recurrent``.
+        See :class:`egnn_fast.compat.gcl.E_GCL`. The official training script sets ``recurrent``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is wrong; the message names it.
     """
 
     def __init__(
@@ -147,7 +160,10 @@ class EGNN_vel(nn.Module):
         vel: Tensor,
         edge_attr: Tensor | None,
     ) -> Tensor:
-        """Coordinates ``[N, D]`` of a system with initial velocities ``vel [N, D]``."""
+        """Run the network and return new coordinates ``[N, D]``.
+
+        Arguments are those of :meth:`E_GCL_vel.forward`; ``vel [N, D]`` are the initial velocities.
+        """
         h, graph = enter(self.embedding, h, x, edges)
         for gcl in layers_of(self, self.n_layers):
             h, x, _ = gcl(h, graph, x, vel, edge_attr=edge_attr)

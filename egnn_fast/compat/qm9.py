@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from egnn_fast import arguments
-from egnn_fast.argument_names import hinted
+from egnn_fast.argument_names import suggest_own_name
 from egnn_fast.compat._official import add_layers
 from egnn_fast.compat.gcl import E_GCL
 from egnn_fast.graph import EdgeIndexLike, Graph
@@ -18,16 +18,16 @@ from egnn_fast.nn.networks import enter, layers_of
 __all__ = ["E_GCL_mask", "EGNN"]
 
 
-@hinted
+@suggest_own_name
 class E_GCL_mask(E_GCL):
-    """The official ``E_GCL_mask``: masked messages, coordinates as they came.
+    """The official ``E_GCL_mask``: it masks messages and does not change the coordinates.
 
     Parameters
     ----------
     nodes_attr_dim : int
         Width of ``node_attr``.
     coords_weight : float
-        Without effect, as officially.
+        Without effect, as in the official code.
     input_nf, output_nf, hidden_nf, edges_in_d, act_fn, recurrent, attention, backend
         See :class:`egnn_fast.compat.gcl.E_GCL`.
     """
@@ -60,13 +60,14 @@ class E_GCL_mask(E_GCL):
             attention=attention,
             backend=backend,
         )
-        # officially the head draws its weights too before it is dropped
+        # As in the official class, the head is deleted after its weights were drawn. Otherwise a
+        # seed would give other weights.
         del self.coord_mlp
         self.options = replace(self.options, coord_agg=None)
-        # the official state_dict holds an activation's own parameters here too
+        # the official state_dict has the activation's parameters, if any, under this name too
         self.act_fn = act_fn
 
-    def forward(  # type: ignore[override]  # the official class differs from its base so
+    def forward(  # type: ignore[override]  # the official class has other arguments than its base
         self,
         h: Tensor,
         edge_index: Graph | EdgeIndexLike,
@@ -77,9 +78,10 @@ class E_GCL_mask(E_GCL):
         node_attr: Tensor | None = None,
         n_nodes: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As :meth:`E_GCL.forward`, with messages times ``edge_mask [E, 1]``.
+        """Run the layer as :meth:`E_GCL.forward` does, with messages times ``edge_mask [E, 1]``.
 
-        ``node_mask`` and ``n_nodes`` are not used, as officially.
+        Returns new features, and ``coord`` and ``edge_attr`` unchanged. ``node_mask`` and
+        ``n_nodes`` are ignored, as in the official code.
         """
         new_h, _, _ = self._run(
             h, coord, edge_index, edge_attr=edge_attr, node_attr=node_attr, edge_mask=edge_mask
@@ -87,28 +89,33 @@ class E_GCL_mask(E_GCL):
         return new_h, coord, edge_attr
 
 
-@hinted
+@suggest_own_name
 class EGNN(nn.Module):
-    """The official QM9 ``EGNN``: one number for each molecule.
+    """The official QM9 ``EGNN``: it predicts one number for each molecule.
 
     Parameters
     ----------
     in_node_nf, in_edge_nf, hidden_nf : int
         Widths of h at the input, of ``edge_attr`` and of h between the layers.
     device : torch.device or str
-        Where the parameters are moved once drawn.
+        Device to which the parameters are moved after their initialisation.
     act_fn : torch.nn.Module, optional
         ``nn.SiLU()`` by default.
     n_layers : int
         Number of layers.
     coords_weight : float
-        Without effect, as officially.
+        Without effect, as in the official code.
     attention : bool
-        Gate the messages.
+        Gate the messages (eq. 8).
     node_attr : bool or int
         Whether each layer's node MLP also takes the input features.
     backend : str, optional
         See :func:`egnn_fast.use_backend`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is wrong; the message names it.
     """
 
     def __init__(
@@ -175,15 +182,21 @@ class EGNN(nn.Module):
         edge_attr : Tensor [E, in_edge_nf] or None
             Edge attributes.
         node_mask : Tensor [B * n_nodes, 1]
-            Factor on each node before the sum over a molecule.
+            Factor on each node's features before the sum over a molecule.
         edge_mask : Tensor [E, 1] or None
             Factor on each message.
         n_nodes : int
-            Nodes of a padded molecule.
+            Atoms of a molecule, padding included.
 
         Returns
         -------
         Tensor [B]
+            B is the number of molecules.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError, BackendError
+            As :func:`egnn_fast.functional.egcl`.
         """
         h, graph = enter(self.embedding, h0, x, edges)
         check_sizes(1, n_nodes=n_nodes)

@@ -1,1 +1,1 @@
-"""Published experiments, run end to end: the only place with data sets and training loops."""
+"""Published experiments, run end to end. Data sets and training loops are here only."""

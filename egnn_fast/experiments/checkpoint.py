@@ -1,4 +1,7 @@
-"""Checkpoints that are whole or refused: a dictionary of tensors and plain values, with a kind."""
+"""Checkpoints: dictionaries of tensors and plain values. A damaged file raises an error.
+
+Each file has a ``kind``, so that one cannot be loaded as another.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,16 @@ _SHOWN = 6  # keys named in an error
 
 
 def save(path: Path, kind: str, content: Mapping[str, Any]) -> None:
-    """Write a checkpoint atomically; ``torch.load`` reads it.
+    """Write a checkpoint atomically, in the format of ``torch.save``.
 
     Parameters
     ----------
     path : Path
-        The file; a previous version stays whole until the new one is.
+        The file. An older version stays in place until the new one is complete.
     kind : str
-        What it holds, so that another kind of file is told apart.
+        What the file holds; :func:`load` compares it.
     content : mapping
-        Tensors and plain values only.
+        Tensors, and values that ``torch.load(weights_only=True)`` accepts.
     """
     buffer = io.BytesIO()
     torch.save({"kind": kind, **content}, buffer)
@@ -42,9 +45,14 @@ def load(path: Path, kind: str, keys: Collection[str]) -> dict[str, Any]:
     path : Path
         The file.
     kind : str
-        What :func:`save` was told.
+        The ``kind`` that was passed to :func:`save`.
     keys : collection of str
-        The keys it must have, no more and no fewer.
+        The keys that the file must have, no more and no fewer.
+
+    Returns
+    -------
+    dict
+        The content, without ``kind``.
 
     Raises
     ------
@@ -52,7 +60,7 @@ def load(path: Path, kind: str, keys: Collection[str]) -> dict[str, Any]:
         The file is missing, damaged, of another kind or has other keys.
     """
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load itself does not look at the CRCs
+        with zipfile.ZipFile(path) as archive:  # torch.load does not check the CRCs
             damaged = archive.testzip()
         if damaged is not None:
             raise CheckpointError(f"the checkpoint {path} is corrupt (at {damaged})")
@@ -61,29 +69,31 @@ def load(path: Path, kind: str, keys: Collection[str]) -> dict[str, Any]:
         raise CheckpointError(f"there is no checkpoint {path}") from error
     except CheckpointError:
         raise
-    except Exception as error:  # damaged bytes make the readers fail in any way
+    except Exception as error:  # damaged bytes may raise anything
         raise CheckpointError(_unreadable(path, error)) from error
-    found = content.get("kind") if isinstance(content, dict) else None
-    if found != kind:
+    stored_kind = content.get("kind") if isinstance(content, dict) else None
+    if stored_kind != kind:
         wanted = f"the checkpoint {path} is of another kind: expected {kind!r}"
-        raise CheckpointError(f"{wanted}, got {found if isinstance(found, str) else 'none'!r}")
+        got = stored_kind if isinstance(stored_kind, str) else "none"
+        raise CheckpointError(f"{wanted}, got {got!r}")
     del content["kind"]
-    problem = _differing(keys, content)
+    problem = _key_difference(keys, content)
     if problem:
         raise CheckpointError(f"the checkpoint {path} does not fit: {problem}")
     return content
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Copy weights from a checkpoint into a module.
+    """Copy weights from the checkpoint ``path`` into a module.
 
     Raises
     ------
     CheckpointError
-        Keys are missing or unexpected, or a shape differs; nothing was copied.
+        Keys are missing or unexpected, or a shape differs. The module is unchanged then.
     """
     own = module.state_dict()
-    problem = _differing(own, state) if isinstance(state, Mapping) else "its state is no mapping"
+    is_mapping = isinstance(state, Mapping)
+    problem = _key_difference(own, state) if is_mapping else "its state is no mapping"
     if not problem:
         wrong = [
             f"{key} {tuple(getattr(state[key], 'shape', ()))} for {tuple(value.shape)}"
@@ -101,14 +111,16 @@ def _unreadable(path: Path, error: Exception) -> str:
     return f"the checkpoint {path} is corrupt or truncated ({type(error).__name__}: {reason})"
 
 
-def _differing(wanted: Collection[str], found: Collection[str]) -> str:
-    missing = [key for key in wanted if key not in found]
-    extra = [str(key) for key in found if key not in wanted]
+def _key_difference(expected: Collection[str], actual: Collection[str]) -> str:
+    """The missing and unexpected keys in words; empty if there are none."""
+    missing = [key for key in expected if key not in actual]
+    extra = [str(key) for key in actual if key not in expected]
     parts = [_listed("missing keys", missing), _listed("unexpected keys", extra)]
     return "; ".join(part for part in parts if part)
 
 
 def _listed(what: str, names: list[str]) -> str:
+    """``what`` and the first names in words; empty if there are none."""
     if not names:
         return ""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""

@@ -1,30 +1,27 @@
-"""What can go wrong in an experiment, told in one line."""
+"""Errors of experiments. Each message is one line, which the command line prints."""
 
 from __future__ import annotations
 
 
 class ExperimentError(Exception):
-    """A run cannot go on; the message is one line, made to be read by a person.
-
-    ``exit_code`` is what the command line returns.
-    """
+    """The run cannot continue. ``exit_code`` is that of the command line."""
 
     exit_code = 1
 
 
 class UsageError(ExperimentError):
-    """What was asked for cannot be done: a wrong option, folder or device."""
+    """An option, folder or device is wrong."""
 
     exit_code = 2
 
 
 class CacheError(ExperimentError):
-    """A cached data set is not whole, or not what its name says."""
+    """A cached data set is damaged, or was made with other parameters than its name says."""
 
 
 class CheckpointError(ExperimentError):
-    """A checkpoint is not whole, of another kind, or does not fit the model."""
+    """A checkpoint is missing, damaged, of another kind, or does not fit the model."""
 
 
 class TrainingError(ExperimentError):
-    """Training diverged."""
+    """Training diverged: the loss is not finite."""

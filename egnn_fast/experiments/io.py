@@ -1,4 +1,4 @@
-"""Files that are either the old version or the whole new one, and folders that can be written."""
+"""Atomic writes, and checks that a folder can be written to."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ _TEMPORARY = ".tmp-"
 
 
 def write_atomic(path: Path, content: bytes | memoryview | str) -> None:
-    """Replace a file by new content, so that a kill at any moment leaves one of the two, whole.
+    """Replace a file's content atomically.
+
+    If the process is killed, the file has either its old or its new content, in full.
 
     Parameters
     ----------
     path : Path
         The file. Its folder must exist.
     content : bytes, memoryview or str
-        All of it; str is written as UTF-8.
+        The whole new content; a str is written as UTF-8.
     """
     if isinstance(content, str):
         content = content.encode()
@@ -30,7 +32,7 @@ def write_atomic(path: Path, content: bytes | memoryview | str) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())  # the name must not reach the disk before the content
+            os.fsync(file.fileno())  # the content must reach the disk before the new name does
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
@@ -40,26 +42,31 @@ def write_atomic(path: Path, content: bytes | memoryview | str) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed :func:`write_atomic` left in a folder."""
+    """Remove the temporary files that a killed :func:`write_atomic` left in a folder."""
     for leftover in folder.glob(f"{_TEMPORARY}*"):
         with contextlib.suppress(OSError):
             leftover.unlink()
 
 
 def writable_folder(path: Path, option: str) -> Path:
-    """Make a folder and prove that a file can be written there.
+    """Make a folder and check that a file can be written there.
 
     Parameters
     ----------
     path : Path
         The folder; parents are made too.
     option : str
-        What to call it in the error.
+        The command-line option or variable that names the folder, for the error.
+
+    Returns
+    -------
+    Path
+        ``path``.
 
     Raises
     ------
     UsageError
-        It cannot be made, or not be written to.
+        The folder cannot be made or written to.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -72,18 +79,18 @@ def writable_folder(path: Path, option: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where data sets are kept: ``EGNN_FAST_CACHE``, else ``egnn_fast`` in the XDG cache folder."""
-    own = os.environ.get(CACHE_VARIABLE)
-    if own:
-        return Path(own).expanduser()
+    """The folder of data sets: ``EGNN_FAST_CACHE``, else ``egnn_fast`` in the XDG cache folder."""
+    configured = os.environ.get(CACHE_VARIABLE)
+    if configured:
+        return Path(configured).expanduser()
     xdg = os.environ.get("XDG_CACHE_HOME")
-    # the XDG specification: a relative path is to be ignored
+    # the XDG specification says to ignore a relative path
     base = Path(xdg) if xdg and os.path.isabs(xdg) else Path.home() / ".cache"
     return base / "egnn_fast"
 
 
 def _umask() -> int:
-    # it can only be read by setting it
+    # the umask can be read only by setting it
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,6 +1,8 @@
-"""A layer's submodules: their weights if they are as they were built, else maps that call them.
+"""Read a layer's submodules: their weights if they are unmodified, else functions that call them.
 
-Nothing is cached: the layer's options say how the submodules were built.
+A submodule is unmodified if it is still what ``EGCLBase.__init__`` built for the layer's options
+and runs nothing else (hooks, another ``forward``). Nothing is cached: every call compares the
+submodules with the options again.
 """
 
 from __future__ import annotations
@@ -17,18 +19,18 @@ from egnn_fast.options import Options
 from egnn_fast.reference import Map, Maps
 from egnn_fast.weights import LayerWeights
 
-# names of this module cost less than attributes of torch.nn
+# looking up a global is faster than an attribute of torch.nn
 Linear, Sequential, Sigmoid, Tanh = nn.Linear, nn.Sequential, nn.Sigmoid, nn.Tanh
 
 
-class _LookCloser(LookupError):
-    """A module may not be as it was built."""
+class _MaybeModified(LookupError):
+    """A module is not obviously unmodified."""
 
 
 def read(layer: Any) -> LayerWeights | None:
-    """The weights of a layer that is as it was built; None if :func:`changes` must decide.
+    """The weights of an unmodified layer; None if it may be modified (ask :func:`changes`).
 
-    Runs in every call, so it reads the modules' dictionaries: attribute access through
+    This runs in every call, so it reads the modules' dictionaries: attribute access through
     ``nn.Module`` would take as long as the kernel of a small graph.
     """
     part, options = layer.__dict__["_modules"].get, layer.options
@@ -37,51 +39,54 @@ def read(layer: Any) -> LayerWeights | None:
         return None
     w_g = b_g = w3 = b3 = w_x = v1 = c1 = v2 = c2 = None
     try:
-        edge = _own(part("edge_mlp"), Sequential)["_modules"]
-        node = _own(part("node_mlp"), Sequential)["_modules"]
+        edge = _dict_of(part("edge_mlp"), Sequential)["_modules"]
+        node = _dict_of(part("node_mlp"), Sequential)["_modules"]
         if len(edge) != 4 or len(node) != 3:
             return None
         edge1, act, edge2, edge_act = edge.values()
         node1, node_act, node2 = node.values()
-        # one activation object is in all places, unless it was replaced
+        # all MLPs share one activation object, unless it was replaced
         if edge_act is not act or node_act is not act:
             return None
-        its = _own(act, FUSED_ACTIVATIONS[options.activation])
-        if options.activation == "leaky_relu" and its["negative_slope"] != options.negative_slope:
+        attributes = _dict_of(act, FUSED_ACTIVATIONS[options.activation])
+        is_leaky = options.activation == "leaky_relu"
+        if is_leaky and attributes["negative_slope"] != options.negative_slope:
             return None
-        e1, e2 = _own(edge1, Linear)["_parameters"], _own(edge2, Linear)["_parameters"]
-        n1, n2 = _own(node1, Linear)["_parameters"], _own(node2, Linear)["_parameters"]
+        e1, e2 = _dict_of(edge1, Linear)["_parameters"], _dict_of(edge2, Linear)["_parameters"]
+        n1, n2 = _dict_of(node1, Linear)["_parameters"], _dict_of(node2, Linear)["_parameters"]
         w1, b1, w2, b2 = e1["weight"], e1["bias"], e2["weight"], e2["bias"]
         u1, d1, u2, d2 = n1["weight"], n1["bias"], n2["weight"], n2["bias"]
         if b1 is None or b2 is None or d1 is None or d2 is None:
             return None
         if gate is not None:
-            members = _own(gate, Sequential)["_modules"]
+            members = _dict_of(gate, Sequential)["_modules"]
             if len(members) != 2:
                 return None
             linear, sigmoid = members.values()
-            _own(sigmoid, Sigmoid)
-            parameters = _own(linear, Linear)["_parameters"]
+            _dict_of(sigmoid, Sigmoid)
+            parameters = _dict_of(linear, Linear)["_parameters"]
             w_g, b_g = parameters["weight"], parameters["bias"]
             if b_g is None:
                 return None
         if head is not None:
-            members = _own(head, Sequential)["_modules"]
+            members = _dict_of(head, Sequential)["_modules"]
             if len(members) != (4 if options.coord_tanh else 3):
                 return None
             head1, head_act, head2, *tanh = members.values()
             if tanh:
-                _own(tanh[0], Tanh)
-            first, last = _own(head1, Linear)["_parameters"], _own(head2, Linear)["_parameters"]
+                _dict_of(tanh[0], Tanh)
+            first = _dict_of(head1, Linear)["_parameters"]
+            last = _dict_of(head2, Linear)["_parameters"]
             w3, b3, w_x = first["weight"], first["bias"], last["weight"]
             if head_act is not act or b3 is None or last["bias"] is not None:
                 return None
         if vel is not None:
-            members = _own(vel, Sequential)["_modules"]
+            members = _dict_of(vel, Sequential)["_modules"]
             if len(members) != 3:
                 return None
             vel1, vel_act, vel2 = members.values()
-            first, last = _own(vel1, Linear)["_parameters"], _own(vel2, Linear)["_parameters"]
+            first = _dict_of(vel1, Linear)["_parameters"]
+            last = _dict_of(vel2, Linear)["_parameters"]
             v1, c1, v2, c2 = first["weight"], first["bias"], last["weight"], last["bias"]
             if vel_act is not act or c1 is None or c2 is None:
                 return None
@@ -90,83 +95,90 @@ def read(layer: Any) -> LayerWeights | None:
     return LayerWeights(w1, b1, w2, b2, u1, d1, u2, d2, w_g, b_g, w3, b3, w_x, v1, c1, v2, c2)
 
 
-def _own(module: Any, kind: type[nn.Module]) -> dict[str, Any]:
-    """The dictionary of a module of this very class that runs its class's forward alone."""
-    if type(module) is kind:
-        its: dict[str, Any] = module.__dict__
+def _dict_of(module: Any, cls: type[nn.Module]) -> dict[str, Any]:
+    """The ``__dict__`` of a module of exactly the class ``cls`` that runs nothing but its forward.
+
+    Raises
+    ------
+    _MaybeModified
+        The class is another one, or the module has hooks or another ``forward``, or is compiled.
+    """
+    if type(module) is cls:
+        attributes: dict[str, Any] = module.__dict__
         if not (
-            its["_forward_hooks"]
-            or its["_forward_pre_hooks"]
-            or its["_backward_hooks"]
-            or its["_backward_pre_hooks"]
-            or "forward" in its
-            or "_compiled_call_impl" in its
+            attributes["_forward_hooks"]
+            or attributes["_forward_pre_hooks"]
+            or attributes["_backward_hooks"]
+            or attributes["_backward_pre_hooks"]
+            or "forward" in attributes
+            or "_compiled_call_impl" in attributes
         ):
-            return its
-    raise _LookCloser
+            return attributes
+    raise _MaybeModified
 
 
 def changes(layer: Any) -> Iterator[tuple[str, bool]]:
-    """Which submodules are not as they were built, and how, each with whether it is an activation.
+    """Each modified submodule and how it was modified, and whether it is an activation.
 
-    A Linear that PyTorch reparametrised is left out: its weights still say what it computes.
+    Linears that PyTorch reparametrised do not count: their weights still say what they compute.
 
     Raises
     ------
     ValueError
-        A submodule that the options ask for is missing, or there is one that they have no use for.
+        A submodule that the options need was removed, or one that they do not use was added.
     """
     options = layer.options
     act = FUSED_ACTIVATIONS[options.activation]
-    small, head = (Linear, act, Linear), options.coord_agg is not None
+    mlp, has_head = (Linear, act, Linear), options.coord_agg is not None
     tanh = (Tanh,) if options.coord_tanh else ()
+    # the classes of each MLP's members as they were built; None if the options do not use the MLP
     built: dict[str, tuple[type[nn.Module], ...] | None] = {
-        "edge_mlp": (*small, act),
-        "node_mlp": small,
+        "edge_mlp": (*mlp, act),
+        "node_mlp": mlp,
         "att_mlp": (Linear, Sigmoid) if options.attention else None,
-        "coord_mlp": (*small, *tanh) if head else None,
-        "coord_mlp_vel": small,
+        "coord_mlp": (*mlp, *tanh) if has_head else None,
+        "coord_mlp_vel": mlp,
     }
-    for name, kinds in built.items():
+    for name, classes in built.items():
         part = getattr(layer, name, None)
-        if part is None and kinds is not None and name != "coord_mlp_vel":
+        if part is None and classes is not None and name != "coord_mlp_vel":
             raise ValueError(f"{name}: the layer's options ask for it, but it was removed")
-        if part is not None and kinds is None:
+        if part is not None and classes is None:
             raise ValueError(f"{name}: the layer has one, but its options have no use for it")
-        if part is None or kinds is None:
+        if part is None or classes is None:
             continue
-        found = _touched(part)
-        if type(part) is not Sequential or found:
-            yield f"{name} {found or _is_a(part, Sequential)}", False
+        change = _interception(part)
+        if type(part) is not Sequential or change:
+            yield f"{name} {change or _other_class(part, Sequential)}", False
             continue
         members = list(part._modules.items())
-        for k, kind in enumerate(kinds):
+        for k, cls in enumerate(classes):
             if k == len(members):
-                yield f"{name}.{k}, a {kind.__name__}, was removed", False
+                yield f"{name}.{k}, a {cls.__name__}, was removed", False
                 break
-            place, module = f"{name}.{members[k][0]}", members[k][1]
+            key, module = members[k]
             biased = name != "coord_mlp" or k == 0
-            found = _touched(module) or _differs(module, kind, options, biased)
-            if found:
-                yield f"{place} {found}", kind is act
-        if len(members) > len(kinds):
-            place, module = members[len(kinds)]
-            yield f"{name}.{place}, a {type(module).__name__}, was added", False
+            change = _interception(module) or _difference(module, cls, options, biased)
+            if change:
+                yield f"{name}.{key} {change}", cls is act
+        if len(members) > len(classes):
+            key, module = members[len(classes)]
+            yield f"{name}.{key}, a {type(module).__name__}, was added", False
 
 
 def first_change(layer: Any) -> str | None:
-    """The first of :func:`changes`; None if the layer is as it was built."""
+    """The first of :func:`changes` in words; None if the layer is unmodified or reparametrised."""
     for change, _ in changes(layer):
         return change
     return None
 
 
-def _touched(module: Any) -> str | None:
-    """What runs beside a module's own forward or in its place; None if nothing does."""
+def _interception(module: Any) -> str | None:
+    """What a call runs besides or instead of the class's forward, in words; None for nothing."""
     if not isinstance(module, nn.Module):
         return None
     try:
-        _own(module, type(module))
+        _dict_of(module, type(module))
     except LookupError:
         pass
     else:
@@ -185,74 +197,78 @@ def _touched(module: Any) -> str | None:
     return "is compiled by itself" if "_compiled_call_impl" in module.__dict__ else None
 
 
-def _differs(module: Any, kind: type[nn.Module], options: Options, biased: bool) -> str | None:
-    """How a module differs from the one that was built; None if it does not."""
-    found = type(module)
-    if kind is Linear and issubclass(found, Linear):
-        # torch.nn.utils.parametrize makes a class of its own, with the same forward
-        if found.forward is not Linear.forward or found.__call__ is not Linear.__call__:
-            return _is_a(module, kind)
+def _difference(module: Any, cls: type[nn.Module], options: Options, biased: bool) -> str | None:
+    """How a module differs from the ``cls`` that was built, in words; None if it does not."""
+    actual = type(module)
+    if cls is Linear and issubclass(actual, Linear):
+        # torch.nn.utils.parametrize replaces the class by a subclass with the same forward
+        if actual.forward is not Linear.forward or actual.__call__ is not Linear.__call__:
+            return _other_class(module, cls)
         if (module.bias is not None) is not biased:
             return "has a bias" if module.bias is not None else "has no bias"
         return None
-    if found is not kind:
-        return _is_a(module, kind)
-    if kind is nn.LeakyReLU and module.negative_slope != options.negative_slope:
+    if actual is not cls:
+        return _other_class(module, cls)
+    if cls is nn.LeakyReLU and module.negative_slope != options.negative_slope:
         return f"has negative_slope={module.negative_slope}, not {options.negative_slope}"
     return None
 
 
-def _is_a(module: Any, kind: type[nn.Module]) -> str:
-    found = type(module)
-    # other classes of the same name: peft's and quantised Linears
-    same = found.__name__ in ("Linear", kind.__name__)
-    name = f"{found.__module__}.{found.__name__}" if same else found.__name__
-    known = FUSED_ACTIVATIONS.values()
-    if kind in known and type(module) not in known:
+def _other_class(module: Any, cls: type[nn.Module]) -> str:
+    """In words: the module's class is not ``cls``."""
+    actual = type(module)
+    # peft's adapters and quantised Linears are called Linear too, so give their module
+    ambiguous = actual.__name__ in ("Linear", cls.__name__)
+    name = f"{actual.__module__}.{actual.__name__}" if ambiguous else actual.__name__
+    fused = FUSED_ACTIVATIONS.values()
+    if cls in fused and actual not in fused:
         return f"is a {name}: only SiLU, ReLU and LeakyReLU run fused"
-    return f"is a {name}, not the {kind.__name__} that the layer was built with"
+    return f"is a {name}, not the {cls.__name__} that the layer was built with"
 
 
 def reparametrised(layer: Any) -> LayerWeights:
-    """The weights of a layer whose Linears, reparametrised or not, are where they were built."""
+    """The weights of a layer without :func:`changes`; its Linears may be reparametrised."""
     parts = layer._modules
     head, gate, vel = map(parts.get, ("coord_mlp", "att_mlp", "coord_mlp_vel"))
-    found = [*_pair(parts["edge_mlp"], 0), *_pair(parts["edge_mlp"], 2)]
-    found += [*_pair(parts["node_mlp"], 0), *_pair(parts["node_mlp"], 2)]
-    found += (None, None) if gate is None else _pair(gate, 0)
-    found += (None, None, None) if head is None else (*_pair(head, 0), _pair(head, 2)[0])
+    weights = [*_pair(parts["edge_mlp"], 0), *_pair(parts["edge_mlp"], 2)]
+    weights += [*_pair(parts["node_mlp"], 0), *_pair(parts["node_mlp"], 2)]
+    weights += (None, None) if gate is None else _pair(gate, 0)
+    weights += (None, None, None) if head is None else (*_pair(head, 0), _pair(head, 2)[0])
     if vel is not None:
-        found += (*_pair(vel, 0), *_pair(vel, 2))
-    return LayerWeights(*found)  # type: ignore[arg-type]
+        weights += (*_pair(vel, 0), *_pair(vel, 2))
+    return LayerWeights(*weights)  # type: ignore[arg-type]
 
 
-def _pair(sequence: Any, place: int) -> tuple[Tensor, Tensor | None]:
-    """A Linear's weight and bias, after the hooks that set them."""
-    linear = list(sequence._modules.values())[place]
+def _pair(sequence: Any, index: int) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the Linear at ``index``, after running the pre-hooks that compute them."""
+    linear = list(sequence._modules.values())[index]
     for hook in linear._forward_pre_hooks.values():
         hook(linear, ())
     return linear.weight, linear.bias
 
 
 def _reparametrises(hook: Callable[..., Any]) -> bool:
-    """Whether a hook is PyTorch's own, of weight_norm, spectral_norm or pruning."""
-    return any(kind.__module__.startswith("torch.nn.utils.") for kind in type(hook).__mro__)
+    """Whether a hook is one of PyTorch's: of weight_norm, spectral_norm or pruning."""
+    return any(cls.__module__.startswith("torch.nn.utils.") for cls in type(hook).__mro__)
 
 
 def maps_of(layer: Any) -> Maps:
-    """A layer's modules, as they are, for :mod:`egnn_fast.reference`."""
+    """Functions that call a layer's submodules, for :mod:`egnn_fast.reference`.
+
+    They raise ValueError if a submodule returns a wrong shape.
+    """
 
     def part(name: str, width: int | None) -> Map | None:
         module = getattr(layer, name, None)
-        return None if module is None else _checked(name, module, width)
+        return None if module is None else _with_shape_check(name, module, width)
 
     edge, node = part("edge_mlp", None), part("node_mlp", layer.out_features)
     assert edge is not None and node is not None
     return Maps(edge, node, *(part(k, 1) for k in ("att_mlp", "coord_mlp", "coord_mlp_vel")))
 
 
-def _checked(name: str, module: Map, width: int | None) -> Map:
-    """The module, with a ValueError for an output that is not ``[rows, width]``."""
+def _with_shape_check(name: str, module: Map, width: int | None) -> Map:
+    """The module with a check that it maps ``[K, any]`` to ``[K, width]``; None: any width."""
 
     def run(z: Tensor) -> Tensor:
         out = module(z)

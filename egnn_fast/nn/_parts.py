@@ -1,38 +1,38 @@
-"""What the layers are put together from: MLPs, the activation's name, arguments' checks."""
+"""Building blocks of the layers: MLPs, fused activations, checks of sizes."""
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-# the official gain: a layer starts out hardly moving the coordinates
+# the official gain of the coordinate head's last layer: at first a layer hardly moves coordinates
 COORD_GAIN = 0.001
-# the activations that kernels know, as Options names them
+# the activations that run fused, by their names in Options
 FUSED_ACTIVATIONS = {"silu": nn.SiLU, "relu": nn.ReLU, "leaky_relu": nn.LeakyReLU}
 
 
-class LayerArgs(TypedDict, total=False):
-    """The keyword arguments that every layer and network shares; see :class:`EGCLBase`."""
+# LayerArgs is defined in nn/layers.py, which imports this module. Its old name here still works.
+if TYPE_CHECKING:
+    from egnn_fast.nn.layers import LayerArgs as LayerArgs
+else:
 
-    edge_attr_dim: int
-    node_attr_dim: int
-    activation: nn.Module | None
-    residual: bool
-    attention: bool
-    coord_norm: str | float | None
-    coord_tanh: bool
-    coord_agg: str | None
-    coord_scale: float
-    coord_clamp: float | None
-    backend: str | None
-    device: torch.device | str | None
-    dtype: torch.dtype | None
+    def __getattr__(name):
+        if name == "LayerArgs":
+            from egnn_fast.nn.layers import LayerArgs
+
+            return LayerArgs
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def check_sizes(minimum: int, **sizes: object) -> None:
-    """Raise unless every size is an int of at least ``minimum``; the message names it."""
+    """Raise unless every size is an int of at least ``minimum``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A size is no int, or too small; the message names it.
+    """
     for name, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name}: expected an int, got {value!r}")
@@ -41,18 +41,18 @@ def check_sizes(minimum: int, **sizes: object) -> None:
 
 
 def check_activation(name: str, activation: object) -> None:
-    """Raise unless ``activation`` is a module, or None for the default."""
+    """Raise TypeError unless ``activation`` is a module or None, which stands for the default."""
     if activation is not None and not isinstance(activation, nn.Module):
         raise TypeError(f"{name}: expected a torch.nn.Module, got {activation!r}")
 
 
 def fused_activation(activation: nn.Module) -> dict[str, Any] | None:
-    """The fields of Options that stand for an activation; None if no kernel knows it.
+    """The fields of Options that describe an activation; None if it does not run fused.
 
-    A subclass may compute anything, so only the exact types count.
+    Only the exact types run fused: a subclass may compute anything.
     """
-    for name, kind in FUSED_ACTIVATIONS.items():
-        if type(activation) is kind:
+    for name, cls in FUSED_ACTIVATIONS.items():
+        if type(activation) is cls:
             fields: dict[str, Any] = {"activation": name}
             if isinstance(activation, nn.LeakyReLU):
                 fields["negative_slope"] = activation.negative_slope
@@ -63,7 +63,10 @@ def fused_activation(activation: nn.Module) -> dict[str, Any] | None:
 def mlp(
     features: int, hidden: int, out: int, activation: nn.Module, factory: dict[str, Any]
 ) -> nn.Sequential:
-    """Linear, activation, Linear."""
+    """Linear, activation, Linear: rows ``[K, features]`` to ``[K, out]``.
+
+    ``factory`` has the parameters' device and dtype.
+    """
     first = nn.Linear(features, hidden, **factory)
     return nn.Sequential(first, activation, nn.Linear(hidden, out, **factory))
 
@@ -71,7 +74,11 @@ def mlp(
 def coord_mlp(
     hidden: int, activation: nn.Module, tanh: bool, factory: dict[str, Any]
 ) -> nn.Sequential:
-    """The coordinate head. Its last layer draws its weights first, as officially."""
+    """The coordinate head, ``[E, hidden]`` to ``[E, 1]``.
+
+    The last layer's weights are drawn first, as in the official code, so that a seed gives the same
+    weights.
+    """
     last = nn.Linear(hidden, 1, bias=False, **factory)
     nn.init.xavier_uniform_(last.weight, gain=COORD_GAIN)
     parts = [nn.Linear(hidden, hidden, **factory), activation, last]

@@ -1,4 +1,4 @@
-"""A graph that belongs to a module."""
+"""A graph as a part of a module."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from egnn_fast.graph.graph import TENSORS, Graph
 
 
 class GraphBuffer(nn.Module):
-    """A Graph that moves with the module that holds it, as a buffer does.
+    """A Graph that moves between devices with its parent module, as a buffer does.
 
-    Assign it to an attribute and pass its :attr:`graph` to the layers::
+    Assign it to an attribute of a module and pass its :attr:`graph` to the layers::
 
         self.edges = GraphBuffer(Graph.complete([20]))
         ...
         h, x = self.egnn(h, x, self.edges.graph)
 
-    Then ``module.to("cuda")`` moves the graph; ``module.double()`` leaves its indices as they are.
-    It is copied and pickled with the module, but is not in the state_dict, as it is not trained.
+    ``module.to("cuda")`` then moves the graph too; ``module.double()`` does not change its indices.
+    Copies and pickles of the module contain the graph, its state_dict does not.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ class GraphBuffer(nn.Module):
     Raises
     ------
     TypeError
-        ``graph`` is no Graph.
+        ``graph`` is not a Graph.
     """
 
     graph: Graph
@@ -46,12 +46,12 @@ class GraphBuffer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GraphBuffer:
         super()._apply(fn, recurse)
         rowptr: Any = self._buffers["rowptr"]
-        # take the device alone from what fn returned: its memory may be unfilled (to_empty)
+        # use only the device of fn's result: its memory may be uninitialised (to_empty)
         self.graph = self.graph.to(rowptr.device)
         for name in TENSORS:
             self._buffers[name] = getattr(self.graph, name)
         return self
 
     def extra_repr(self) -> str:
-        """The graph, in the module's description."""
+        """The graph's repr."""
         return repr(self.graph)

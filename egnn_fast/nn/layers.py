@@ -1,20 +1,18 @@
-"""One E(n)-equivariant graph convolution as a module, without and with velocities."""
+"""The E(n)-equivariant graph convolution as a module, without and with velocities."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from egnn_fast import functional
-from egnn_fast.argument_names import hinted
+from egnn_fast.argument_names import suggest_own_name
 from egnn_fast.backends import Explanation, check_name
 from egnn_fast.graph import EdgeIndexLike, Graph
 from egnn_fast.nn import _modules
 from egnn_fast.nn._parts import (
-    LayerArgs,
     check_activation,
     check_sizes,
     coord_mlp,
@@ -28,28 +26,48 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-@hinted
-class EGCLBase(nn.Module):
-    """The parameters and options of a layer; what every layer class is built on.
+class LayerArgs(TypedDict, total=False):
+    """The keyword arguments of all layers and networks, those of ``EGCLBase.__init__``."""
 
-    The parameters bear the official names: ``edge_mlp.{0,2}``, ``node_mlp.{0,2}``,
+    edge_attr_dim: int
+    node_attr_dim: int
+    activation: nn.Module | None
+    residual: bool
+    attention: bool
+    coord_norm: str | float | None
+    coord_tanh: bool
+    coord_agg: str | None
+    coord_scale: float
+    coord_clamp: float | None
+    backend: str | None
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+
+
+@suggest_own_name
+class EGCLBase(nn.Module):
+    """Base of all layers: their parameters and options.
+
+    The parameters have the official names: ``edge_mlp.{0,2}``, ``node_mlp.{0,2}``,
     ``coord_mlp.{0,2}``, ``att_mlp.0`` and ``coord_mlp_vel.{0,2}``. They are drawn in the official
-    order, so one seed gives the official initial weights bit for bit. A call reads the weights from
-    the submodules and runs the whole layer. If these are not as they were built (replaced, wrapped,
-    added, removed, with hooks or another ``forward``), it calls them as they are, in plain PyTorch,
-    on every backend, with one warning. Then the submodules decide the activation, tanh and biases,
-    and the options the rest. PyTorch's own reparametrisations
-    (``parametrize``, ``weight_norm``, ``spectral_norm``, ``prune``) stay fused.
+    order, so one seed gives the official initial weights bit for bit.
+
+    A call reads the weights from the submodules and runs the whole layer fused. If a submodule was
+    modified (replaced, wrapped, added, removed, given a hook or another ``forward``), the call runs
+    the submodules themselves, in plain PyTorch, on every backend, with one warning. Then
+    activation, tanh and biases are those of the submodules; ``options`` sets the rest. With
+    PyTorch's own reparametrisations (``parametrize``, ``weight_norm``, ``spectral_norm``,
+    ``prune``) the layer stays fused.
 
     Parameters
     ----------
     in_features, out_features, hidden_features : int
-        Widths F of h before and O after the layer, and H of the MLPs.
+        Widths: F of h before the layer, O of h after it, H of the MLPs.
     edge_attr_dim, node_attr_dim : int
-        Widths A and B of ``edge_attr`` and ``node_attr``; 0 means that there are none.
+        Widths A of ``edge_attr`` and B of ``node_attr``; 0 for none.
     activation : torch.nn.Module, optional
-        Non-linearity of every MLP, ``nn.SiLU()`` by default. SiLU, ReLU and LeakyReLU run fused;
-        with any other module the layer runs in plain PyTorch, with one warning.
+        Activation of every MLP, ``nn.SiLU()`` by default. SiLU, ReLU and LeakyReLU run fused. With
+        any other module the layer runs in plain PyTorch, with one warning.
     residual : bool
         Add h to the node MLP's output; needs F = O.
     attention, coord_norm, coord_tanh, coord_agg, coord_scale, coord_clamp
@@ -57,7 +75,7 @@ class EGCLBase(nn.Module):
     backend : str, optional
         See :func:`egnn_fast.use_backend`.
     device, dtype
-        Of the parameters.
+        Device and dtype of the parameters.
 
     Raises
     ------
@@ -138,25 +156,30 @@ class EGCLBase(nn.Module):
         self.coord_mlp_vel = mlp(self.in_features, self.hidden_features, 1, act, factory)
 
     def weights(self) -> LayerWeights:
-        """The parameters as :func:`egnn_fast.functional.egcl` takes them, not copied.
+        """The parameters, not copied, as an argument for :func:`egnn_fast.functional.egcl`.
 
         Raises
         ------
         ValueError
-            A submodule other than an activation is not as it was built.
+            A submodule was modified that is not an activation.
         """
-        found = _modules.read(self)
-        if found is not None:
-            return found
+        weights = _modules.read(self)
+        if weights is not None:
+            return weights
         for change, is_activation in _modules.changes(self):
             if not is_activation:
                 raise ValueError(f"weights: do not say what the layer computes: {change}")
         return _modules.reparametrised(self)
 
     def explain(self, h: Tensor, x: Tensor) -> Explanation:
-        """Which backend and instruction set would run the layer on these tensors, and why.
+        """Which backend and instruction set would run the layer on ``h [N, F]`` and ``x [N, D]``.
 
-        The reason names a submodule that is not as it was built.
+        The reason names a modified submodule, if there is one.
+
+        Raises
+        ------
+        BackendError
+            The layer's backend was named and cannot run the call.
         """
         return functional.explain(
             h,
@@ -168,7 +191,7 @@ class EGCLBase(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Widths, and what differs from the defaults."""
+        """Widths, and the options that differ from their defaults."""
         shown = [f"{self.in_features}, {self.out_features}, {self.hidden_features}"]
         shown += [
             f"{name}={getattr(self, name)}"
@@ -200,7 +223,8 @@ class EGCLBase(nn.Module):
         node_mask: Tensor | None = None,
         carry_velocity: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        given: dict[str, Any] = {
+        """``(h, x, v)`` of the layer; see :func:`egnn_fast.functional.egcl`."""
+        keywords: dict[str, Any] = {
             "edge_attr": edge_attr,
             "node_attr": node_attr,
             "edge_mask": edge_mask,
@@ -214,24 +238,24 @@ class EGCLBase(nn.Module):
         if weights is None:
             change = _modules.first_change(self)
             if change is not None:
-                return self._run_modules(h, x, graph, change, **given)
+                return self._run_modules(h, x, graph, change, **keywords)
             weights = _modules.reparametrised(self)
-        return functional.egcl(h, x, graph, weights, self.options, **given)
+        return functional.egcl(h, x, graph, weights, self.options, **keywords)
 
     def _run_modules(
-        self, h: Tensor, x: Tensor, graph: Graph | EdgeIndexLike, change: str, **given: Any
+        self, h: Tensor, x: Tensor, graph: Graph | EdgeIndexLike, change: str, **keywords: Any
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The layer in plain PyTorch, through its modules as they are."""
+        """Run the layer in plain PyTorch by calling its submodules; ``change`` is the reason."""
         _modules.check_dtype(self, h)
         widths = (self.in_features, self.hidden_features, self.edge_attr_dim, self.node_attr_dim)
         maps = _modules.maps_of(self)
-        return functional.egcl_by_maps(h, x, graph, maps, self.options, widths, change, **given)
+        return functional.egcl_by_maps(h, x, graph, maps, self.options, widths, change, **keywords)
 
 
 class EGCL(EGCLBase):
     """E(n)-equivariant graph convolution (Satorras et al. 2021, eqs. 3 to 6; 8 with attention).
 
-    Parameters, names of the weights and errors: see :class:`EGCLBase`.
+    For parameters, names of the weights, and errors see :class:`EGCLBase`.
     """
 
     def forward(
@@ -254,20 +278,22 @@ class EGCL(EGCLBase):
         x : Tensor [N, D]
             Coordinates.
         graph : Graph, edge_index or list of Graph
-            A :class:`egnn_fast.Graph`, a tensor ``[2, E]`` or a pair of receivers and senders.
+            A :class:`egnn_fast.Graph`, or receivers and senders as a tensor ``[2, E]`` or a pair.
         edge_attr : Tensor [E, A], optional
-            Edge attributes in the order of the edges as given.
+            Edge attributes in the user's edge order.
         node_attr : Tensor [N, B], optional
             Attributes that enter the node MLP only.
         edge_mask : Tensor [E] or [E, 1], optional
             Factor on each edge's message and coordinate update; bool or floating point.
         node_mask : Tensor [N] or [N, 1], optional
-            A node of mask 0 is padding.
+            Factor on every edge at a node and on its new features: a node of mask 0 is padding.
 
         Returns
         -------
         h : Tensor [N, O]
+            New features.
         x : Tensor [N, D]
+            New coordinates.
 
         Raises
         ------
@@ -286,17 +312,22 @@ class EGCL(EGCLBase):
         return new_h, new_x
 
 
-@hinted
+@suggest_own_name
 class EGCLVel(EGCLBase):
     """The layer with velocities: x also moves by phi_v(h) v (eq. 7).
 
     Parameters
     ----------
-    in_features, out_features, hidden_features : int
-        See :class:`EGCLBase`, as for the other keyword arguments.
     carry_velocity : bool
         Whether to return the step that x made, ``phi_v(h) v + c agg``, as the velocity for the
-        next layer. Without it every layer is to be given the initial velocity.
+        next layer. If False, pass the initial velocity to every layer.
+    in_features, out_features, hidden_features, **layer
+        See :class:`EGCLBase`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is wrong; the message names it.
     """
 
     def __init__(
@@ -337,6 +368,11 @@ class EGCLVel(EGCLBase):
         -------
         (h, x), or (h, x, v) with ``carry_velocity``
             ``[N, O]``, ``[N, D]`` and ``[N, D]``.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError, BackendError
+            As :func:`egnn_fast.functional.egcl`.
         """
         new_h, new_x, step = self._run(
             h,
@@ -355,35 +391,5 @@ class EGCLVel(EGCLBase):
         return new_h, new_x, step
 
     def extra_repr(self) -> str:
-        """As for every layer, and ``carry_velocity``."""
+        """As :meth:`EGCLBase.extra_repr`, and ``carry_velocity``."""
         return super().extra_repr() + (", carry_velocity=True" if self.carry_velocity else "")
-
-
-def explain(module: nn.Module, h: Tensor, x: Tensor) -> Explanation:
-    """Which backend and instruction set would run a module's layers on such tensors, and why.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        A layer of this package, or any module that contains one: of several, the first with a
-        submodule that is not as it was built, else the first.
-    h : Tensor [N, any]
-        Node features.
-    x : Tensor [N, D]
-        Coordinates.
-
-    Raises
-    ------
-    TypeError
-        The module contains no layer of this package.
-    BackendError
-        A backend was named that cannot run the call.
-    """
-    layers = [(k, part) for k, part in module.named_modules() if isinstance(part, EGCLBase)]
-    for name, layer in layers:
-        if _modules.first_change(layer) is not None:
-            told = layer.explain(h, x)
-            return replace(told, reason=f"{name}.{told.reason}" if name else told.reason)
-    if layers:
-        return layers[0][1].explain(h, x)
-    raise TypeError(f"module: {type(module).__name__} contains no layer of egnn_fast")

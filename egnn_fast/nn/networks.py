@@ -1,4 +1,4 @@
-"""Networks of E(n)-equivariant layers between linear embeddings."""
+"""Networks: a linear embedding, E(n)-equivariant layers, and a linear output embedding."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from egnn_fast import arguments
-from egnn_fast.argument_names import hinted
+from egnn_fast.argument_names import suggest_own_name
 from egnn_fast.graph import EdgeIndexLike, Graph
-from egnn_fast.nn._parts import LayerArgs, check_sizes
-from egnn_fast.nn.layers import EGCL, EGCLVel
+from egnn_fast.nn._parts import check_sizes
+from egnn_fast.nn.layers import EGCL, EGCLVel, LayerArgs
 from egnn_fast.options import as_bool
 from egnn_fast.runtime.eager import refuse_jit_trace, without_default_device
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-@hinted
+@suggest_own_name
 class EGNN(nn.Module):
-    """Embedding, ``n_layers`` layers :class:`EGCL`, output embedding.
+    """Embedding, ``n_layers`` layers :class:`EGCL`, output embedding (Satorras et al. 2021).
 
-    Parameters are named officially: ``embedding_in``, ``gcl_{i}``, ``embedding_out``.
+    The submodules have the official names: ``embedding_in``, ``gcl_{i}``, ``embedding_out``.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ class EGNN(nn.Module):
         Number of layers L.
     edge_attr_dim, node_attr_dim, activation, residual, attention, coord_norm, coord_tanh, \
 coord_agg, coord_scale, coord_clamp, backend, device, dtype
-        Of every layer; see :class:`EGCLBase`.
+        Arguments of every layer; see :class:`EGCLBase`.
 
     Raises
     ------
@@ -83,8 +83,14 @@ coord_agg, coord_scale, coord_clamp, backend, device, dtype
         Returns
         -------
         h : Tensor [N, out_features]
-            Zero where ``node_mask`` is.
+            New features, multiplied by ``node_mask``.
         x : Tensor [N, D]
+            New coordinates.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError, BackendError
+            As :func:`egnn_fast.functional.egcl`.
         """
         h, graph = enter(self.embedding_in, h, x, graph)
         for gcl in layers_of(self, self.n_layers):
@@ -102,26 +108,27 @@ coord_agg, coord_scale, coord_clamp, backend, device, dtype
         return h if mask is None else h * mask.unsqueeze(1).to(h.dtype), x
 
 
-@hinted
+@suggest_own_name
 class EGNNVel(nn.Module):
     """Embedding and ``n_layers`` layers :class:`EGCLVel`, for systems with velocities.
 
-    Parameters are named officially: ``embedding``, ``gcl_{i}``; and ``embedding_out`` if wanted.
+    The submodules have the official names ``embedding`` and ``gcl_{i}``. With ``out_features``
+    there is an ``embedding_out`` too.
 
     Parameters
     ----------
     in_features, hidden_features : int
         Widths of h at the input and between the layers.
     out_features : int, optional
-        Width of h at the output; None leaves it as the last layer gives it.
+        Width of h at the output. With None there is no output embedding.
     n_layers : int
         Number of layers L.
     carry_velocity : bool
-        Whether each layer passes the step it made on as the velocity. Without it each layer is
-        given the initial one, as in the paper's eq. 7.
+        If True, the step that x made in a layer is the velocity of the next layer. If False, every
+        layer takes the initial velocity, as in the paper's eq. 7.
     edge_attr_dim, node_attr_dim, activation, residual, attention, coord_norm, coord_tanh, \
 coord_agg, coord_scale, coord_clamp, backend, device, dtype
-        Of every layer; see :class:`EGCLBase`.
+        Arguments of every layer; see :class:`EGCLBase`.
 
     Raises
     ------
@@ -171,13 +178,21 @@ coord_agg, coord_scale, coord_clamp, backend, device, dtype
         edge_mask: Tensor | None = None,
         node_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Run the network; ``v [N, D]`` are the initial velocities, the rest as for ``EGCL``.
+        """Run the network.
+
+        ``v [N, D]`` are the initial velocities; other arguments as for :meth:`EGCL.forward`.
 
         Returns
         -------
         h : Tensor [N, out_features or hidden_features]
-            Zero where ``node_mask`` is.
+            New features, multiplied by ``node_mask``.
         x : Tensor [N, D]
+            New coordinates.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError, BackendError
+            As :func:`egnn_fast.functional.egcl`.
         """
         h, graph = enter(self.embedding, h, x, graph)
         for gcl in layers_of(self, self.n_layers):
@@ -203,11 +218,16 @@ coord_agg, coord_scale, coord_clamp, backend, device, dtype
 def enter(
     embedding: nn.Module, h: Tensor, x: Tensor, graph: Graph | EdgeIndexLike
 ) -> tuple[Tensor, Graph]:
-    """Check what enters a network, embed h, and make a raw edge list a Graph for all layers."""
+    """Check a network's inputs, embed ``h [N, F]``, and turn a raw edge list into a Graph.
+
+    Done once, so that not every layer has to turn the edge list into a Graph.
+    """
     refuse_jit_trace()
-    # what replaced the Linear (quantised, an adapter) need not have a weight
-    plain = type(embedding).forward is nn.Linear.forward
-    _check_entry(h, x, embedding.weight if plain else getattr(embedding, "in_features", None))
+    # a quantised Linear or an adapter, put in the Linear's place, may have no weight
+    if type(embedding).forward is nn.Linear.forward:
+        _check_inputs(h, x, embedding.weight)
+    else:
+        _check_inputs(h, x, getattr(embedding, "in_features", None))
     return embedding(h), _resolve_graph(graph, h)
 
 
@@ -215,13 +235,16 @@ _resolve_graph = without_default_device(arguments.resolve_graph)
 
 
 @without_default_device
-def _check_entry(h: Tensor, x: Tensor, weight: Any) -> None:
-    """``weight`` is the embedding's, or the number of features that it takes, if that is known."""
+def _check_inputs(h: Tensor, x: Tensor, expected: Any) -> None:
+    """Raise unless ``h [N, F]`` and ``x [N, D]`` match each other and the embedding.
+
+    ``expected`` is the embedding's weight ``[H, F]``, or F, or None if F is unknown.
+    """
     arguments.check_nodes(h, x)
-    features = weight
-    if isinstance(weight, Tensor):
-        features = weight.shape[1]
-        arguments.check_like("h", h, weight, "the network")
+    features = expected
+    if isinstance(expected, Tensor):
+        features = expected.shape[1]
+        arguments.check_like("h", h, expected, "the network")
     if isinstance(features, int) and h.shape[1] != features:
         raise ValueError(f"h: expected [N, {features}], got {list(h.shape)}")
 

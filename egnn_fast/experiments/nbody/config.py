@@ -1,4 +1,4 @@
-"""What a run of the n-body experiment is made with. Imports neither torch nor NumPy."""
+"""Options of a run of the n-body experiment. Imports neither PyTorch nor NumPy."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from egnn_fast.experiments.errors import CheckpointError, UsageError
 from egnn_fast.runtime.backend_names import AUTO, BACKENDS
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed")
-DATA_SYSTEMS = 3000  # training systems of the official run, those that the cache holds
+DATA_SYSTEMS = 3000  # training systems of the official run; the cache holds at least so many
 MAX_TRAIN_SYSTEMS = 10000
 
 
 @dataclass(frozen=True)
 class Config:
-    """Options of a training run; the defaults are the official ones, but for the epochs.
+    """Options of a training run. The defaults are the official ones, except ``epochs``.
 
     Attributes
     ----------
     epochs : int
-        Passes over the training set. The paper's run has 10,000; the best validation error comes
-        within the first few hundred.
+        Passes over the training set. The paper's run has 10,000, but reaches its best validation
+        error within the first few hundred.
     seed : int
-        Of the initial weights and of the order of the batches.
+        Seed of the initial weights and of the order of the batches.
     lr, weight_decay : float
-        Of Adam.
+        Adam's learning rate and weight decay.
     batch_size : int
-        Systems of an optimiser step.
+        Systems in an optimiser step.
     hidden, layers : int
-        Width and number of layers.
+        Width H and number of layers.
     train_systems : int
-        The first so many training systems.
+        Number of training systems; the first ones of the data set are used.
     test_every : int
-        Epochs between validations, the first of them in epoch 0.
+        Epochs between validations. The first validation is in epoch 0.
     backend : str
         See :func:`egnn_fast.use_backend`.
     device : str
         "cpu", "cuda", "cuda:N" or "auto".
     precision : str
-        One of Lightning Fabric's.
+        One of ``PRECISIONS``, which are Lightning Fabric's names.
     """
 
     epochs: int = 300
@@ -60,12 +60,12 @@ class Config:
     precision: str = "32-true"
 
     def __post_init__(self) -> None:
-        """Refuse options that no run can have.
+        """Check the options.
 
         Raises
         ------
         UsageError
-            Names the command-line option.
+            An option is wrong; the message names it.
         """
         for name in ("epochs", "batch_size", "hidden", "layers", "train_systems", "test_every"):
             if getattr(self, name) < 1:
@@ -101,17 +101,17 @@ class Config:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as a checkpoint keeps them."""
+        """The options as plain values, for a checkpoint."""
         return asdict(self)
 
     @classmethod
     def from_checkpoint(cls, saved: Mapping[str, Any], path: Path) -> Config:
-        """The options that a checkpoint was made with.
+        """The options that the checkpoint ``path`` stores.
 
         Raises
         ------
         CheckpointError
-            They are not those of a run.
+            ``saved`` are not options of a run.
         """
         known = {field.name for field in fields(cls)}
         if not isinstance(saved, Mapping) or set(saved) != known:
@@ -123,23 +123,23 @@ class Config:
         except (TypeError, UsageError) as error:
             raise CheckpointError(f"the checkpoint {path} does not fit: {error}") from error
 
-    def resumed(self, given: Mapping[str, Any]) -> Config:
-        """The checkpoint's options with those the user gave; only ``epochs`` may differ.
+    def resumed(self, options: Mapping[str, Any]) -> Config:
+        """These options, of a run to resume, updated by the user's. Only ``epochs`` may change.
 
         Raises
         ------
         UsageError
-            An option was given that would make it another run.
+            Another option has a new value.
         """
-        for name, value in given.items():
+        for name, value in options.items():
             if name != "epochs" and value != getattr(self, name):
                 raise UsageError(
                     f"{option(name)}: the run to resume was started with {getattr(self, name)}, "
                     f"got {value}"
                 )
-        return Config(**{**self.to_dict(), **given})
+        return Config(**{**self.to_dict(), **options})
 
 
 def option(name: str) -> str:
-    """A field's name on the command line."""
+    """The command-line option of a field."""
     return "--" + name.replace("_", "-")

@@ -1,4 +1,4 @@
-"""The n-body data set: made once, kept on disk, never half-read."""
+"""The n-body data set: simulated once, stored in the cache folder, checked when read."""
 
 from __future__ import annotations
 
@@ -26,21 +26,23 @@ _ARRAYS = ("charges", "x_in", "v_in", "x_out")
 
 @dataclass(frozen=True)
 class DataSpec:
-    """Which systems, and which of their frames; the defaults are the official ``nbody_small``.
+    """Parameters of a data set. The defaults are those of the official ``nbody_small``.
 
     Attributes
     ----------
     train, val, test : int
-        Systems of each part.
+        Number of systems in each part.
     drawn_train : int
         Training systems drawn from the generator before the first validation system.
     seed : int
-        Of NumPy's legacy generator.
+        Seed of NumPy's legacy generator.
+    particles : int
+        P, the particles in a system.
     length, sample_every : int
-        Of the official simulation: ``length / sample_every - 1`` frames, frame k at time step
-        ``sample_every * (k + 1)``.
+        Time steps of the official simulation, and time steps between its frames. It stores
+        ``length / sample_every - 1`` frames, frame k at time step ``sample_every * (k + 1)``.
     frame_in, frame_out : int
-        The model sees the first and predicts the positions in the second.
+        The model gets the state in frame ``frame_in`` and predicts the positions in ``frame_out``.
     """
 
     train: int = 3000
@@ -55,7 +57,7 @@ class DataSpec:
     frame_out: int = 40
 
     def __post_init__(self) -> None:
-        """Refuse a set that cannot be made."""
+        """Raise UsageError for parameters that no data set can have."""
         if not 0 < self.train <= self.drawn_train:
             raise UsageError(
                 f"training systems: expected 1 to {self.drawn_train}, got {self.train}"
@@ -68,17 +70,17 @@ class DataSpec:
 
     @property
     def frames(self) -> int:
-        """Frames of an official simulation."""
+        """Number of frames that the official simulation stores."""
         return self.length // self.sample_every - 1
 
     @property
     def size(self) -> int:
-        """Systems in all three parts."""
+        """Number of systems in all three parts."""
         return self.train + self.val + self.test
 
     @property
     def file_name(self) -> str:
-        """Names every parameter."""
+        """Name of the cached file; contains every parameter."""
         return (
             f"nbody-charged{self.particles}-seed{self.seed}"
             f"-train{self.train}of{self.drawn_train}-val{self.val}-test{self.test}"
@@ -94,8 +96,9 @@ class Arrays:
     Attributes
     ----------
     charges : Array [S, P]
+        -1 or 1.
     x_in, v_in, x_out : Array [S, 3, P]
-        State in the input frame, positions in the target frame.
+        Positions and velocities in the input frame, positions in the target frame.
     """
 
     charges: Array
@@ -106,7 +109,9 @@ class Arrays:
 
 @dataclass(frozen=True)
 class Systems:
-    """Systems as the model reads them; P particles, all ordered pairs as edges, row-major.
+    """S systems of P particles as the model's tensors, in one floating-point dtype.
+
+    The edges are all ordered pairs of a system's particles, sorted by receiver, then by sender.
 
     Attributes
     ----------
@@ -132,7 +137,7 @@ class Systems:
         return len(self.x)
 
     def __getitem__(self, index: slice | Tensor) -> Systems:
-        """Some of the systems; a slice gives views."""
+        """Select systems. A slice gives views."""
         return Systems(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
 
     def to(self, device: torch.device | str) -> Systems:
@@ -150,14 +155,15 @@ class Splits:
 
 
 def generate(spec: DataSpec, on_progress: Callable[[float], None] | None = None) -> Arrays:
-    """Simulate a data set: about 10 s for the official one on two cores.
+    """Simulate a data set. The official one takes about 10 s on two cores.
 
     Parameters
     ----------
     spec : DataSpec
-        Which.
+        Its parameters.
     on_progress : callable, optional
-        Told, now and then and from any thread, what further fraction of the work is done.
+        Called at intervals, from any thread, with the fraction of the work done since its last
+        call.
     """
     drawn = draw_initial_states(
         spec.drawn_train + spec.val + spec.test,
@@ -180,19 +186,19 @@ def generate(spec: DataSpec, on_progress: Callable[[float], None] | None = None)
 
 
 def cache_path(spec: DataSpec) -> Path:
-    """Where :func:`load_arrays` keeps a data set."""
+    """The file in which :func:`load_arrays` stores a data set."""
     return cache_folder() / spec.file_name
 
 
 def load_arrays(spec: DataSpec, on_progress: Callable[[float], None] | None = None) -> Arrays:
-    """Read a data set from the cache; simulate and keep it if it is not there yet.
+    """Read a data set from the cache. If it is not there yet, simulate and store it.
 
     Raises
     ------
     UsageError
-        The cache folder cannot be written.
+        The cache folder cannot be written to.
     CacheError
-        The cached file is damaged or holds something else.
+        The cached file is damaged, or was made with other parameters.
     """
     path = cache_path(spec)
     if path.exists():
@@ -221,28 +227,28 @@ def read_arrays(path: Path, spec: DataSpec) -> Arrays:
         The file is damaged, or was made with other parameters.
     """
 
-    def refuse(what: str) -> CacheError:
-        return CacheError(f"the cached data set {path} {what}: delete it to have it made anew")
+    def error(what: str) -> CacheError:
+        return CacheError(f"the cached data set {path} {what}: delete it, and it is made again")
 
     try:
         with np.load(path, allow_pickle=False) as file:
             meta: Any = json.loads(file["meta"].item())
             fields = {name: file[name] for name in _ARRAYS}
         made_with, checksum = (meta["format"], meta["spec"]), meta["sha256"]
-    except Exception as e:  # damaged bytes make the readers fail in any way
+    except Exception as e:  # damaged bytes may raise anything
         reason = " ".join(str(e).split())
-        raise refuse(f"is corrupt or truncated ({type(e).__name__}: {reason})") from e
+        raise error(f"is corrupt or truncated ({type(e).__name__}: {reason})") from e
     if made_with != (FORMAT, asdict(spec)):
-        raise refuse("was made with other parameters than its name says")
+        raise error("was made with other parameters than its name says")
     if checksum != _checksum(fields):
-        raise refuse("is corrupt (its checksum is wrong)")
+        raise error("is corrupt (its checksum is wrong)")
     return Arrays(**fields)
 
 
 def systems(
     arrays: Arrays, part: slice, *, device: torch.device | str = "cpu", dtype: torch.dtype
 ) -> Systems:
-    """Some of the systems as tensors on a device."""
+    """The systems in the slice ``part`` as tensors of ``dtype`` on a device."""
 
     def tensor(array: npt.NDArray[np.float64]) -> Tensor:
         return torch.as_tensor(array[part], dtype=dtype, device="cpu")
@@ -272,7 +278,7 @@ def splits(
     dtype: torch.dtype = torch.float32,
     on_progress: Callable[[float], None] | None = None,
 ) -> Splits:
-    """The data set as tensors, by parts; simulated at the first call, then read from the cache."""
+    """The three parts of the data set as tensors; see :func:`load_arrays` for cache and errors."""
     arrays = load_arrays(spec, on_progress)
     bounds = np.cumsum([0, spec.train, spec.val, spec.test])
     train, val, test = (
@@ -283,6 +289,7 @@ def splits(
 
 
 def _checksum(fields: dict[str, Array]) -> str:
+    """SHA-256 of the arrays' names, shapes and values."""
     digest = hashlib.sha256()
     for name in _ARRAYS:
         array = np.ascontiguousarray(fields[name], dtype="<f8")
@@ -292,10 +299,13 @@ def _checksum(fields: dict[str, Array]) -> str:
 
 
 def still_error(part: Systems) -> float:
-    """MSE of the prediction that nothing moves; 0.27147 on the official test set."""
+    """Mean squared error of predicting x itself; 0.27147 on the official test set."""
     return float((part.x - part.target).double().square().mean())
 
 
 def linear_error(part: Systems, time: float) -> float:
-    """MSE of the prediction x + time * v; 0.08348 on the official test set with 0.724."""
+    """Mean squared error of predicting x + time * v.
+
+    0.08348 on the official test set with ``time = 0.724``.
+    """
     return float((part.x + time * part.v - part.target).double().square().mean())

@@ -32,12 +32,12 @@ class Best(NamedTuple):
 
 @dataclass
 class History:
-    """Errors of each epoch; NaN where none was measured.
+    """Errors of each epoch.
 
     Attributes
     ----------
     train, val, test : list of float
-        Mean squared errors, one for each epoch.
+        Mean squared errors, one for each epoch; NaN in epochs without validation and test.
     """
 
     train: list[float] = field(default_factory=list)
@@ -45,7 +45,7 @@ class History:
     test: list[float] = field(default_factory=list)
 
     def __len__(self) -> int:
-        """Epochs done."""
+        """Number of finished epochs."""
         return len(self.train)
 
     def append(self, train: float, val: float, test: float) -> None:
@@ -64,7 +64,7 @@ class History:
         return Best(epoch, self.val[epoch], self.test[epoch])
 
     def row(self, epoch: int) -> str:
-        """A line of ``metrics.csv``: shortest digits that read back to the same float."""
+        """A line of ``metrics.csv``. Each number reads back as the same float."""
         values = (self.train[epoch], self.val[epoch], self.test[epoch])
         return ",".join([str(epoch), *("" if math.isnan(v) else repr(v) for v in values)]) + "\n"
 
@@ -86,17 +86,17 @@ class RunFolder:
     Parameters
     ----------
     path : Path
-        The folder; made if need be.
+        The folder; made if it does not exist.
     resume : bool
-        Whether it must hold a run.
+        Continue the run in the folder.
     overwrite : bool
-        Whether a run that it holds is to be removed.
+        Remove the run in the folder, if there is one.
 
     Raises
     ------
     UsageError
-        It cannot be written; holds a run and is to be neither resumed nor overwritten; holds none
-        and is to be resumed.
+        The folder cannot be written to; it has a run, but neither ``resume`` nor ``overwrite`` is
+        set; or it has none, but ``resume`` is set.
     """
 
     def __init__(self, path: Path, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -112,39 +112,40 @@ class RunFolder:
         if resume and not self.last.exists():
             raise UsageError(f"--resume: there is no run in {path} (no {self.last.name})")
         writable_folder(path, "--out")
-        held = [file for file in self._files() if file.exists()]
-        if held and not (resume or overwrite):
+        existing = [file for file in self._files() if file.exists()]
+        if existing and not (resume or overwrite):
             raise UsageError(
                 f"--out: {path} already holds a run; --resume continues it, --overwrite removes it"
             )
         if overwrite:
-            for file in held:
+            for file in existing:
                 file.unlink()
         remove_leftovers(path)
 
     def _files(self) -> Iterator[Path]:
-        # the checkpoint first: a kill between two removals must not leave a run without metrics
+        # The checkpoint is removed first: if the process is killed before the rest is removed, no
+        # run without metrics can be resumed.
         yield from (self.last, self.best, self.metrics)
         yield from (self.summary, self.curve, self.trajectories)
 
     def start_metrics(self, history: History) -> IO[str]:
-        """Write ``metrics.csv`` as the checkpoint knows it and open it for more rows."""
+        """Write ``metrics.csv`` with the rows of ``history`` and open it for appending."""
         rows = "".join(history.row(epoch) for epoch in range(len(history)))
         write_atomic(self.metrics, _HEADER + rows)
         return self.metrics.open("a", encoding="utf-8")
 
     def save_run(self, content: dict[str, Any]) -> None:
-        """All that continuing needs."""
+        """Write ``last.pt``, which has all that resuming needs."""
         assert set(content) == set(_RUN_KEYS)
         checkpoint.save(self.last, RUN_KIND, content)
 
     def load_run(self) -> dict[str, Any]:
-        """What :meth:`save_run` wrote, with the history as :class:`History`.
+        """Read what :meth:`save_run` wrote, the history as :class:`History`.
 
         Raises
         ------
         CheckpointError
-            The file is damaged or something else.
+            The file is missing, damaged or of another kind.
         """
         content = checkpoint.load(self.last, RUN_KIND, _RUN_KEYS)
         values = content["history"]
@@ -155,16 +156,16 @@ class RunFolder:
         return content
 
     def save_best(self, config: dict[str, Any], best: Best, state: dict[str, Tensor]) -> None:
-        """The model with the lowest validation error so far."""
+        """Write ``best.pt``, the model with the lowest validation error so far."""
         content = {"config": config, **best._asdict(), "model": state}
         checkpoint.save(self.best, MODEL_KIND, content)
 
     def load_best(self) -> dict[str, Any]:
-        """What :meth:`save_best` wrote.
+        """Read what :meth:`save_best` wrote.
 
         Raises
         ------
         CheckpointError
-            The file is damaged or something else.
+            The file is missing, damaged or of another kind.
         """
         return checkpoint.load(self.best, MODEL_KIND, _MODEL_KEYS)

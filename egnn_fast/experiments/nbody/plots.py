@@ -1,4 +1,4 @@
-"""Pictures of a run: learning curves and where the particles went."""
+"""Pictures of a run: learning curves and trajectories."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _PATH_EVERY = 10  # time steps between the points of a drawn path
 
 
 def curve(history: History, config: Config, path: Path) -> None:
-    """Train, validation and test error against epochs, with the paper's EGNN and GNN as lines.
+    """Train, validation and test error by epoch, with the paper's EGNN and GNN as lines.
 
     Parameters
     ----------
     history : History
-        Of the run.
+        Errors of the run.
     config : Config
-        Of the run.
+        Options of the run.
     path : Path
         The PNG to write.
     """
@@ -86,18 +86,18 @@ def curve(history: History, config: Config, path: Path) -> None:
 
 
 def trajectories(systems: Systems, predicted: Array, time_steps: int, path: Path) -> None:
-    """True paths, true and predicted end positions of six systems, seen along the z axis.
+    """True paths, and true and predicted end positions, of six systems, seen along the z axis.
 
-    The systems are those at fixed quantiles of the error, from a good to a bad one.
+    The systems are those at the ``QUANTILES`` of the error.
 
     Parameters
     ----------
     systems : Systems
-        Of the test set, on the CPU.
+        The test set, on the CPU.
     predicted : Array [S, P, 3]
         Predicted end positions.
     time_steps : int
-        Between the input and the target frame.
+        Time steps between the input and the target frame.
     path : Path
         The PNG to write.
     """
@@ -148,7 +148,7 @@ def _legend() -> list[Line2D]:
 
 
 def _paths(systems: Systems, chosen: npt.NDArray[np.int64], time_steps: int) -> Array:
-    """Positions ``[S, T, 3, P]`` from the input to the target frame, simulated once more."""
+    """Positions ``[S, T, 3, P]`` from the input to the target frame, simulated again."""
     start = InitialState(
         systems.charges[chosen].double().numpy(),
         systems.x[chosen].double().transpose(1, 2).numpy(),

@@ -1,4 +1,4 @@
-"""``egnn-fast train nbody``: a run from its options to its pictures, told on a terminal."""
+"""``egnn-fast train nbody``: train, time, draw and report."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from egnn_fast.experiments.nbody.train import (
     try_out,
 )
 
-_PLAIN_LINES = 20  # of progress where there is no terminal
+_PROGRESS_LINES = 20  # lines of progress in a run, if the output is not a terminal
 
 
 def run(
-    given: Mapping[str, Any],
+    options: Mapping[str, Any],
     out: Path,
     console: Console,
     *,
@@ -48,54 +48,56 @@ def run(
 
     Parameters
     ----------
-    given : mapping
-        The fields of :class:`Config` that the user gave; the others are those of the run to be
-        resumed, or the defaults.
+    options : mapping
+        Fields of :class:`Config`. Missing ones are taken from the run to resume, or are the
+        defaults.
     out : Path
         The folder of the run.
     console : Console
-        Where to tell of it.
+        Where progress and results are printed.
     resume, overwrite : bool
-        What to do with a run that the folder holds.
+        See :class:`RunFolder`.
 
     Raises
     ------
     ExperimentError
-        In one line, what cannot be done; as far as it can be known, before any work.
+        The run is impossible or failed. Wrong options raise before data is made.
     """
-    config = Config(**given)
+    config = Config(**options)
     folder = RunFolder(out, resume=resume, overwrite=overwrite)
     saved = None
     if resume:
         saved = folder.load_run()
-        config = Config.from_checkpoint(saved["config"], folder.last).resumed(given)
+        config = Config.from_checkpoint(saved["config"], folder.last).resumed(options)
         _check_resumable(saved, config, console)
-    ran = try_out(config)
+    backend = try_out(config)
     spec = DataSpec(train=max(DATA_SYSTEMS, config.train_systems))
     data = _load(spec, config, console)
     console.print(
         f"EGNN, {config.layers} layers, H = {config.hidden}, on {len(data.train)} systems; "
-        f"backend {ran}, {torch.get_num_threads()} threads; results in {folder.path}",
+        f"backend {backend}, {torch.get_num_threads()} threads; results in {folder.path}",
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
-    with _progress_of_training(console, config, 0 if saved is None else saved["epochs"]) as tell:
-        trainer, history = train(config, data, folder, resume=saved, on_epoch=tell)
+    epochs_done = 0 if saved is None else saved["epochs"]
+    with _training_progress(console, config, epochs_done) as show_epoch:
+        trainer, history = train(config, data, folder, resume=saved, on_epoch=show_epoch)
     console.print("timing the training step beside the eager reference ...")
-    measured = speed.measure(config, data.train)
-    _use_best(trainer, folder)
+    steps_per_second = speed.measure(config, data.train)
+    _load_best_weights(trainer, folder)
     predicted = trainer.predict(data.test).double().cpu().numpy()
     plots.curve(history, config, folder.curve)
     time_steps = spec.sample_every * (spec.frame_out - spec.frame_in)
     plots.trajectories(data.test.to("cpu"), predicted, time_steps, folder.trajectories)
-    summary.write(folder, config, spec, history, measured, ran)
-    console.print(summary.table(history, measured, ran))
-    # a long path must stay in one piece
+    summary.write(folder, config, spec, history, steps_per_second, backend)
+    console.print(summary.table(history, steps_per_second, backend))
+    # soft_wrap: do not break long paths
     console.print(summary.paths(folder), highlight=False, markup=False, soft_wrap=True)
 
 
 def _check_resumable(saved: Mapping[str, Any], config: Config, console: Console) -> None:
+    """Raise UsageError if the run has more epochs than asked for; print what may surprise."""
     done = saved["epochs"]
     if config.epochs < done:
         raise UsageError(f"--epochs: the run to resume has {done} epochs already")
@@ -104,21 +106,22 @@ def _check_resumable(saved: Mapping[str, Any], config: Config, console: Console)
     threads = torch.get_num_threads()
     if saved["threads"] != threads:
         console.print(
-            f"[yellow]note:[/] the run was started on {saved['threads']} threads and goes on with "
-            f"{threads}: the last bits will differ from an uninterrupted run's"
+            f"[yellow]note:[/] the run was started on {saved['threads']} threads and continues on "
+            f"{threads}: its numbers may differ in the last bits from an uninterrupted run's"
         )
 
 
 def _load(spec: DataSpec, config: Config, console: Console) -> Splits:
-    known = cache_path(spec).exists()
+    """The data set, with a progress bar if it has to be simulated."""
+    cached = cache_path(spec).exists()
     with Progress(
         TextColumn("simulating {task.fields[systems]} systems"),
         BarColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
-        transient=known,
-        disable=known,
+        transient=cached,
+        disable=cached,
     ) as progress:
         task = progress.add_task("", total=1.0, systems=spec.size)
         data = splits(
@@ -132,34 +135,35 @@ def _load(spec: DataSpec, config: Config, console: Console) -> Splits:
 
 
 @contextmanager
-def _progress_of_training(
-    console: Console, config: Config, done: int
+def _training_progress(
+    console: Console, config: Config, epochs_done: int
 ) -> Iterator[Callable[[EpochReport], None]]:
-    """A bar on a terminal, a few lines elsewhere."""
-    every = max(1, config.epochs // _PLAIN_LINES)
+    """Give a function that shows an epoch: in a bar on a terminal, else in a few lines."""
+    every = max(1, config.epochs // _PROGRESS_LINES)
     with Progress(
         TextColumn("epoch"),
         MofNCompleteColumn(),
         BarColumn(bar_width=12),
-        TextColumn("{task.fields[told]}"),
+        TextColumn("{task.fields[status]}"),
         TimeRemainingColumn(),
         console=console,
         disable=not console.is_terminal,
     ) as progress:
-        task = progress.add_task("", total=config.epochs, completed=done, told="")
+        task = progress.add_task("", total=config.epochs, completed=epochs_done, status="")
 
-        def tell(report: EpochReport) -> None:
+        def show_epoch(report: EpochReport) -> None:
             best = report.history.best
-            told = f"loss {report.history.train[-1]:.4f}"
-            if best is not None:  # at the best validation error so far
-                told += f"  test {best.test_mse:.4f}"
-            told += f"  {report.steps_per_second:.0f} steps/s"
-            progress.update(task, completed=report.epoch + 1, told=told)
+            status = f"loss {report.history.train[-1]:.4f}"
+            if best is not None:  # the test error at the best validation error so far
+                status += f"  test {best.test_mse:.4f}"
+            status += f"  {report.steps_per_second:.0f} steps/s"
+            progress.update(task, completed=report.epoch + 1, status=status)
             if not console.is_terminal and (report.epoch + 1) % every == 0:
-                console.print(f"epoch {report.epoch + 1}/{config.epochs}  {told}", highlight=False)
+                line = f"epoch {report.epoch + 1}/{config.epochs}  {status}"
+                console.print(line, highlight=False)
 
-        yield tell
+        yield show_epoch
 
 
-def _use_best(trainer: Trainer, folder: RunFolder) -> None:
+def _load_best_weights(trainer: Trainer, folder: RunFolder) -> None:
     checkpoint.load_state(trainer.model.egnn, folder.load_best()["model"], folder.best)

@@ -1,8 +1,8 @@
-"""Charged particles in space, many systems at once, to the last bit as officially simulated.
+"""Simulate charged particles, many systems at once, bit for bit as the official code does.
 
 The dynamics is chaotic: in some systems the last bit of one force decides where the particles
-are after 4,000 steps. The order and rounding of every operation is therefore part of the
-definition. Where the official code leaves one to a library, :class:`_Forces` states it.
+are after 4,000 steps. So the order and rounding of every operation must be the official code's.
+Where the official code calls a library, :class:`_Forces` says how the library rounds.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 
 DIM = 3
-BOX = 5.0  # walls at ±BOX, felt by the initial state only
-SPEED = 0.5  # of every particle at the start
+BOX = 5.0  # walls at ±BOX; only the initial state is reflected at them
+SPEED = 0.5  # initial speed of every particle
 TIME_STEP = 0.001
 STRENGTH = 1.0
 MAX_FORCE = 100.0  # per component
-# Systems simulated together: fewer fit a smaller cache, but then the threads hand each other the
-# interpreter lock more often than they compute.
+# Systems simulated together. Fewer would fit a smaller cache, but then the threads spend more time
+# passing the interpreter lock around than computing.
 CHUNK = 3500
-_REPORT_EVERY = 50  # steps
+_REPORT_EVERY = 50  # steps between calls of on_progress
 
-_SPLITTER = 2.0**27 + 1.0  # Veltkamp: cuts a double in two halves of 26 bits
+_SPLITTER = 2.0**27 + 1.0  # Veltkamp's constant, to split a double into two halves of 26 bits
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class InitialState:
     charges : Array [S, P]
         -1 or 1.
     x, v : Array [S, 3, P]
-        Positions and velocities, component before particle, as officially stored.
+        Positions and velocities, in the official layout.
     """
 
     charges: Array
@@ -53,7 +53,7 @@ class InitialState:
         return len(self.charges)
 
     def __getitem__(self, index: slice | npt.NDArray[np.int64]) -> InitialState:
-        """Some of the systems."""
+        """Select systems."""
         return InitialState(self.charges[index], self.x[index], self.v[index])
 
 
@@ -65,21 +65,21 @@ def draw_initial_states(
     Parameters
     ----------
     count : int
-        S, how many.
+        S, the number of systems.
     seed : int
-        Of NumPy's legacy generator.
+        Seed of NumPy's legacy generator.
     particles : int
-        P.
+        P, the particles in a system.
     frames : int
-        Frames that the official simulation stores: it draws (and multiplies by 0) noise for each,
-        which moves the generator on.
+        Frames that the official simulation stores. It draws noise for each frame and multiplies it
+        by 0, which advances the generator.
 
     Returns
     -------
     InitialState
-        After the rescaling of v to speed 0.5 and the reflection at the walls.
+        v is rescaled to speed 0.5, and particles beyond the walls are reflected.
     """
-    # the legacy generator: the data set is defined by it
+    # the official data set uses the legacy generator
     generator = np.random.RandomState(seed)
     charges = np.empty((count, particles))
     x = np.empty((count, DIM, particles))
@@ -88,7 +88,8 @@ def draw_initial_states(
     noise = 2 * frames * state
     for system in range(count):
         charges[system] = generator.choice([-1.0, 0.0, 1.0], size=particles, p=[0.5, 0.0, 0.5])
-        # one call for positions, velocities and noise: the legacy stream does not tell calls apart
+        # One call draws positions, velocities and noise. The legacy generator gives the same
+        # numbers in one call or several.
         normal = generator.randn(2 * state + noise)
         x[system] = normal[:state].reshape(DIM, particles)
         v[system] = normal[state : 2 * state].reshape(DIM, particles)
@@ -106,29 +107,31 @@ def simulate(
     threads: int | None = None,
     on_progress: Callable[[float], None] | None = None,
 ) -> tuple[Array, Array]:
-    """Integrate Coulomb's law: one kick ``v += dt F``, then steps of drift and kick.
+    """Integrate Coulomb's law by the leapfrog scheme.
+
+    First comes one kick ``v += dt F``, then in each step a drift ``x += dt v`` and a kick.
 
     Parameters
     ----------
     initial : InitialState
         S systems; not modified.
     steps : int
-        The time steps taken; a state is stored at each multiple of ``sample_every`` below or at
-        ``steps``, after the drift and before the kick. The official 5,000 steps are
-        ``steps=4999``.
+        Number of time steps. The official 5,000 steps are ``steps=4999``.
     sample_every : int
-        Steps between stored states.
+        Steps between stored states. A state is stored after the drift and before the kick.
     first_sample : int, optional
-        Step of the first stored state, a multiple of ``sample_every``, which it defaults to.
+        Step of the first stored state; ``sample_every`` by default.
     threads : int, optional
-        Defaults to the cores of the machine. The result does not depend on it.
+        Number of threads; by default that of the available cores. The result does not depend on
+        it.
     on_progress : callable, optional
-        Told, now and then and from any thread, what further fraction of the work is done.
+        Called at intervals, from any thread, with the fraction of the work done since its last
+        call.
 
     Returns
     -------
     x, v : Array [S, T, 3, P]
-        The stored states. A system that meets r = 0 continues as NaN.
+        The stored states. If two particles of a system meet (r = 0), it continues as NaN.
     """
     first = sample_every if first_sample is None else first_sample
     frames = max(0, (steps - first) // sample_every + 1)
@@ -136,7 +139,7 @@ def simulate(
     x = np.empty((len(initial), frames, DIM, particles))
     v = np.empty_like(x)
     workers = max(1, threads or _cores())
-    # as many chunks as keep every thread busy
+    # at least one chunk for each thread
     size = max(1, min(CHUNK, -(-len(initial) // workers)))
     stop = threading.Event()
 
@@ -154,7 +157,7 @@ def simulate(
         try:
             for _ in pool.map(run, range(0, len(initial), size)):
                 pass
-        except BaseException:  # Ctrl-C too: leaving the pool would wait for the threads
+        except BaseException:  # Ctrl-C too: the pool waits for its threads, so they must stop
             stop.set()
             raise
     return x, v
@@ -163,8 +166,8 @@ def simulate(
 def _simulate_chunk(
     initial: InitialState, steps: int, sample_every: int, first: int, x_out: Array, v_out: Array
 ) -> Iterator[int]:
-    """Simulate, fill the outputs and yield the number of every step done."""
-    # systems last: every operation runs over contiguous memory
+    """Simulate, fill the outputs ``[S, T, 3, P]``, and yield the number of each finished step."""
+    # systems are the last axis, so that every operation runs over contiguous memory
     x = np.ascontiguousarray(initial.x.transpose(1, 2, 0))
     v = np.ascontiguousarray(initial.v.transpose(1, 2, 0))
     forces = _Forces(np.ascontiguousarray(initial.charges.T))
@@ -177,12 +180,13 @@ def _simulate_chunk(
                 frame = (step - first) // sample_every
                 x_out[:, frame] = x.transpose(2, 0, 1)
                 v_out[:, frame] = v.transpose(2, 0, 1)
-            if step < steps:  # the last kick would never be seen
+            if step < steps:  # nothing is stored after the last kick
                 _advance(v, forces(x), change)
             yield step
 
 
 def _advance(state: Array, rate: Array, change: Array) -> None:
+    """``state += dt * rate`` in place; ``change`` is scratch memory."""
     np.multiply(rate, TIME_STEP, out=change)
     np.add(state, change, out=state)
 
@@ -190,8 +194,9 @@ def _advance(state: Array, rate: Array, change: Array) -> None:
 class _Forces:
     """F_i = sum_j q_i q_j (x_i - x_j) / r^3, each component clipped, for a chunk of systems.
 
-    r^2 and x_i - x_j are (anti)symmetric to the bit, so each unordered pair is computed once:
-    pairs (0, 1) ... (0, P-1), (1, 2) ..., along the axis before the systems.
+    Each unordered pair is computed once: r^2 is symmetric and x_i - x_j antisymmetric, to the bit.
+    The last axis of arrays counts systems. The axis before it counts particles, or pairs in the
+    order (0, 1) ... (0, P-1), (1, 2) ...
     """
 
     def __init__(self, charges: Array) -> None:
@@ -217,14 +222,15 @@ class _Forces:
         self.force = np.empty_like(self.square)
 
     def _pairs(self, operation: np.ufunc, a: Array, out: Array, b: Array | None = None) -> None:
-        """out[(i, j)] = operation(a_i, b_j) for i < j; b is a unless given."""
+        """``out[(i, j)] = operation(a_i, b_j)`` for i < j; b defaults to a."""
         b = a if b is None else b
         for i, row in enumerate(self.rows):
             operation(a[..., i : i + 1, :], b[..., i + 1 :, :], out=out[..., row, :])
 
     def __call__(self, x: Array) -> Array:
         """The forces ``[3, P, systems]`` at x; overwritten by the next call."""
-        # r^2 = |a|^2 + |b|^2 - 2 a.b, which near a collision is far from the sum of (a - b)^2
+        # The official code computes r^2 = |a|^2 + |b|^2 - 2 a.b, which near a collision is far from
+        # the sum of (a - b)^2.
         self._fused_products(x)
         np.multiply(x, x, out=self.square)
         norm = self.square[0]
@@ -233,9 +239,10 @@ class _Forces:
         self._pairs(np.add, norm, self.r2)
         np.multiply(self.dot, 2.0, out=self.dot)
         np.subtract(self.r2, self.dot, out=self.r2)
-        # float_power is the C library's pow: np.power has a vector version on some machines that
-        # rounds 5 % of the values differently. (A correctly rounded power differs from glibc's in
-        # 0.08 %: enough to move 8 of the 7,000 official systems by more than 0.1.)
+        # float_power calls the C library's pow. On some machines np.power has a vector version,
+        # which rounds 5 % of the values differently. (A correctly rounded power differs from
+        # glibc's in 0.08 % of the values, which moves 8 of the 7,000 official systems by more than
+        # 0.1.)
         np.float_power(self.r2, 1.5, out=self.r2)
         np.divide(self.size, self.r2, out=self.r2)
         self._pairs(np.subtract, x, self.pull)
@@ -246,12 +253,12 @@ class _Forces:
         return self.force
 
     def _fused_products(self, x: Array) -> None:
-        """dot[(i, j)] = fma(z_i, z_j, fma(y_i, y_j, x_i x_j)), as a BLAS computes it.
+        """``dot[(i, j)] = fma(z_i, z_j, fma(y_i, y_j, x_i x_j))``, as a BLAS computes it.
 
-        NumPy has no fused multiply-add. The rounding error e of a product p is a double itself
-        (Dekker 1971), so fma(a, b, c) is p + c + e, the rounding error t of p + c (Knuth's
-        two-sum) added with e at the end. It rounds like the real one but where the exact sum is
-        within 2^-53 units in the last place of a tie.
+        NumPy has no fused multiply-add, so fma(a, b, c) is emulated. p = a b has a rounding error e
+        that is a double itself (Dekker 1971). s = p + c has a rounding error t (Knuth's two-sum).
+        The result is s + (t + e). It rounds like a real fma unless the exact sum is within 2^-53
+        units in the last place of a tie.
         """
         tail = x[1:]
         high, low, product, error, cross = self.high, self.low, self.product, self.error, self.cross
@@ -281,7 +288,7 @@ class _Forces:
             np.add(total, spare, out=self.dot)
 
     def _sum_over_senders(self) -> None:
-        """force_i = the sum over j, in ascending order; a pair's pull on j is minus that on i."""
+        """Sum the pulls on i over j in ascending order; a pair's pull on j is minus that on i."""
         particles = self.force.shape[1]
         self.force.fill(0.0)
         for i in range(particles):
@@ -295,7 +302,7 @@ class _Forces:
 
 
 def _reflect(x: Array, v: Array) -> None:
-    """Mirror at the walls, in place: a particle beyond one comes back, moving inwards."""
+    """Reflect ``x, v [S, 3, P]`` at the walls, in place: particles beyond one move inwards."""
     over = x > BOX
     x[over] = 2 * BOX - x[over]
     v[over] = -np.abs(v[over])

@@ -15,8 +15,8 @@ from egnn_fast.experiments.nbody.task import Trainer, batches
 from egnn_fast.experiments.nbody.train import make_trainer
 
 ROUNDS = 9
-SECONDS = 0.3  # of each backend in each round
-WARM_UP = 5  # steps
+SECONDS = 0.3  # time of each backend in each round
+WARM_UP = 5  # steps before timing
 
 
 class Speed(NamedTuple):
@@ -27,15 +27,15 @@ class Speed(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """How many times faster."""
+        """How many times faster than the reference the run is."""
         return self.run / self.reference
 
 
 def measure(config: Config, train: Systems) -> Speed:
-    """Time the run's backend and the eager reference on copies of the model.
+    """Time the run's backend and the eager reference on new models with the same weights.
 
-    Everything else is the same for both: batches, loop, optimiser, device, precision, threads.
-    Reading data is no part of it.
+    Batches, loop, optimiser, device, precision and threads are the same for both. The batches are
+    made before; that time does not count.
     """
     order = torch.arange(min(len(train), 10 * config.batch_size), device=train.x.device)
     cycle = list(batches(train, order, config.batch_size))
@@ -45,12 +45,13 @@ def measure(config: Config, train: Systems) -> Speed:
             trainer.step(batch)
     rates: list[list[float]] = [[], []]
     for _ in range(ROUNDS):
-        for trainer, found in zip(trainers, rates, strict=True):
-            found.append(_rate(trainer, cycle))
+        for trainer, samples in zip(trainers, rates, strict=True):
+            samples.append(_rate(trainer, cycle))
     return Speed(statistics.median(rates[0]), statistics.median(rates[1]))
 
 
 def _rate(trainer: Trainer, cycle: list[Systems]) -> float:
+    """Steps per second over at least ``SECONDS``."""
     done = 0
     start = now = time.perf_counter()
     while now - start < SECONDS:

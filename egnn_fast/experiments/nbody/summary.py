@@ -1,4 +1,4 @@
-"""What a run achieved, as a table and as JSON."""
+"""Results of a run, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ PAPER = {
 
 
 def write(
-    folder: RunFolder, config: Config, spec: DataSpec, history: History, speed: Speed, ran: str
+    folder: RunFolder, config: Config, spec: DataSpec, history: History, speed: Speed, backend: str
 ) -> None:
-    """Write ``summary.json``."""
+    """Write ``summary.json``. ``backend`` is what :func:`try_out` returned."""
     best = history.best
     content: dict[str, Any] = {
         "options": config.to_dict(),
@@ -39,7 +39,7 @@ def write(
         "best": best._asdict() if best is not None else None,
         "paper_test_mse": PAPER,
         "steps_per_second": {
-            "backend": ran,
+            "backend": backend,
             "run": speed.run,
             "reference": speed.reference,
             "ratio": speed.ratio,
@@ -60,8 +60,8 @@ def write(
     write_atomic(folder.summary, json.dumps(content, indent=2) + "\n")
 
 
-def table(history: History, speed: Speed, ran: str) -> RenderableType:
-    """The tables that end a run."""
+def table(history: History, speed: Speed, backend: str) -> RenderableType:
+    """Tables of test errors and of training steps per second."""
     best = history.best
     errors = Table(title="Test MSE on charged particles", title_justify="left")
     errors.add_column("model")
@@ -79,11 +79,11 @@ def table(history: History, speed: Speed, ran: str) -> RenderableType:
     steps.add_column("steps/s", justify="right")
     steps.add_column("ratio", justify="right")
     steps.add_row("reference (eager PyTorch)", f"{speed.reference:.1f}", "1.0x")
-    steps.add_row(ran, f"{speed.run:.1f}", f"{speed.ratio:.1f}x", style="bold green")
+    steps.add_row(backend, f"{speed.run:.1f}", f"{speed.ratio:.1f}x", style="bold green")
     return Group(errors, steps)
 
 
 def paths(folder: RunFolder) -> str:
-    """Where the results are, a line for each."""
+    """The paths of the results, one in a line."""
     files = (folder.curve, folder.trajectories, folder.metrics, folder.best, folder.summary)
     return "\n".join(f"{file.stem:<13} {file}" for file in files)

@@ -14,7 +14,7 @@ from egnn_fast.experiments.nbody.data import Systems
 from egnn_fast.graph import Graph
 from egnn_fast.nn import EGNNVel
 
-if TYPE_CHECKING:  # a model alone needs no harness
+if TYPE_CHECKING:  # the model can be used without Lightning Fabric
     from lightning_fabric import Fabric
 
 CLAMP = 100.0
@@ -24,8 +24,8 @@ EVAL_BATCH = 500  # systems; does not change the result
 class NBodyModel(nn.Module):
     """EGNN with velocities on fully connected particles (section 5.1 of arXiv 2102.09844).
 
-    Four layers with residual, SiLU, mean aggregation, the coordinate update clamped at 100.
-    ``egnn`` holds all weights, under the official names.
+    The layers have a residual, SiLU and mean aggregation; coordinate updates are clamped at 100.
+    ``egnn`` has all weights, under the official names.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ class NBodyModel(nn.Module):
         self._graphs: dict[tuple[int, int, torch.device], Graph] = {}
 
     def forward(self, h: Tensor, x: Tensor, v: Tensor, edge_attr: Tensor) -> Tensor:
-        """Positions in the target frame: ``[S, P, 3]``. See :class:`Systems` for the arguments."""
+        """Predict positions in the target frame, ``[S, P, 3]``; arguments: :class:`Systems`."""
         systems, particles = x.shape[:2]
         key = (systems, particles, x.device)
         graph = self._graphs.get(key)
@@ -70,7 +70,7 @@ class NBodyModel(nn.Module):
 
 
 def make_model(seed: int, *, hidden: int, layers: int, backend: str | None) -> NBodyModel:
-    """A model with the initial weights that the official code draws after ``manual_seed(seed)``."""
+    """A model with the initial weights of the official code after ``manual_seed(seed)``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return NBodyModel(hidden, layers, backend)
@@ -85,9 +85,11 @@ class Trainer:
     fabric : Fabric
         Device and precision.
     model : NBodyModel
-        As made; its weights are on the device.
+        The model, moved to the device.
+    lr, weight_decay : float
+        Adam's learning rate and weight decay.
     optimizer : torch.optim.Adam
-        As made.
+        The model's optimiser. Fabric's wrappers of model and optimiser are private.
     """
 
     fabric: Fabric
@@ -101,14 +103,15 @@ class Trainer:
     def __post_init__(self) -> None:
         """Move the model to the device and make its optimiser."""
         self.model.to(self.fabric.device)
-        # one kernel for all 66 parameters: their updates are small, so launching is what costs
+        # fused: one kernel updates all 62 parameters; launching one for each would cost more than
+        # the small updates themselves
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=self.lr, weight_decay=self.weight_decay, fused=True
         )
         self._model, self._optimizer = self.fabric.setup(self.model, self.optimizer)
 
     def step(self, batch: Systems) -> Tensor:
-        """One optimiser step; the loss, detached, still on the device."""
+        """Take one optimiser step and return the loss, detached, on the device."""
         loss = F.mse_loss(self._model(batch.h, batch.x, batch.v, batch.edge_attr), batch.target)
         self._optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(loss)
@@ -116,7 +119,7 @@ class Trainer:
         return loss.detach()
 
     def epoch(self, systems: Systems, order: Tensor, batch_size: int) -> float:
-        """One pass in the given order, the last incomplete batch left out; the mean loss."""
+        """Train on the batches of one epoch and return the mean loss; see :func:`batches`."""
         self._model.train()
         losses = [self.step(batch) for batch in batches(systems, order, batch_size)]
         return float(torch.stack(losses).double().mean())
@@ -134,7 +137,10 @@ class Trainer:
 
 
 def batches(systems: Systems, order: Tensor, batch_size: int) -> Iterator[Systems]:
-    """Full batches in the given order: the set is gathered once, the batches are views of it."""
+    """Batches of the systems at the indices ``order``. An incomplete last batch is left out.
+
+    The systems are gathered once; the batches are views.
+    """
     shuffled = systems[order[: len(order) // batch_size * batch_size]]
     fields = (getattr(shuffled, name).split(batch_size) for name in Systems.__dataclass_fields__)
     for tensors in zip(*fields, strict=True):

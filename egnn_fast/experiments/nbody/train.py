@@ -1,4 +1,4 @@
-"""The training loop: one checkpoint and one line of metrics for each epoch."""
+"""The training loop. Each epoch writes a checkpoint and a line of metrics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from egnn_fast.experiments.nbody.task import Trainer, make_model
 
 
 class EpochReport(NamedTuple):
-    """What :func:`train` tells after each epoch."""
+    """What :func:`train` passes to ``on_epoch`` after each epoch."""
 
     epoch: int
     history: History
@@ -33,7 +33,7 @@ def make_fabric(config: Config) -> Fabric:
     Raises
     ------
     UsageError
-        The device is not there.
+        The device does not exist.
     """
     name, _, index = config.device.partition(":")
     if name == "auto":
@@ -49,14 +49,14 @@ def make_fabric(config: Config) -> Fabric:
 
 
 def make_trainer(config: Config, *, backend: str | None = None) -> Trainer:
-    """Model, optimiser and device of a run.
+    """The trainer of a run, with the initial weights.
 
     Parameters
     ----------
     config : Config
         The run's options.
     backend : str, optional
-        Instead of the run's.
+        Used instead of ``config.backend``.
     """
     model = make_model(
         config.seed,
@@ -68,11 +68,11 @@ def make_trainer(config: Config, *, backend: str | None = None) -> Trainer:
 
 
 def data_dtype(config: Config) -> torch.dtype:
-    """Of the data set's tensors."""
+    """The dtype of the data set's tensors."""
     return torch.float64 if config.precision == "64-true" else torch.float32
 
 
-# Of what reaches the layers, by precision.
+# The dtype of the layers' inputs by precision: Fabric converts a batch before the forward.
 _LAYER_DTYPES = {
     "32-true": torch.float32,
     "64-true": torch.float64,
@@ -80,23 +80,23 @@ _LAYER_DTYPES = {
 }
 
 
-def what_runs(config: Config, device: torch.device) -> str:
-    """The backend that runs the model's layers, and its instruction set."""
+def _backend_of_layers(config: Config, device: torch.device) -> str:
+    """The backend that runs the model's layers and, in brackets, its instruction set."""
     dtype = _LAYER_DTYPES[config.precision]
     call = backends.Call(device.type, dtype, config.hidden, 3, "silu")
-    told = backends.explain_call(config.backend, call)
-    return f"{told.backend} ({told.instruction_set})"
+    explanation = backends.explain_call(config.backend, call)
+    return f"{explanation.backend} ({explanation.instruction_set})"
 
 
 def try_out(config: Config) -> str:
-    """Take one step on made-up systems, so that what cannot work fails before any work.
+    """Take one training step on random systems, so that wrong options fail before data is made.
 
-    Returns the backend that runs the layers, and its instruction set.
+    Returns the backend that runs the layers and, in brackets, its instruction set.
 
     Raises
     ------
     UsageError
-        The device is not there, or the backend cannot run the model on it.
+        The device does not exist, or the backend cannot run the model on it.
     """
     trainer = make_trainer(config)
     generator = torch.Generator().manual_seed(0)
@@ -108,11 +108,11 @@ def try_out(config: Config) -> str:
 
     batch = Systems(draw(5, 1), draw(5, 3), draw(5, 3), draw(20, 2), draw(5, 3), draw(5))
     try:
-        ran = what_runs(config, trainer.fabric.device)
+        backend = _backend_of_layers(config, trainer.fabric.device)
         trainer.step(batch)
     except backends.BackendError as error:
         raise UsageError(f"--backend: {error}") from error
-    return ran
+    return backend
 
 
 def train(
@@ -123,24 +123,24 @@ def train(
     resume: dict[str, Any] | None = None,
     on_epoch: Callable[[EpochReport], None] | None = None,
 ) -> tuple[Trainer, History]:
-    """Train, or go on training.
+    """Train, or continue training.
 
-    After every epoch ``metrics.csv`` has one more line and ``last.pt`` all that continuing needs,
-    so that a run killed at any moment and resumed has the same metrics and weights, bit for bit,
-    as one that was not.
+    Each epoch adds a line to ``metrics.csv`` and writes ``last.pt``, which has all that resuming
+    needs. So a run that is killed and resumed has the same metrics and weights, bit for bit, as an
+    uninterrupted one.
 
     Parameters
     ----------
     config : Config
         The run's options.
     data : Splits
-        On the device that ``config`` names.
+        The data set, on the device that ``config`` names.
     folder : RunFolder
-        Where the results go.
+        Where the results are written.
     resume : dict, optional
-        From :meth:`RunFolder.load_run`.
+        What :meth:`RunFolder.load_run` returned, to continue that run.
     on_epoch : callable, optional
-        Told of every epoch.
+        Called after each epoch.
 
     Returns
     -------
@@ -150,7 +150,7 @@ def train(
     Raises
     ------
     TrainingError
-        The loss is no finite number; the last good epoch is kept.
+        The loss is not finite. The checkpoint of the epoch before stays.
     CheckpointError
         The checkpoint does not fit the model.
     """
@@ -186,7 +186,7 @@ def train(
             if not math.isfinite(loss):
                 raise TrainingError(
                     f"the training loss is {loss} in epoch {epoch}: try a lower --lr "
-                    f"({folder.last} holds the state before it)"
+                    f"({folder.last} has the state before this epoch)"
                 )
             val = test = math.nan
             if epoch % config.test_every == 0:
@@ -194,7 +194,8 @@ def train(
             history.append(loss, val, test)
             best = history.best
             if best is not None and best.epoch == epoch:
-                # before last.pt: a kill in between repeats this epoch and writes the same again
+                # Before last.pt: if the process is killed in between, resuming repeats this epoch
+                # and writes the same again.
                 folder.save_best(config.to_dict(), best, trainer.model.egnn.state_dict())
             metrics.write(history.row(epoch))
             metrics.flush()
@@ -207,6 +208,7 @@ def train(
 def _restore(
     trainer: Trainer, shuffle: torch.Generator, resume: dict[str, Any], folder: RunFolder
 ) -> None:
+    """Load weights, optimiser state and generator state; raises CheckpointError."""
     checkpoint.load_state(trainer.model.egnn, resume["model"], folder.last)
     try:
         trainer.optimizer.load_state_dict(resume["optimizer"])
