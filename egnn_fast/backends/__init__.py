@@ -4,6 +4,8 @@
 ``cpu`` and ``triton`` call the kernels; the operators find them by the names registered here.
 """
 
+from importlib import import_module
+
 from egnn_fast.backends.available import (
     BackendInfo,
     Call,
@@ -47,3 +49,5 @@ __all__ = [
 
 register("cpu", "egnn_fast.backends.cpu")
 register("triton", "egnn_fast.backends.triton")
+# an extension that was built from another version is refused here, before anybody asks for it
+import_module("egnn_fast.backends.cpu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -10,19 +10,6 @@ from torch import nn
 COORD_GAIN = 0.001
 # the activations that run fused, by their names in Options
 FUSED_ACTIVATIONS = {"silu": nn.SiLU, "relu": nn.ReLU, "leaky_relu": nn.LeakyReLU}
-
-
-# LayerArgs is defined in nn/layers.py, which imports this module. Its old name here still works.
-if TYPE_CHECKING:
-    from egnn_fast.nn.layers import LayerArgs as LayerArgs
-else:
-
-    def __getattr__(name):
-        if name == "LayerArgs":
-            from egnn_fast.nn.layers import LayerArgs
-
-            return LayerArgs
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def check_sizes(minimum: int, **sizes: object) -> None:

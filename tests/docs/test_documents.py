@@ -21,7 +21,7 @@ from egnn_fast.backends import BACKENDS
 from egnn_fast.cli import app
 from egnn_fast.experiments.nbody.summary import PAPER
 from egnn_fast.kernels import PROVEN, assembler
-from egnn_fast.nn._parts import LayerArgs
+from egnn_fast.nn.layers import LayerArgs
 from egnn_fast.options import Options
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -94,7 +94,7 @@ def test_one_warning_names_the_module_and_the_cost(change: Change, named: str, d
     assert told.reason == str(caught[0].message)
     assert told.refused["cpu"] in told.reason
     # named backends do the same; a named reference needs no warning
-    for name in ("cpu", "triton", "cuda"):
+    for name in ("cpu", "triton"):
         decision._warned.clear()
         with egnn_fast.use_backend(name):
             with pytest.warns(UserWarning, match=said):
