@@ -1,9 +1,10 @@
-"""Cached values, computed once from tensors that do not change.
+"""Caches of values that are computed from tensors that do not change.
 
-Only what an ordinary call computes from plain tensors is cached: the tensors of a trace or
-transform have no data afterwards. A cached value serves every later call, so it must not depend on
-grad mode, inference mode, autocast or the default dtype and device of the call that computes it:
-see :func:`leave_inference_mode`; the functions that compute name dtype and device.
+Only ordinary calls on plain tensors (:mod:`egnn_fast.runtime.eager`) cache: the tensors of a trace
+or transform have no data after it. Later calls in any state use a cached value, so it must not
+depend on the grad mode, inference mode, autocast, default dtype or default device of the call that
+computes it. Therefore inference mode is left for the computation, and the functions passed here
+name dtype and device of what they compute.
 """
 
 from __future__ import annotations
@@ -17,49 +18,62 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from egnn_fast.runtime.eager import is_plain, tracing, transforming
 
-Values = dict[Any, tuple[Any, "_Made | None"]]
+# key -> (value, the CUDA event of its computation; None on the CPU)
+Values = dict[Any, tuple[Any, "_Computation | None"]]
 
 
 def leave_inference_mode() -> torch.inference_mode:
-    """Leave inference mode: a cached value must serve training too."""
+    """A context without inference mode: training cannot use tensors made inside that mode."""
     return torch.inference_mode(False)
 
 
 def cached(values: Values, key: Any, make: Callable[[], Any], device: torch.device) -> Any:
-    """``make()``, cached under ``key`` if the call is ordinary.
+    """``make()``, cached in ``values`` under ``key`` if the call is ordinary.
 
-    A value computed while a CUDA graph is captured is not cached: it has no data until the graph
-    runs. If another stream computed the value, the current one waits for it.
+    Parameters
+    ----------
+    values : dict
+        The cache.
+    key : hashable
+        What identifies the value in this cache.
+    make : callable
+        Computes the value: a tensor, a number or a tuple of these.
+    device : torch.device
+        Where the value is computed. On a GPU, a stream other than the one that computed the value
+        waits for it. A value computed while a CUDA graph is captured is not cached: it has no
+        data until the graph runs.
     """
     # a trace must not depend on the calls before it
     if tracing():
         return make()
-    found = values.get(key)
-    if found is not None and found[1] is None:
-        return found[0]
+    entry = values.get(key)
+    if entry is not None and entry[1] is None:
+        return entry[0]
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if found is None:
+    if entry is None:
         with leave_inference_mode():
             value = make()
         # a mode may have changed what was computed
-        if capturing or transforming() or not all(is_plain(t) for t in _tensors(value)):
+        if capturing or transforming() or not all(is_plain(t) for t in _tensors_in(value)):
             return value
-        # if two threads compute it at once, the first value stays
-        values.setdefault(key, (value, _Made(device) if device.type == "cuda" else None))
-    value, made = values[key]
-    if made is not None and not capturing:  # before a capture the whole device is waited for
-        made.await_by_current_stream(value)
+        # if two threads compute it at once, both use the value that was stored first
+        values.setdefault(key, (value, _Computation(device) if device.type == "cuda" else None))
+    value, computation = values[key]
+    # PyTorch synchronises the device before a capture, so nothing is left to wait for
+    if computation is not None and not capturing:
+        computation.wait_on_current_stream(value)
     return value
 
 
-# for each tensor, as long as it is alive: the values computed from it
+# tensor -> ((version, address), the values computed from it), while the tensor is alive
 _of_tensors = WeakTensorKeyDictionary()
 
 
 def cached_for(tensor: Tensor, key: Any, make: Callable[[], Any]) -> Any:
-    """``make()``, cached for this tensor under ``key`` until the tensor is written to.
+    """``make()``, cached for this tensor under ``key`` until its version or address changes.
 
-    The value must depend on nothing else. See :func:`cached`.
+    The value must depend on nothing else. Writes to an inference tensor, which has no version, are
+    not noticed. See :func:`cached`.
     """
     if tracing():
         return make()
@@ -67,7 +81,7 @@ def cached_for(tensor: Tensor, key: Any, make: Callable[[], Any]) -> Any:
 
 
 def store_for(tensor: Tensor, key: Any, value: Any) -> None:
-    """Let :func:`cached_for` find a value that is known already."""
+    """Store a value that is known already, so that :func:`cached_for` returns it."""
     _values_of(tensor).setdefault(key, (value, None))
 
 
@@ -81,26 +95,26 @@ def _values_of(tensor: Tensor) -> Values:
     return values
 
 
-class _Made:
-    """When and on which stream something was computed."""
+class _Computation:
+    """The CUDA stream on which a value was computed, and the event that marks its end."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.current_stream(device)
         self.event = self.stream.record_event()
 
-    def await_by_current_stream(self, value: Any) -> None:
-        """Let the current stream wait for it, and its memory for the current stream."""
+    def wait_on_current_stream(self, value: Any) -> None:
+        """Make the current stream wait for the value, and keep its memory for that stream."""
         current = torch.cuda.current_stream(self.stream.device)
         if current == self.stream:
             return
         current.wait_event(self.event)
-        for t in _tensors(value):
+        for t in _tensors_in(value):
             t.record_stream(current)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple):
         for part in value:
-            yield from _tensors(part)
+            yield from _tensors_in(part)

@@ -1,4 +1,8 @@
-"""Graphs as the kernels read them: receiver-sorted CSR, or implicit complete components."""
+"""Graphs as the kernels read them: receiver-sorted CSR, or implicit complete components.
+
+Private name of PyTorch used here: ``torch._C._are_functorch_transforms_active``, as in
+:mod:`egnn_fast.runtime.eager`.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,9 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import GetAttrKey, register_pytree_node
-from torch.utils.data._utils.collate import default_collate_fn_map
 
 from egnn_fast.graph import batching, cache, sorting
 from egnn_fast.graph.edge_lists import (
-    INT32_MAX,
     EdgeIndexLike,
     as_count,
     as_counts,
@@ -21,39 +22,45 @@ from egnn_fast.graph.edge_lists import (
     check_edge_count,
     check_totals,
 )
+from egnn_fast.graph.registration import register
 from egnn_fast.graph.validation import DTYPES, check_tensors
 from egnn_fast.runtime.eager import is_plain, tracing
 
-__all__ = ["INT32_MAX", "EdgeIndexLike", "Graph"]
-
-TENSORS = tuple(DTYPES)
+TENSORS = tuple(DTYPES)  # names of a Graph's tensors, in the constructor's order
 
 
 class Graph:
-    """An immutable directed graph, ordered by receiver.
+    """An immutable directed graph with its edges sorted by receiver.
 
-    Build it with :meth:`from_edge_index`, :meth:`complete` or :meth:`batch`. ``edge_attr`` and
-    masks that go with it are in the *user's* edge order, that of :attr:`edge_index`.
+    Build it with :meth:`from_edge_index`, :meth:`complete` or :meth:`batch`. Pass ``edge_attr`` and
+    edge masks in the *user's* edge order, that of :attr:`edge_index`.
 
-    It can be copied, pickled and saved, and moved like a tensor (:meth:`to`, :meth:`pin_memory`);
-    :class:`egnn_fast.nn.GraphBuffer` moves it with a module. PyTorch's ``DataLoader`` batches
-    Graphs. PyTorch Geometric's loaders make a list of the Graphs in ``Data`` objects: layers take
-    it in place of a Graph and batch it at each call, ``Graph.batch(data.graph)`` does so once. They
-    do not take a dataset of Graphs themselves; use PyTorch's loader there.
+    A Graph can be copied, pickled and saved, and moved like a tensor (:meth:`to`,
+    :meth:`pin_memory`); :class:`egnn_fast.nn.GraphBuffer` moves it with a module. PyTorch's
+    ``DataLoader`` batches Graphs. PyTorch Geometric's loaders turn the Graphs in ``Data`` objects
+    into a list. Layers accept this list and batch it at each call; ``Graph.batch(data.graph)``
+    batches it once. For a dataset of Graphs use PyTorch's loader: PyTorch Geometric's loaders do
+    not accept it.
 
     Attributes
     ----------
     rowptr : Tensor [N + 1], int64
-        Edges ``rowptr[i]`` to ``rowptr[i + 1]`` are received by node i.
+        Node i receives the edges ``rowptr[i]`` to ``rowptr[i + 1] - 1``.
     senders : Tensor [E], int32, or None
         Sender of each edge in receiver order; None for a complete graph.
     perm : Tensor [E], int32, or None
-        The user's number of each edge in receiver order; None where both orders agree.
+        The position in the user's order of each edge in receiver order; None if both orders
+        are the same.
     first : Tensor [N], int32, or None
         Complete graphs only: the first node of each node's component.
     sizes : Tensor [B], int64, or None
         Nodes of each graph in a batch, and of each component of :meth:`complete`; see
         :attr:`batch_index`. None for a single graph.
+
+    Raises
+    ------
+    TypeError, ValueError, IndexError
+        The constructor's tensors do not make a graph; the message names the wrong one.
     """
 
     rowptr: Tensor
@@ -73,7 +80,7 @@ class Graph:
         sizes: Tensor | None = None,
         num_edges: int | None = None,
     ) -> None:
-        # num_edges: of a complete graph, where it is known; it is read from rowptr otherwise
+        # num_edges is for complete graphs; if it is None, it is read from rowptr when needed
         tensors = (rowptr, senders, perm, first, sizes)
         check_tensors(dict(zip(TENSORS, tensors, strict=True)))
         self._set(*tensors, num_edges)
@@ -84,13 +91,13 @@ class Graph:
 
     @classmethod
     def trusted(cls, *values: Any) -> Graph:
-        """A Graph of the constructor's arguments, all six, which are not checked again."""
+        """A Graph from all six arguments of the constructor, which are not checked."""
         graph = cls.__new__(cls)
         graph._set(*values)
         return graph
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # of Graphs that were pickled as dataclasses
+        # for Graphs pickled by earlier versions, where Graph was a dataclass
         tensors = [state.get(name) for name in TENSORS]
         self._set(*tensors, state.get("_lazy", {}).get("num_edges"))
 
@@ -112,12 +119,13 @@ class Graph:
         Parameters
         ----------
         edge_index : Tensor or NumPy array [2, E], int64 or int32, or a pair of those or of lists
-            Row 0 the receivers i, row 1 the senders j. Any order, repeated edges allowed. The
-            graph is on the device of the tensors; of arrays and lists, on the CPU.
+            Row 0 holds the receivers i, row 1 the senders j, in any order; edges may repeat. The
+            graph is on the device of the tensors; for arrays and lists, on the CPU.
         num_nodes : int
             N; every index lies in [0, N). A NumPy integer or a 0-dim tensor is accepted.
         validate : bool
-            Whether to check the range of the indices; turn it off only for indices known good.
+            Whether to check the range of the indices. With False, indices out of range are
+            undefined behaviour.
 
         Raises
         ------
@@ -125,6 +133,8 @@ class Graph:
             ``edge_index`` or ``num_nodes`` has the wrong type or shape.
         IndexError
             An index is negative or not below ``num_nodes``.
+        RuntimeError
+            The edges are on a GPU and a CUDA graph is being captured.
         """
         edges = as_edge_index(edge_index)
         num_nodes = as_count("num_nodes", num_nodes)
@@ -139,13 +149,13 @@ class Graph:
         if edges.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "edge_index: edges cannot be sorted while a CUDA graph is captured; "
-                "build a Graph of them before"
+                "build a Graph before the capture"
             )
         check_edge_count(edges)
         if validate:
             sorting.check_index_range(edges, num_nodes)
         rowptr, senders, perm, is_sorted = sorting.sort_by_receiver(edges, num_nodes)
-        # the graph must not change when the caller's tensor does
+        # senders is a copy: the graph must not change when the caller's tensor does
         return cls.trusted(rowptr, senders, None if is_sorted else perm, None, None, None)
 
     @classmethod
@@ -161,9 +171,14 @@ class Graph:
         sizes : sequence of int, or Tensor or NumPy array [B] of integers
             Nodes of each component; components are numbered one after the other.
         device : torch.device or str
-            Where the graph lies.
+            The graph's device.
 
-        Edges are row-major: by component, then receiver, then sender.
+        Edges are ordered by component, then by receiver, then by sender.
+
+        Raises
+        ------
+        TypeError, ValueError
+            ``sizes`` are not counts, or there are more than 2**31 - 1 nodes or edges.
         """
         counts = as_counts("sizes", sizes)
         if tracing():
@@ -179,7 +194,7 @@ class Graph:
         first = torch.repeat_interleave(count.cumsum(0) - count, count, output_size=nodes)
         degree = torch.repeat_interleave((count - 1).clamp(min=0), count, output_size=nodes)
         return cls(
-            rowptr=_prefix_sum(degree).to(device),
+            rowptr=sorting.prefix_sum(degree).to(device),
             first=first.to(device=device, dtype=torch.int32),
             sizes=count.to(device),
             num_edges=edges,
@@ -187,45 +202,45 @@ class Graph:
 
     @classmethod
     def batch(cls, graphs: Iterable[Graph]) -> Graph:
-        """Several graphs as one: their nodes and edges, one graph after the other.
+        """Several graphs as one: the nodes and edges of one graph follow those of another.
 
         Concatenate edge attributes and masks in the same order. A batch of complete graphs is
-        complete. :attr:`sizes` gives the nodes of each graph (a batch among them counts as its
-        graphs), :attr:`batch_index` the graph of each node, for pooling::
+        complete. :attr:`sizes` is the number of nodes of each graph (a batch among ``graphs``
+        counts as its graphs). :attr:`batch_index` is the graph of each node, for pooling::
 
             h.new_zeros(graph.num_graphs, h.shape[1]).index_add(0, graph.batch_index, h)
 
         Raises
         ------
         TypeError, ValueError
-            An element is no Graph, there is none, they are on several devices, or there are
-            more than 2**31 - 1 nodes or edges.
+            An element is not a Graph, ``graphs`` is empty, the Graphs are on several devices, or
+            they have more than 2**31 - 1 nodes or edges.
         """
-        found = list(graphs)
-        for graph in found:
+        members = list(graphs)
+        for graph in members:
             if not isinstance(graph, Graph):
                 raise TypeError(f"graphs: expected Graphs, got {type(graph).__name__}")
-        if not found:
+        if not members:
             raise ValueError("graphs: expected at least one Graph")
-        if any(graph.device != found[0].device for graph in found):
-            places = sorted({str(graph.device) for graph in found})
-            raise ValueError(f"graphs: expected one device, got {', '.join(places)}")
+        if any(graph.device != members[0].device for graph in members):
+            devices = sorted({str(graph.device) for graph in members})
+            raise ValueError(f"graphs: expected one device, got {', '.join(devices)}")
         if tracing():
-            return cls(*batching.joined(found))
+            return cls(*batching.joined(members))
         with cache.leave_inference_mode():
-            return cls.trusted(*batching.joined(found))
+            return cls.trusted(*batching.joined(members))
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Graph:
-        """The same graph on another device; itself if it is there already.
+        """The graph on another device; ``self`` if it is there already.
 
         Parameters
         ----------
         device : torch.device, str or int
-            The new device; indices keep their dtypes.
+            The new device. A dtype is not accepted: indices keep theirs.
         non_blocking : bool
             Whether to copy from pinned memory to a GPU without waiting; see ``Tensor.to``.
         """
-        return self._each(lambda t: t.to(device, non_blocking=non_blocking))
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def cpu(self) -> Graph:
         """The graph on the CPU."""
@@ -239,22 +254,26 @@ class Graph:
 
     def pin_memory(self) -> Graph:
         """The graph in page-locked memory, from which GPUs copy without waiting."""
-        return self._each(lambda t: t.pin_memory())
+        return self._map(lambda t: t.pin_memory())
 
     def is_pinned(self) -> bool:
-        """Whether it lies in page-locked memory."""
+        """Whether the graph is in page-locked memory."""
         return self.rowptr.is_pinned()
 
     def record_stream(self, stream: torch.Stream) -> None:
-        """Keep its memory until the stream's work so far is done; see ``Tensor.record_stream``."""
+        """Keep the graph's memory until the stream has done its work so far.
+
+        See ``Tensor.record_stream``.
+        """
         for t in self._tensors():
             if t is not None:
                 t.record_stream(stream)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Graph:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Graph:
+        """The graph of ``function`` of each tensor; ``self`` if that returns the same tensors."""
         old = self._tensors()
         with cache.leave_inference_mode():
-            new = [None if t is None else change(t) for t in old]
+            new = [None if t is None else function(t) for t in old]
         if all(a is b for a, b in zip(old, new, strict=True)):
             return self
         return Graph.trusted(*new, self._num_edges)
@@ -264,17 +283,20 @@ class Graph:
 
     @property
     def device(self) -> torch.device:
-        """Where the graph lies."""
+        """The device of the graph's tensors."""
         return self.rowptr.device
 
     @property
     def num_nodes(self) -> int:
-        """N."""
+        """N, the number of nodes."""
         return self.rowptr.shape[0] - 1
 
     @property
     def num_edges(self) -> int:
-        """E."""
+        """E, the number of edges.
+
+        The first read synchronises if the constructor built a complete graph on a GPU.
+        """
         if self.senders is not None:
             return self.senders.shape[0]
         if self._num_edges is not None:
@@ -283,31 +305,31 @@ class Graph:
 
     @property
     def num_graphs(self) -> int:
-        """B: the graphs of a batch, 1 for a single graph, the components of :meth:`complete`."""
+        """B: the number of graphs in a batch or of components of :meth:`complete`, else 1."""
         return 1 if self.sizes is None else self.sizes.shape[0]
 
     @property
     def batch_index(self) -> Tensor:
-        """The number of each node's graph, ``[N]``, int64, ascending; not to be written to."""
+        """Index of each node's graph: ``[N]``, int64, ascending. Cached: do not write to it."""
         return self._cached("batch_index", self._batch_index)
 
     @property
     def is_complete(self) -> bool:
-        """Whether the edges are implicit."""
+        """Whether the edges are implicit: all pairs of nodes in each component."""
         return self.senders is None
 
     @property
     def degree(self) -> Tensor:
-        """Edges received by each node: ``[N]``, int64."""
+        """Number of edges that each node receives: ``[N]``, int64."""
         return self.rowptr.diff()
 
     @property
     def edge_index(self) -> Tensor:
-        """The edges ``[2, E]``, int64, in the user's order; the caller's own copy."""
+        """The edges in the user's order: ``[2, E]``, int64. A copy that may be written to."""
         return self.shared_edge_index().clone()
 
     def shared_edge_index(self) -> Tensor:
-        """The same, cached; not to be written to."""
+        """:attr:`edge_index` without the copy. Cached: do not write to it."""
         return self._cached("edge_index", self._edge_index)
 
     @property
@@ -322,18 +344,18 @@ class Graph:
         return torch.repeat_interleave(nodes, self.degree, output_size=self.num_edges)
 
     def transpose(self) -> tuple[Tensor, Tensor]:
-        """The edges by sender: ``(colptr [N + 1] int64, order [E] int32)``; built once.
+        """The edges by sender: ``(colptr [N + 1] int64, order [E] int32)``, cached.
 
-        ``order[colptr[j] : colptr[j + 1]]`` are the places, in receiver order and ascending, of
-        the edges that node j sends.
+        ``order[colptr[j] : colptr[j + 1]]`` are the positions in receiver order, ascending, of the
+        edges that node j sends.
         """
         return self._cached("transpose", self._transpose)
 
     def inverse_degree(self, dtype: torch.dtype) -> Tensor:
-        """1 / max(degree, 1): ``[N]``, cached."""
+        """1 / max(degree, 1): ``[N]`` in ``dtype``, cached."""
         return self._cached(
             ("inverse_degree", dtype),
-            # not reciprocal(): on GPUs autocast chooses its dtype
+            # not reciprocal(): its result on a GPU has the dtype that autocast chooses
             lambda: torch.ones_like(self.degree, dtype=dtype) / self.degree.clamp(min=1).to(dtype),
         )
 
@@ -343,8 +365,9 @@ class Graph:
             return self.senders.long()
         assert self.first is not None
         receiver = self.receivers
-        place = torch.arange(self.num_edges, device=self.device) - self.rowptr[receiver]
-        sender = self.first.long()[receiver] + place
+        # the k-th edge of a node comes from the k-th other node of its component
+        k = torch.arange(self.num_edges, device=self.device) - self.rowptr[receiver]
+        sender = self.first.long()[receiver] + k
         return sender + (sender >= receiver)
 
     def _edge_index(self) -> Tensor:
@@ -356,7 +379,7 @@ class Graph:
     def _transpose(self) -> tuple[Tensor, Tensor]:
         senders = self.sorted_senders()
         order = torch.sort(senders, stable=True).indices.to(torch.int32)
-        return _prefix_sum(torch.bincount(senders, minlength=self.num_nodes)), order
+        return sorting.prefix_sum(torch.bincount(senders, minlength=self.num_nodes)), order
 
     def _batch_index(self) -> Tensor:
         if self.sizes is None:
@@ -373,33 +396,4 @@ class Graph:
         return f"Graph({kind}{sizes}, device={self.device})"
 
 
-def _prefix_sum(counts: Tensor) -> Tensor:
-    out = counts.new_zeros(counts.shape[0] + 1, dtype=torch.int64)
-    torch.cumsum(counts, 0, out=out[1:])
-    return out
-
-
-def _flatten(graph: Graph) -> tuple[list[Any], None]:
-    return list(graph._tensors()), None
-
-
-def _flatten_with_keys(graph: Graph) -> tuple[list[tuple[Any, Any]], None]:
-    return [(GetAttrKey(name), getattr(graph, name)) for name in TENSORS], None
-
-
-def _unflatten(tensors: Iterable[Any], context: None) -> Graph:
-    return Graph(*tensors)
-
-
-def _collate(graphs: list[Graph], *, collate_fn_map: object = None) -> Graph:
-    return Graph.batch(graphs)
-
-
-# make_fx and torch.export see the tensors of a Graph that is an argument
-register_pytree_node(
-    Graph, _flatten, _unflatten,
-    serialized_type_name="egnn_fast.Graph", flatten_with_keys_fn=_flatten_with_keys,
-)  # fmt: skip
-default_collate_fn_map[Graph] = _collate
-# checkpoints with a Graph load with weights_only=True
-torch.serialization.add_safe_globals([Graph])
+register(Graph)
