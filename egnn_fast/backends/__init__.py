@@ -1,7 +1,8 @@
-"""Who runs a call: each backend, what it can run, and the choice between them.
+"""The backends: what each can run, and which one runs a call.
 
-``user_choice`` is what the user asked for, ``available`` what works here, ``decision`` the choice.
-``cpu`` and ``triton`` call the kernels; the operators find them by the names registered here.
+``user_choice`` reads what the user asked for, ``available`` says what works here, and ``decision``
+chooses. ``cpu`` and ``triton`` call the kernels; the operators find them by the names registered
+below.
 """
 
 from importlib import import_module

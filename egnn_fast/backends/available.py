@@ -1,4 +1,4 @@
-"""What each backend can run here, and why it cannot run the rest."""
+"""What each backend can run on this machine, and why it cannot run the rest."""
 
 from __future__ import annotations
 
@@ -14,17 +14,31 @@ from egnn_fast.runtime.backend_names import BACKENDS
 
 
 class Call(NamedTuple):
-    """What a backend needs to know of a call to say whether it can run it."""
+    """The properties of a call that decide which backends can run it.
+
+    Attributes
+    ----------
+    device : str
+        Type of the tensors' device, such as ``"cpu"``.
+    dtype : torch.dtype
+        That of the coordinates.
+    hidden, coord_dim : int
+        H and D.
+    activation : str or None
+        Its name; None for a module that no kernel implements.
+    changed : str or None
+        Which submodule of the layer is not as it was built, and how; None if all are.
+    """
 
     device: str
     dtype: torch.dtype
     hidden: int
     coord_dim: int
-    activation: str | None  # None: a module that no kernel knows
-    changed: str | None = None  # which submodule is not as it was built, and how
+    activation: str | None
+    changed: str | None = None
 
     def unknown_to_kernels(self) -> str | None:
-        """Why plain PyTorch runs the layer on every backend; None if kernels know it."""
+        """Why the reference runs the layer whatever backend is named; None if kernels can."""
         if self.changed is not None:
             return (
                 f"{self.changed}; the layer runs through its modules in plain PyTorch, without "
@@ -36,7 +50,7 @@ class Call(NamedTuple):
 
 
 class BackendInfo(NamedTuple):
-    """A line of :func:`info`."""
+    """The state of one backend on this machine; ``reason`` explains it."""
 
     name: str
     available: bool
@@ -48,46 +62,46 @@ def unavailable(backend: str) -> str | None:
     if backend == "cpu":
         return native.load_error
     if backend == "triton":
-        return _no_triton()
+        return _triton_unavailable()
     return None
 
 
 @torch.compiler.assume_constant_result
-def _no_triton() -> str | None:
+def _triton_unavailable() -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed: pip install triton"
     if interpreting():
         return None
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU; TRITON_INTERPRET=1 runs the kernels on the CPU, to check them"
-    found = _doubt()
-    return found.reason if found is not None and found.level == "refuse" else None
+    doubt = _assembler_doubt()
+    return doubt.reason if doubt is not None and doubt.level == "refuse" else None
 
 
-def _doubt() -> assembler.Doubt | None:
-    """What speaks against the assembler of Triton's kernels on this GPU."""
+def _assembler_doubt() -> assembler.Doubt | None:
+    """The reason to doubt the assembler that Triton uses for this GPU; None if there is none."""
     if interpreting() or not _on_nvidia():
         return None
     try:
-        return assembler.doubt_here(_arch())
-    except RuntimeError as error:  # there is none
+        return assembler.doubt_here(_sm_number())
+    except RuntimeError as error:
         return assembler.Doubt("refuse", f"Triton has no assembler: {error}")
 
 
 @torch.compiler.assume_constant_result
 def warning() -> str | None:
-    """What to warn of before Triton's kernels run."""
-    found = _doubt()
-    return None if found is None else found.reason
+    """The warning to give before Triton's kernels run; None if there is none."""
+    doubt = _assembler_doubt()
+    return None if doubt is None else doubt.reason
 
 
 def unproven(backend: str) -> str | None:
-    """Why "auto" leaves a backend that could run a call alone; None if it does not."""
+    """Why "auto" does not choose a backend that could run the call; None if it may."""
     if backend != "triton" or (_on_nvidia() and _architecture() in PROVEN):
         return None
     return (
-        "it was compiled and interpreted, not yet run on such a GPU; backend='triton' or "
-        f"{ENV_BACKEND}=triton names it"
+        "its kernels were compiled and interpreted, but not yet run on such a GPU; "
+        f"backend='triton' or {ENV_BACKEND}=triton chooses it"
     )
 
 
@@ -100,7 +114,8 @@ def _architecture() -> tuple[int, int]:
     return torch.cuda.get_device_capability()
 
 
-def _arch() -> int:
+def _sm_number() -> int:
+    """90 for sm_90."""
     major, minor = _architecture()
     return 10 * major + minor
 
@@ -142,19 +157,19 @@ def _triton_refusal(call: Call) -> str | None:
 
 
 def instruction_set(backend: str) -> str:
-    """The instruction set that a backend's kernel runs with here."""
+    """The instruction set of a backend's kernels on this machine, for users to read."""
     if backend == "cpu" and native.core is not None:
         return str(native.core.instruction_set())
     if backend == "triton" and unavailable(backend) is None:
         if interpreting():
             return "interpreted on the CPU"
-        found = assembler.in_use(_arch())
-        return f"sm_{_arch()}" + (f", {found.label}" if found is not None else "")
+        ptxas = assembler.in_use(_sm_number())
+        return f"sm_{_sm_number()}" + (f", {ptxas.label}" if ptxas is not None else "")
     return "PyTorch's own"
 
 
 def info() -> list[BackendInfo]:
-    """Each backend with its state and the reason for it."""
+    """The state of every backend on this machine, with the reason for it."""
     lines = []
     for backend in BACKENDS:
         reason = unavailable(backend)

@@ -14,25 +14,28 @@ from egnn_fast.backends.user_choice import requested
 from egnn_fast.runtime.backend_names import AUTO, BACKENDS
 
 _FASTEST = "the fastest that supports the call"
-_warned: set[str] = set()
-_INSIDE = ("egnn_fast.", "torch.")
+_warned: set[str] = set()  # messages that users have seen
+# modules whose frames a warning skips, to point at the user's line
+_SKIPPED_MODULES = ("egnn_fast.", "torch.")
 
 
 class BackendError(RuntimeError):
-    """A backend was named that cannot run the call."""
+    """The backend that the user named cannot run the call."""
 
 
 class Decision(NamedTuple):
-    """What runs a call.
+    """The backend for a call.
 
     Attributes
     ----------
-    backend, reason : str
-        Which one, and why.
+    backend : str
+        Its name.
+    reason : str
+        Why it was chosen.
     warning : str or None
-        What the user should know if the call runs.
+        What to warn the user of before the call runs.
     error : str or None
-        Why the named backend cannot run the call: nothing runs.
+        Why the backend that the user named cannot run the call; then nothing runs.
     """
 
     backend: str
@@ -43,7 +46,19 @@ class Decision(NamedTuple):
 
 @dataclass(frozen=True)
 class Explanation:
-    """What would run a call: see :func:`explain_call`."""
+    """What would run a call, from :func:`explain_call`.
+
+    Attributes
+    ----------
+    backend : str
+        Its name.
+    instruction_set : str
+        That of its kernels.
+    reason : str
+        Why it was chosen.
+    refused : dict
+        For each backend that cannot run the call, or that "auto" does not choose yet, why.
+    """
 
     backend: str
     instruction_set: str
@@ -52,14 +67,22 @@ class Explanation:
 
 
 def decide(argument: str | None, call: Call) -> Decision:
-    """Which backend runs a call, given the user's argument; for :func:`select` and explanations."""
+    """The backend for a call; ``argument`` is the user's ``backend=``.
+
+    Used by :func:`select` and :func:`explain_call`, so that they agree.
+
+    Raises
+    ------
+    ValueError
+        The user named a backend that does not exist.
+    """
     name = requested(argument)
-    # in every layer of every step: the usual case must be quick
+    # each layer asks in each step, so the usual case returns first
     if name == AUTO and call.device == "cpu" and refusal("cpu", call) is None:
         return Decision("cpu", _FASTEST)
     unknown = call.unknown_to_kernels()
     if unknown is not None:
-        # whatever backend is named; no warning if it is the reference, which runs
+        # the reference runs whatever backend the user named; it needs no warning if named itself
         named = name == "reference"
         reason = "named by the caller" if named else "no fused kernel supports it"
         reason = unknown if call.changed is not None else reason
@@ -73,20 +96,22 @@ def decide(argument: str | None, call: Call) -> Decision:
     missing = refusal(fused, call) or unproven(fused)
     if missing is None:
         return Decision(fused, _FASTEST, warning() if fused == "triton" else None)
-    without = f"no fused kernel for this call, using the reference: {missing}"
-    # on "meta" there are shapes alone: no need to warn
+    message = f"no fused kernel for this call, using the reference: {missing}"
+    # meta tensors have no data: nothing is computed slowly, so there is nothing to warn of
     return Decision(
-        "reference", "no fused kernel supports it", None if call.device == "meta" else without
+        "reference", "no fused kernel supports it", None if call.device == "meta" else message
     )
 
 
 def select(argument: str | None, call: Call) -> str:
-    """The backend that runs a call; warns once of what the user should know.
+    """The name of the backend for a call; gives the decision's warning once.
 
     Raises
     ------
     BackendError
-        A backend was named, by argument, context or environment, that cannot run the call.
+        The backend named by argument, context or environment cannot run the call.
+    ValueError
+        The user named a backend that does not exist.
     """
     decision = decide(argument, call)
     if decision.error is not None:
@@ -97,11 +122,11 @@ def select(argument: str | None, call: Call) -> str:
 
 
 def explain_call(argument: str | None, call: Call) -> Explanation:
-    """What :func:`select` would choose, and why not the others.
+    """What :func:`select` would choose, and why it would not choose the others.
 
     Raises
     ------
-    BackendError
+    BackendError, ValueError
         As :func:`select` does.
     """
     decision = decide(argument, call)
@@ -116,15 +141,15 @@ def explain_call(argument: str | None, call: Call) -> Explanation:
     )
 
 
-@torch.compiler.assume_constant_result  # a traced call warns while it is traced
+@torch.compiler.assume_constant_result  # traced code gives the warning during the trace
 def warn_once(message: str) -> None:
-    """Warn once with each message, at the caller's line outside this package and PyTorch."""
+    """Give each warning once, at the caller's line outside this package and PyTorch."""
     if message in _warned:
         return
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "torch.").startswith(
-        _INSIDE
+        _SKIPPED_MODULES
     ):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
-    _warned.add(message)  # not if the warning is raised as an error
+    _warned.add(message)  # last: a warning that is raised as an error is raised each time

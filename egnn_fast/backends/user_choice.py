@@ -14,9 +14,9 @@ from egnn_fast.runtime.settings import Blocks, Entry
 
 ENV_BACKEND = "EGNN_FAST_BACKEND"
 
-# the blocks that are open in this thread or task
+# the open blocks of this thread or asyncio task
 _override: ContextVar[tuple[Entry[str], ...]] = ContextVar("egnn_fast_backend", default=())
-# the same for a traced region: Dynamo cannot read a ContextVar, but guards on a global
+# what traced code reads: Dynamo cannot read a ContextVar, but guards on a global
 _traced_override: str | None = None
 
 
@@ -24,10 +24,21 @@ _traced_override: str | None = None
 def use_backend(name: str) -> Iterator[None]:
     """Run every layer inside the block on the named backend.
 
-    It goes before ``EGNN_FAST_BACKEND``; a ``backend=`` argument other than None and ``"auto"``
-    goes before it. A block holds in its own thread or task. Compiled code takes the block that was
-    entered last in any thread. A checkpoint that is recomputed after the block takes the backend
-    that is set then, and PyTorch may raise: give ``backend=`` to the layer instead.
+    The block takes precedence over ``EGNN_FAST_BACKEND``. A ``backend=`` argument other than None
+    and ``"auto"`` takes precedence over the block. A block holds in its own thread or asyncio task;
+    compiled code uses the block that was entered last in any thread. A checkpoint that is
+    recomputed after the block uses the backend that is set then, and PyTorch may raise an error:
+    pass ``backend=`` to the layer instead.
+
+    Parameters
+    ----------
+    name : str
+        ``"auto"``, or a backend that :func:`egnn_fast.info` lists.
+
+    Raises
+    ------
+    ValueError
+        No backend has this name.
     """
     block = _blocks.enter(check_name(name, "name"))
     _override.set((*_override.get(), block))
@@ -35,7 +46,7 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _blocks.leave(block)
-        # blocks of generators may end in any order, and in another context than they began in
+        # blocks in generators may end in any order, and in another context than they began in
         _override.set(tuple(other for other in _override.get() if other is not block))
 
 
@@ -48,16 +59,27 @@ _blocks: Blocks[str] = Blocks(_publish)
 
 
 def check_name(name: str, argument: str) -> str:
-    """The name itself if it names a backend or is "auto"; ValueError otherwise."""
+    """``name`` if it is "auto" or the name of a backend.
+
+    Raises
+    ------
+    ValueError
+        It is neither; the message begins with ``argument``.
+    """
     if name != AUTO and name not in BACKENDS:
         raise ValueError(f"{argument}: expected 'auto' or one of {BACKENDS}, got {name!r}")
     return name
 
 
 def requested(argument: str | None) -> str:
-    """What the user asked for: the argument, else the context, else the environment, else "auto".
+    """The backend that the user asked for, or "auto".
 
-    An argument ``"auto"`` asks for nothing, as None does.
+    The argument decides unless it is None or ``"auto"``, then the open block, then the environment.
+
+    Raises
+    ------
+    ValueError
+        No backend has the name that was asked for.
     """
     if argument is not None and argument != AUTO:
         return check_name(argument, "backend")

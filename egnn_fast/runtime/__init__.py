@@ -1,1 +1,1 @@
-"""What holds for a call whatever it computes: PyTorch's state, settings, the loaded extension."""
+"""What every call needs: the state of PyTorch, settings of the process, the C++ extension."""

@@ -1,4 +1,4 @@
-"""The names of the backends, without PyTorch: the command line reads them too."""
+"""The names of the backends. Imports no PyTorch, so that the command line starts quickly."""
 
 BACKENDS = ("reference", "cpu", "triton")
-AUTO = "auto"  # the fastest that supports the call
+AUTO = "auto"  # the fastest backend that supports the call

@@ -1,4 +1,4 @@
-"""Loads the C++ extension once and keeps the error where it cannot be used."""
+"""Loads the C++ extension once, or stores why it cannot be used."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-# the extension's module; its interface is stated in csrc/bindings.cpp
+# the type of the extension's module, whose interface is in csrc/bindings.cpp
 Core = Any
 
 core: Core | None = None
-load_error: str | None = None
+load_error: str | None = None  # not None if core is None
 
 
 def reject(reason: str) -> None:

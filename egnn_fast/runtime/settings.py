@@ -10,19 +10,20 @@ T = TypeVar("T")
 
 
 class Entry(Generic[T]):
-    """The value of an open block."""
+    """An open block; its identity tells blocks of the same value apart."""
 
     def __init__(self, value: T) -> None:
         self.value = value
 
 
 class Blocks(Generic[T]):
-    """The blocks that are open, in all threads; they may end in any order.
+    """The open ``with`` blocks of one setting in all threads; they may end in any order.
 
     Parameters
     ----------
     publish : callable, optional
-        Called at each change with the value of the block entered last, None without any.
+        Called whenever a block opens or closes, with the value of the open block that was entered
+        last, or None if none is open.
     """
 
     def __init__(self, publish: Callable[[T | None], None] = lambda value: None) -> None:
@@ -34,12 +35,13 @@ class Blocks(Generic[T]):
 
     @property
     def latest(self) -> T | None:
-        """The value of the block entered last; None without any."""
-        entries = self._open[-1:]  # one read: another thread may leave meanwhile
+        """The value of the open block that was entered last; None if none is open."""
+        # a slice, not a check and an index: another thread may close a block in between
+        entries = self._open[-1:]
         return entries[0].value if entries else None
 
     def enter(self, value: T) -> Entry[T]:
-        """Open a block."""
+        """Open a block; returns what :meth:`leave` takes."""
         entry = Entry(value)
         with self._lock:
             self._open.append(entry)
@@ -47,7 +49,7 @@ class Blocks(Generic[T]):
         return entry
 
     def leave(self, entry: Entry[T]) -> None:
-        """Close a block, unless it is closed already."""
+        """Close a block; does nothing if it is closed already."""
         with self._lock:
             self._open = [other for other in self._open if other is not entry]
             self._publish(self.latest)
