@@ -1,8 +1,8 @@
 """The arguments and results of each operator, in one table.
 
-An operator takes its inputs, then the graph's tensors, then its scalars, in the order of this table.
-Python code finds positions by name here. The C++ extension reads the inputs and the graph's tensors
-in the same order, written out in ``csrc/records.h``: a change here needs one there.
+An operator takes its inputs, then the graph's tensors, then its scalars, in the order written here.
+No other file counts positions. The C++ extension has the same names in ``csrc/core/args.h``;
+:mod:`egnn_fast.backends.cpu` compares them when it is imported.
 
 Dimensions: N nodes, E edges, H hidden features, D coordinate dimensions, A edge attributes, B node
 attributes, F input and O output features.

@@ -208,7 +208,7 @@ def test_what_a_killed_child_has_started_ends_with_it(tmp_path: Path) -> None:
 def test_a_tree_that_was_exported_and_is_not_installed(tmp_path: Path) -> None:
     """Of ``git archive``, inside another repository: it knows its commit, and runs."""
     source, outer = tmp_path / "source", tmp_path / "outer"
-    for name in ("bench/gpu", "egnn_fast", "kernels"):
+    for name in ("bench/gpu", "bench/offline", "egnn_fast", "kernels"):
         shutil.copytree(ROOT / name, source / name,
                         ignore=shutil.ignore_patterns("__pycache__", "*.so"))  # fmt: skip
     for name in ("bench/gpu_suite.py", "bench/__init__.py", ".gitattributes"):

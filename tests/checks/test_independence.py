@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FUSED = {
     "velocities without node mask": ("else v * nodes.unsqueeze(1)", "else v"),
     "edges without the sender's mask": ("nodes[receiver] * nodes[sender]", "nodes[receiver]"),
-    "edge mask lost": ("if mask is None else mask * between", "if True else mask"),
+    "edge mask lost": ("if mask is None else mask * both_ends", "if True else mask"),
     "mean without masks": ("_coord_weight(mask, graph", "_coord_weight(None, graph"),
     "mean a little off": ("total.clamp(min=1)", "total.clamp(min=1.0001)"),
     "features without node mask": ("new_h * nodes.unsqueeze(1).to(new_h.dtype)", "new_h"),
