@@ -35,7 +35,7 @@ demo: setup
 # says that no test was found. Benchmarks are not timed here, and pytest-benchmark would warn of -n.
 define RUN_TESTS
 @echo '==> Tests, $(WORKERS) at a time'; \
-$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --benchmark-disable $(1) $(PYTEST_ARGS); many=$$?; \
+$(BIN)/python -m pytest -n $(WORKERS) --benchmark-disable $(1) $(PYTEST_ARGS); many=$$?; \
 echo '==> Tests that run alone'; \
 $(BIN)/python -m pytest --alone --benchmark-disable $(1) $(PYTEST_ARGS); alone=$$?; \
 case $$many:$$alone in 0:0 | 0:5 | 5:0) ;; 0:*) exit $$alone ;; *) exit $$many ;; esac

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,27 +43,35 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--alone", action="store_true", help="only the tests that -n leaves out")
 
 
-@pytest.hookimpl(tryfirst=True)  # before the names of groups are read
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under -n: no test marked alone, and those that share a fixture on one worker."""
-    alone = [item for item in items if item.get_closest_marker("alone")]
-    others = [item for item in items if not item.get_closest_marker("alone")]
-    if config.getoption("--alone"):
-        config.hook.pytest_deselected(items=others)
-        items[:] = alone
-    elif "PYTEST_XDIST_WORKER" in os.environ:
-        config.hook.pytest_deselected(items=alone)
-        items[:] = others
-        for item in others:
-            if shares_a_fixture(item) and not item.get_closest_marker("xdist_group"):
-                item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    """No test marked alone under -n, and only these under --alone."""
+    only, parallel = config.getoption("--alone"), "PYTEST_XDIST_WORKER" in os.environ
+    if only or parallel:
+        left_out = [item for item in items if bool(item.get_closest_marker("alone")) != only]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
 
 
-def shares_a_fixture(item: pytest.Item) -> bool:
-    """Whether a fixture of its module, which would be made on each worker, is made for it."""
-    found = getattr(item, "_fixtureinfo", None)
-    makers = () if found is None else found.name2fixturedefs.values()
-    return any(maker.scope == "module" for each in makers for maker in each)
+@functools.cache
+def shared_by(path: Path) -> str | None:
+    """What the tests of a file share and should be made once: they run on one worker."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if "from nbody import" in text:
+        return "n-body data"
+    return str(path) if 'scope="module"' in text else None
+
+
+# pytest-xdist's own groups (--dist loadgroup) are lost in pytest 9.2: its issue 1386
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Any test to any worker, but for those that share what takes long to make; these first."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return shared_by(config.rootpath / nodeid.split("::")[0]) or nodeid
+
+    return Scheduler(config, log) if config.getoption("dist") == "load" else None
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nbody import cache_of, takes_official
+from nbody import cache_of
 
 import egnn_fast
 from egnn_fast import backends, checks, cli
@@ -173,7 +173,6 @@ def test_an_output_folder_that_cannot_be_written_is_told_before_any_work(
     refused(call(*TRAIN, "--out", "/dev/null/x"), "--out", "/dev/null/x")
 
 
-@takes_official
 @pytest.mark.usefixtures("quick")
 def test_training_from_start_to_pictures(call: Call, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "run"
@@ -198,7 +197,6 @@ def test_training_from_start_to_pictures(call: Call, tmp_path: Path) -> None:
     assert rates["backend"].startswith("cpu")
 
 
-@takes_official
 @pytest.mark.usefixtures("quick")
 def test_resuming_by_command(call: Call, tmp_path: Path) -> None:
     out = tmp_path / "run"
@@ -219,7 +217,6 @@ def test_resuming_by_command(call: Call, tmp_path: Path) -> None:
     assert (out / "metrics.csv").read_text().count("\n") == 2
 
 
-@takes_official
 @pytest.mark.usefixtures("quick")
 def test_damaged_files_are_one_line(call: Call, tmp_path: Path) -> None:
     out = tmp_path / "run"
@@ -238,7 +235,6 @@ def test_a_damaged_data_set_is_one_line(
     refused(call(*TRAIN, "--out", tmp_path / "run"), path, "corrupt", "delete it", code=1)
 
 
-@takes_official
 @pytest.mark.usefixtures("quick")
 def test_ctrl_c_keeps_what_is_done(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("packaging")  # one build folder
 ROOT = Path(__file__).resolve().parent.parent
 # the folder that an ordinary build of this checkout uses: nothing is compiled twice
 BUILD_DIR = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nbody import SMALL, cache_at, cache_of, golden, official, small, takes_official
+from nbody import SMALL, cache_at, cache_of, golden, official, small
 
 from egnn_fast import Graph
 from egnn_fast.experiments.errors import CacheError, UsageError
@@ -39,14 +39,12 @@ def equal(a: Arrays, b: Arrays) -> bool:
     return all((getattr(a, f.name) == getattr(b, f.name)).all() for f in dataclasses.fields(a))
 
 
-@takes_official
 def test_known_errors_of_the_official_test_set() -> None:
     test = official().test
     assert still_error(test) == pytest.approx(0.27147, abs=5e-6)
     assert linear_error(test, 0.724) == pytest.approx(0.08348, abs=5e-6)
 
 
-@takes_official
 def test_official_systems_are_the_golden_ones() -> None:
     right, found = golden("seed43"), official()
     train = found.train[:4]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lightning_fabric import Fabric
-from nbody import TINY, golden, official, small, takes_official
+from nbody import TINY, golden, official, small
 from torch import Tensor
 
 from egnn_fast.experiments import checkpoint
@@ -36,7 +36,6 @@ def first_losses(backend: str) -> list[float]:
     return [float(trainer.step(batch)) for batch in batches(official().train, order, 100)]
 
 
-@takes_official
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_first_losses_are_the_official_ones(backend: str) -> None:
@@ -80,7 +79,6 @@ def test_evaluation_does_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) 
     assert whole == pytest.approx(float((error**2).mean()), rel=1e-5)
 
 
-@takes_official
 @pytest.mark.usefixtures("one_thread")
 def test_training_learns() -> None:
     data = official()

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from egnn_fast.experiments.io import CACHE_VARIABLE
 from egnn_fast.experiments.nbody.config import Config
@@ -36,10 +35,6 @@ def cache_of(spec: DataSpec) -> Path:
     with cache_at(folder):
         splits(spec)
     return folder
-
-
-# tests on the official data run in one process, which simulates it once
-takes_official = pytest.mark.xdist_group("official n-body data")
 
 
 @functools.cache
