@@ -29,15 +29,18 @@ FUSED = {
     "velocities of the layer before": ("step if carry else None", "v if carry else None"),
 }
 REFERENCE = {
-    "velocities without node mask": ("else v * nodes.unsqueeze(1)", "else v"),
-    "edges without the sender's mask": ("nodes[receiver] * nodes[sender]", "nodes[receiver]"),
+    "velocities without node mask": ("else v * node_factor.unsqueeze(1)", "else v"),
+    "edges without the sender's mask": (
+        "node_factor[receiver] * node_factor[sender]",
+        "node_factor[receiver]",
+    ),
     "mean without masks": ("if edge_mask is None:\n        return", "if True:\n        return"),
     "mean a little off": ("clamp(min=1)", "clamp(min=1.0001)"),
     "scale lost": ("options.coord_scale != 1", "False"),
     "clamp lost": ("options.coord_clamp is not None", "False"),
     "residual lost": ("if residual else update", "if False else update"),
     "sum of messages": ("segment_sum(m.to(d.dtype), receiver, h", "segment_sum(m, sender, h"),
-    "features without node mask": ("new_h * nodes.unsqueeze(1).to(new_h.dtype)", "new_h"),
+    "features without node mask": ("new_h * node_factor.unsqueeze(1).to(new_h.dtype)", "new_h"),
 }
 
 
