@@ -1,1 +1,1 @@
-"""PyTorch's side of a layer: its operators with their derivatives. Knows torch, no kernel."""
+"""The PyTorch operators of a layer, with their derivatives. Nothing here depends on a kernel."""

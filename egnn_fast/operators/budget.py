@@ -1,4 +1,4 @@
-"""How much memory a layer's call may keep for its backward beyond its inputs and outputs."""
+"""How much memory a layer's call may use to store activations for its backward."""
 
 from __future__ import annotations
 
@@ -8,32 +8,34 @@ from types import TracebackType
 ENV_BUDGET = "EGNN_FAST_ACTIVATION_BYTES"
 DEFAULT_BUDGET = 64 << 20
 
-# the last one holds; without any, the environment, else the default
+# calls and open blocks; the last one holds
 _settings: list[set_activation_budget] = []
+# holds if there are none: from the environment or the default, read when first needed
 _from_outside: int | None = None
 
 
 class set_activation_budget:
-    """Bound what a layer's call may keep of its activations for the backward.
+    """Limit the memory in which a layer's call stores activations for its backward.
 
-    A layer that fits keeps them and saves their recomputation; one that does not keeps nothing.
-    The results are the same. Takes effect at once, for the whole process; as a context manager,
-    for a block. Before the first call ``EGNN_FAST_ACTIVATION_BYTES`` holds, else 64 MiB.
+    A call whose activations fit stores them, and its backward does not compute them again; another
+    call stores none. The results are the same. The budget takes effect at once for the whole
+    process or, as a context manager, for a block. Without any call of this the budget is
+    ``EGNN_FAST_ACTIVATION_BYTES``, or 64 MiB if that is not set.
 
     Parameters
     ----------
     num_bytes : int
-        The budget of each call of a layer, in bytes; 0: never keep anything.
+        The budget of each call of a layer in bytes. 0: never store activations.
 
     Raises
     ------
     TypeError, ValueError
-        ``num_bytes`` is no int, or negative.
+        ``num_bytes`` is not an int, or negative.
     """
 
     def __init__(self, num_bytes: int) -> None:
         self._num_bytes, self._entered = _check("num_bytes", num_bytes), 0
-        # of those outside a block keep the last one: it holds again if this one is a block and ends
+        # remove all calls outside a block except the last one, which holds again after this block
         for setting in [s for s in _settings if not s._entered][:-1]:
             _settings.remove(setting)
         _settings.append(self)
@@ -50,15 +52,22 @@ class set_activation_budget:
         trace: TracebackType | None,
     ) -> None:
         self._entered -= 1
-        # blocks of several threads may end in any order
+        # by value, not the last one: blocks of several threads may end in any order
         if not self._entered:
             _settings.remove(self)
 
 
 def activation_budget() -> int:
-    """The budget of a layer's call in bytes."""
+    """The budget of a layer's call in bytes.
+
+    Raises
+    ------
+    ValueError
+        ``EGNN_FAST_ACTIVATION_BYTES`` is not a number of bytes.
+    """
     global _from_outside
-    latest = _settings[-1:]  # one step: another thread may leave meanwhile
+    # a slice, not a check and an index: another thread may close a block in between
+    latest = _settings[-1:]
     if latest:
         return latest[0]._num_bytes
     if _from_outside is None:

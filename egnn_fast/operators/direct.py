@@ -1,13 +1,12 @@
-"""Direct calls: eager calls on plain CPU tensors that go straight to the kernel.
+"""Direct calls: ordinary calls on plain CPU tensors that skip PyTorch's dispatcher.
 
-For a small graph PyTorch's dispatcher takes as long as the kernel. Ordinary calls do without it;
-all others (in traces, transforms and modes) go through the operator. Nothing is cached: each call
-checks its own tensors.
+For a small graph the dispatcher takes as long as the kernel. All other calls (in traces, transforms
+and modes) go through the operator. Nothing is cached: each call checks its own tensors.
 
-Private names of PyTorch used here, seen in 2.11 to 2.13 (those of :mod:`egnn_fast.runtime.eager`
-beside them): ``forward_ad._current_level``, ``torch._C._autograd._profiler_enabled`` and
-``torch._C._FunctionBase.apply``. In a release without one of them no call is direct: all go through
-the operator, with the same results.
+Private names of PyTorch used here, seen in releases 2.11 to 2.13, beside those of
+:mod:`egnn_fast.runtime.eager` and :mod:`egnn_fast.operators.autograd`:
+``torch._C._autograd._profiler_enabled`` and ``torch._C._FunctionBase.apply``. In a release without
+one of them no call is direct: all go through the operator, with the same results.
 """
 
 from __future__ import annotations
@@ -19,14 +18,21 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from egnn_fast.operators.autograd import Operator, Tensors, are_batched, named, wants_grad
+from egnn_fast.operators.autograd import (
+    Operator,
+    Tensors,
+    are_legacy_batched,
+    set_name,
+    wants_grad,
+)
 from egnn_fast.operators.budget import activation_budget
 from egnn_fast.operators.registry import kernels_of
 from egnn_fast.runtime import native
 from egnn_fast.runtime.eager import transforming
 
 _profiling: Callable[[], bool] | None = getattr(torch._C._autograd, "_profiler_enabled", None)
-# Function.apply in Python looks at each argument for transforms, of which a direct call has none
+# Function.apply, in Python, searches the arguments for what transforms leave; a direct call has
+# none of that, so it uses the apply in C++ of the base class
 _base_apply = getattr(getattr(torch._C, "_FunctionBase", None), "apply", None)
 _SUPPORTED = (
     _profiling is not None and _base_apply is not None and hasattr(forward_ad, "_current_level")
@@ -34,10 +40,10 @@ _SUPPORTED = (
 
 
 def direct_calls_allowed() -> bool:
-    """Whether calls on plain tensors may go straight to the kernel at this moment.
+    """Whether calls on plain tensors may now be direct.
 
-    Not without the extension, nor in traces, transforms and modes, nor under autocast, the profiler
-    or forward-mode differentiation: the operator handles those.
+    False without the extension, in traces, transforms and modes, and under autocast, the profiler
+    or forward-mode differentiation: the operator handles those calls.
     """
     return (
         _SUPPORTED
@@ -50,21 +56,21 @@ def direct_calls_allowed() -> bool:
 
 
 def is_direct(tensors: Tensors) -> bool:
-    """Whether a call on these tensors, some of them None, may go straight to the kernel."""
+    """Whether a call on these tensors (or None) may be direct."""
     return direct_calls_allowed() and native.core.are_plain(tensors)  # type: ignore[union-attr]
 
 
 class Call(NamedTuple):
-    """A call of an operator on the CPU.
+    """A direct call of an operator's CPU kernel.
 
     Attributes
     ----------
     operator : Operator
-        Gives the derivatives that are to be differentiated themselves.
+        Runs the backward if that is not direct, for example if it is differentiated itself.
     kernel : MessagesKernel or LayerKernel
         See :mod:`egnn_fast.backends.cpu`.
     scalars : tuple
-        The operator's.
+        The operator's scalars.
     """
 
     operator: Operator
@@ -72,9 +78,20 @@ class Call(NamedTuple):
     scalars: tuple[Any, ...]
 
     def forward(self, record: Any, tensors: Sequence[Any], store: bool) -> Sequence[Tensor | None]:
-        """The operator's outputs, None for those that the layer lacks; then its constants.
+        """The operator's outputs, then its constants.
 
-        ``record`` is that of ``tensors``, the dense inputs and the graph's four tensors.
+        Parameters
+        ----------
+        record : object
+            The kernel's record of ``tensors``.
+        tensors : sequence of Tensor or None
+            The contiguous inputs and the graph's four tensors.
+        store : bool
+            Whether a backward may follow, so that constants are returned and activations stored.
+
+        Returns
+        -------
+        A tensor for each output and constant; None for those that the layer does not have.
         """
         size = self.kernel.stored_elements(record) if store else None
         if size and size * tensors[0].element_size() > activation_budget():
@@ -85,12 +102,13 @@ class Call(NamedTuple):
     def backward(
         self, wanted: Sequence[bool], cotangents: Tensors, saved: tuple[Any, ...]
     ) -> Sequence[Tensor | None]:
-        """The gradients of the inputs; ``saved`` holds the constants, inputs and graph tensors."""
+        """The gradients of the inputs; arguments and result as for ``Operator.backward``."""
         operator, kernel = self.operator, self.kernel
-        # second derivatives, and tensors that are no longer plain, go through the operator
+        # a backward that is recorded for a second one needs the operator, and so do tensors that
+        # are not plain any more
         if (
             not torch.is_grad_enabled()
-            and not are_batched(cotangents)
+            and not are_legacy_batched(cotangents)
             and is_direct((*saved, *cotangents))
         ):
             constants, tensors = saved[: operator.constants], saved[operator.constants :]
@@ -108,14 +126,15 @@ class Call(NamedTuple):
         return operator.backward(wanted, cotangents, saved, self.scalars)
 
 
-class DirectWay:
-    """Calls an operator's CPU kernel directly, with the operator's derivatives.
+class DirectOperator:
+    """An operator that is called directly if possible; it has the operator's derivatives.
 
     Parameters
     ----------
     operator : Operator
+        What is called.
     kernel : str
-        ``"MessagesKernel"`` or ``"LayerKernel"``, of the module with the CPU's kernels.
+        Its class in :mod:`egnn_fast.backends.cpu`: ``"MessagesKernel"`` or ``"LayerKernel"``.
     """
 
     def __init__(self, operator: Operator, kernel: str) -> None:
@@ -130,22 +149,34 @@ class DirectWay:
         *,
         checked: bool = True,
     ) -> Sequence[Tensor | None] | None:
-        """The operator's outputs, None for those that the layer lacks.
+        """Call the kernel, if the call can be direct.
 
-        ``graph`` are the graph's tensors. ``checked`` says that the arguments are known to be
-        right, so that strided ones may be copied. Returns None if the call cannot be direct, or has
-        no record.
+        Parameters
+        ----------
+        inputs : sequence of Tensor or None
+            The operator's inputs.
+        graph : tuple of Tensor or None
+            The graph's four tensors.
+        scalars : tuple
+            The operator's scalars.
+        checked : bool
+            Whether the arguments are known to be right, so that strided tensors may be copied.
+
+        Returns
+        -------
+        The operator's outputs, None for those that the layer does not have. None instead of all if
+        the call cannot be direct, or the tensors do not fit each other.
         """
         tensors: Sequence[Any] = (*inputs, *graph)
         rowptr = graph[0]
-        # tensors of a graph without nodes have no addresses: the operator handles them
+        # without nodes the tensors have no elements, so no addresses: the operator handles them
         if rowptr is None or rowptr.shape[0] == 1 or not is_direct(tensors):
             return None
         kernel = getattr(kernels_of("cpu"), self._kernel)(scalars)
         call = Call(self._operator, kernel, scalars)
         if checked:
             record, tensors = kernel.dense_record(tensors)
-        else:  # they may be wrong, and of any size: they are not copied
+        else:  # the tensors may be wrong and of any size, so they are not copied
             record = kernel.record(tensors)
         if record is None:
             return None
@@ -155,7 +186,11 @@ class DirectWay:
 
 
 def _differentiable(operator: Operator) -> Callable[..., Sequence[Tensor | None]]:
-    """``function(call, record, tensors, graph, *inputs)``: a call that may be differentiated."""
+    """A function ``(call, record, tensors, graph, *inputs)`` that runs ``call`` under autograd.
+
+    ``tensors`` are the contiguous inputs and graph tensors that ``record`` has the addresses of;
+    ``graph`` and ``inputs`` are the caller's. Returns the outputs of ``Call.forward``.
+    """
 
     class Direct(torch.autograd.Function):
         @staticmethod
@@ -170,7 +205,8 @@ def _differentiable(operator: Operator) -> Callable[..., Sequence[Tensor | None]
             results = call.forward(record, tensors, store=True)
             ctx.call = call
             ctx.set_materialize_grads(False)
-            # as the operator's Function saves them, so that a recomputation may go either way
+            # the same tensors as the operator's Function saves: a checkpoint may recompute a
+            # direct call through the operator, or the other way round
             ctx.save_for_backward(*results[operator.outputs :], *inputs, *graph)
             return tuple(results[: operator.outputs])
 
@@ -179,7 +215,7 @@ def _differentiable(operator: Operator) -> Callable[..., Sequence[Tensor | None]
             grads = ctx.call.backward(ctx.needs_input_grad[4:], cotangents, ctx.saved_tensors)
             return (None, None, None, None, *grads)
 
-    named(Direct, operator.function.__name__)
+    set_name(Direct, operator.function.__name__)
     if not _SUPPORTED:
         return Direct.apply
     return super(torch.autograd.Function, Direct).apply

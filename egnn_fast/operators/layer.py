@@ -1,7 +1,8 @@
-"""``egnn_fast::layer``: a whole layer as one PyTorch operator.
+"""``egnn_fast::layer``: a whole layer (paper, eqs. 3 to 8) as one PyTorch operator.
 
-:mod:`egnn_fast.functional` checks the arguments, except those of a direct call without masks, which
-the extension checks. Autocast: as in :mod:`egnn_fast.operators.messages`.
+:mod:`egnn_fast.functional` checks the arguments. Only :func:`try_direct_layer` takes arguments that
+nobody has checked; the C++ extension checks those. For autocast see
+:mod:`egnn_fast.operators.messages`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from egnn_fast.graph import Graph
 from egnn_fast.operators import second_order
 from egnn_fast.operators.autograd import Operator, wants_grad
 from egnn_fast.operators.budget import activation_budget
-from egnn_fast.operators.direct import DirectWay, direct_calls_allowed
+from egnn_fast.operators.direct import DirectOperator, direct_calls_allowed
 from egnn_fast.operators.messages import in_dtype_of, messages, product_precision
 from egnn_fast.operators.registry import kernels_of
 from egnn_fast.operators.signature import LAYER, encode_options
@@ -36,12 +37,12 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
         call.x.new_empty((nodes if call.carry_velocity else 0, dim)),
         call.h.new_empty((nodes, hidden)),
         call.x.new_empty((nodes if has_head else 0, dim)),
-        call.h.new_empty((0,)),  # its storage may be larger
+        call.h.new_empty((0,)),  # activations: stored in the storage of a tensor without elements
     )
 
 
 OPERATOR = Operator(LAYER, fake=_fake, double_backward=second_order.layer(messages))
-_direct = DirectWay(OPERATOR, "LayerKernel")
+_direct = DirectOperator(OPERATOR, "LayerKernel")
 
 
 def layer(
@@ -60,19 +61,35 @@ def layer(
     carry_velocity: bool,
     backend: str = "cpu",
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Run a whole layer.
+    """Run a whole layer on checked arguments.
 
     Parameters
     ----------
-    h, x, v : Tensor [N, F], [N, D] and [N, D] or None
+    h, x : Tensor [N, F] and [N, D]
+        Node features and coordinates.
+    graph : Graph
+        N nodes, E edges.
+    weights : LayerWeights
+        All weights.
+    options : Options
+        What is not a tensor.
+    v : Tensor [N, D] or None
+        Velocities.
     edge_attr, edge_mask, node_attr : Tensor [E, A], [E] and [N, B], or None
+        Attributes and the mask, a factor on each edge.
     coord_weight : Tensor [N] or None
-        The mean's factor on a node's sum of coordinate updates.
+        The mean's factor on a node's sum of coordinate updates; None for a sum.
+    residual : bool
+        Add h to the new features.
+    carry_velocity : bool
+        Return the new velocities.
+    backend : str
+        ``"cpu"`` or ``"triton"``.
 
     Returns
     -------
-    ``h [N, O]``, ``x [N, D]`` and ``v [N, D]``. x is None or empty (``[0, D]``) where nothing
-    moves, and so is v unless ``carry_velocity``.
+    ``h [N, O]``, ``x [N, D]`` and ``v [N, D]`` in the dtype of ``x``. The new x is None or empty
+    (``[0, D]``) if the layer does not move nodes, v is so unless ``carry_velocity``.
     """
     inputs = (h, x, v, edge_attr, edge_mask, node_attr, coord_weight, *weights)
     graph_tensors = (graph.rowptr, graph.senders, graph.perm, graph.first)
@@ -101,16 +118,16 @@ def try_direct_layer(
     residual: bool,
     carry_velocity: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
-    """:func:`layer` as a direct call on arguments that nobody has checked, without masks.
+    """:func:`layer` as a direct call without masks, on arguments that nobody has checked.
 
-    Returns None if the call cannot be direct, or if a tensor is strided or does not fit the others:
-    the caller then checks the arguments and calls :func:`layer`. In the result x is None where
-    nothing moves, and v unless ``carry_velocity``.
+    Parameters and result are those of :func:`layer`. Returns None if the call cannot be direct, or
+    if a tensor is not contiguous or does not fit the others: the caller then checks the arguments
+    and calls :func:`layer`.
 
     Raises
     ------
     ValueError
-        edge_attr has another number of rows than the graph has edges.
+        ``edge_attr`` does not have a row for each edge.
     """
     if not (
         direct_calls_allowed()
@@ -137,9 +154,9 @@ def try_direct_layer(
 
 
 def _stored_elements(args: tuple[Any, ...]) -> int:
-    """Elements in which a layer's call stores activations for its backward; 0: none.
+    """How many elements of activations the call stores; 0 without a backward or over the budget.
 
-    ``args`` are the operator's without the last one, which this is.
+    ``args`` are the operator's without the last one, ``stored_elements``, which this is.
     """
     budget = 0 if transforming() else activation_budget()
     inputs = args[: LAYER.n_inputs]

@@ -1,8 +1,8 @@
-"""``egnn_fast::messages``: the fused edge pass as a PyTorch operator.
+"""``egnn_fast::messages``: the fused edge pass (paper, eqs. 3, 5, 8 and the sum of 4).
 
-:mod:`egnn_fast.functional` checks the arguments. Under autocast everything is brought to the dtype
-of ``x`` on the CPU: distances, MLPs and sums keep its precision. GPU kernels take autocast's dtype
-for the MLPs' products alone.
+:mod:`egnn_fast.functional` checks the arguments. Under autocast all inputs are converted to the
+dtype of ``x``, so that distances, MLPs and sums have its precision. On GPUs P and Q keep the dtype
+of autocast's linear, and the MLPs' matrix products use it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from egnn_fast.graph import Graph, cache
 from egnn_fast.operators import second_order
 from egnn_fast.operators.autograd import Operator, Tensors
-from egnn_fast.operators.direct import DirectWay
+from egnn_fast.operators.direct import DirectOperator
 from egnn_fast.operators.precision import matmul_precision
 from egnn_fast.operators.signature import MESSAGES, encode_options
 from egnn_fast.options import Options
@@ -31,7 +31,7 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 OPERATOR = Operator(MESSAGES, fake=_fake, double_backward=second_order.messages)
-_direct = DirectWay(OPERATOR, "MessagesKernel")
+_direct = DirectOperator(OPERATOR, "MessagesKernel")
 
 
 def messages(
@@ -45,20 +45,33 @@ def messages(
     backend: str,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run the fused edge pass.
+    """Run the fused edge pass on checked arguments.
 
     Parameters
     ----------
     pq : Tensor [N, 2H]
-        P and Q side by side.
+        P and Q side by side: the receiver's (with the bias) and the sender's part of the first
+        linear.
     x : Tensor [N, D]
+        Coordinates.
+    graph : Graph
+        N nodes, E edges.
+    weights : EdgeWeights
+        The rest of the edge MLP, the gate and the coordinate head.
+    options : Options
+        What is not a tensor.
     edge_attr, edge_mask : Tensor [E, A] and [E], or None
+        Attributes and the mask, a factor on each edge.
+    backend : str
+        ``"cpu"`` or ``"triton"``.
     precision : str, optional
-        That of a GPU's products; by default as PyTorch is set now.
+        Precision of matrix products on a GPU, see :func:`matmul_precision`; by default the current
+        setting of PyTorch.
 
     Returns
     -------
-    ``M [N, H]`` and ``X [N, D]`` (None, or ``[0, D]``, without a coordinate head).
+    ``M [N, H]`` and ``X [N, D]`` in the dtype of ``x``: the sums over senders of messages and of
+    coordinate updates. X is None or empty (``[0, D]``) without a coordinate head.
     """
     inputs = (pq, x, edge_attr, edge_mask, *weights)
     graph_tensors = (graph.rowptr, graph.senders, graph.perm, graph.first)
@@ -67,27 +80,30 @@ def messages(
     if backend == "cpu":
         results = _direct(inputs, graph_tensors, (*encoded, backend, "highest"))
     if results is None:
-        now = product_precision(backend, x, graph)
-        scalars = (*encoded, backend, now if precision is None else precision)
+        current = product_precision(backend, x, graph)
+        scalars = (*encoded, backend, current if precision is None else precision)
         results = OPERATOR(*in_dtype_of(x, inputs, backend), *graph_tensors, *scalars)
     m, shift = results
     return m, shift
 
 
 def in_dtype_of(x: Tensor, tensors: Tensors, backend: str = "cpu") -> Tensors:
-    """The inputs of an operator in the dtype of ``x`` under autocast."""
+    """The inputs of an operator; under autocast, converted to the dtype of ``x``."""
     if not torch.is_autocast_enabled(x.device.type):
         return tensors
     cast = [None if t is None else t.to(x.dtype) for t in tensors]
-    # GPU kernels gather P and Q as autocast's linear left them
+    # GPU kernels gather P and Q, the first input, in the dtype of autocast's linear
     return cast if backend == "cpu" else [tensors[0], *cast[1:]]
 
 
 def product_precision(backend: str, x: Tensor, graph: Graph) -> str:
-    """The precision of a backend's products as PyTorch is set now; the CPU has one alone."""
+    """Precision of a backend's matrix products by the current setting of PyTorch.
+
+    The CPU has one precision, ``"highest"``; see :func:`matmul_precision`.
+    """
     if backend == "cpu":
         return "highest"
     if not transforming():
-        # cached here: reading rowptr[-1] in the backend would synchronise
+        # cache E here: reading rowptr[-1] later, in the backend, would synchronise
         cache.store_for(graph.rowptr, "num_edges", graph.num_edges)
     return matmul_precision(x.device.type)

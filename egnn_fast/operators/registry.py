@@ -1,7 +1,8 @@
-"""Where the operators find a backend's kernels; the backends register themselves.
+"""The modules in which the operators find the kernels of each backend.
 
-The module of a backend has ``messages``, ``messages_backward``, ``layer`` and ``layer_backward``,
-each with the operator's arguments (:mod:`egnn_fast.operators.signature`) and its results.
+:mod:`egnn_fast.backends` registers them. Each has functions ``messages``, ``messages_backward``,
+``layer`` and ``layer_backward``, with the arguments and results of the operator of the same name
+(:mod:`egnn_fast.operators.signature`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ _modules: dict[str, ModuleType | str] = {}
 
 
 def register(backend: str, module: str) -> None:
-    """Name the module with a backend's kernels; it is imported when they are first needed."""
+    """Set the name of the module with a backend's kernels; it is imported at first use."""
     _modules[backend] = module
 
 
@@ -23,7 +24,7 @@ def kernels_of(backend: str) -> ModuleType:
     Raises
     ------
     ValueError
-        There is none.
+        No module is registered for it.
     """
     module = _modules.get(backend)
     if module is None:

@@ -1,7 +1,17 @@
-"""Second derivatives: of the edge pass by the reference, of the layer through its edge pass.
+"""Second derivatives of the operators, computed by autograd.
 
-The edge pass is a sum over edges, so the derivative of its derivative is one too: chunks of
-edges, added up, keep the memory bounded.
+Those of the edge pass differentiate :func:`egnn_fast.reference.messages`. The edge pass is a sum
+over edges, and so is its second derivative: it is computed for one chunk of edges at a time, which
+bounds the memory. Those of the layer differentiate :func:`layer_around`, which calls the operator
+``messages`` for the edges.
+
+Terms: ``directions`` are the cotangents of the first derivative's results, one for each input, or
+None. With first gradients g_k of a value for its inputs, the second derivative is the gradient of
+``sum_k <g_k, directions_k>``.
+
+Private names of PyTorch used here, seen in releases 2.11 to 2.13:
+``torch._C.DispatchKey.AutogradFunctionality`` and ``torch._C._SetExcludeDispatchKeyGuard``. In a
+release without one of them a second derivative raises an AttributeError.
 """
 
 from __future__ import annotations
@@ -17,33 +27,41 @@ from torch.nn import functional as F
 
 from egnn_fast import reference
 from egnn_fast.graph import Graph
-from egnn_fast.operators.autograd import spread
-from egnn_fast.operators.precision import float32_products, in_float32
+from egnn_fast.operators.autograd import fill_none
+from egnn_fast.operators.precision import float32_products, second_order_precision
 from egnn_fast.operators.signature import GRAPH, LAYER, MESSAGES, decode_options
 from egnn_fast.options import Options
 from egnn_fast.weights import EdgeWeights, LayerWeights
 
 EdgePass = Callable[..., tuple[Tensor, Tensor | None]]
 
-# elements of a [chunk, H] tensor; a chunk keeps some forty of them alive
+# elements of a [chunk, 2H] tensor; about forty such tensors [chunk, H] are alive at once
 CHUNK_ELEMENTS = 1 << 20
-# the inputs that have a row for each edge
+# positions of the inputs that have a row for each edge
 _EDGE_INPUTS = tuple(map(MESSAGES.names.index, ("edge_attr", "edge_mask")))
 
 
 def messages(cotangents: Sequence[Tensor | None], *args: Any) -> list[Tensor]:
-    """The derivative of ``messages_backward``.
+    """``messages_double_backward``: the derivative of ``messages_backward``.
 
-    ``args`` are those of ``messages_backward``, which ends with ``needed``, and ``needed2``.
-    ``cotangents`` belong to its outputs, the gradients that ``needed`` marks. Returns a gradient
-    for each of the cotangents of M and X and the inputs that ``needed2`` marks.
+    Parameters
+    ----------
+    cotangents : sequence of Tensor or None
+        Those of the results of ``messages_backward``: the gradients for which ``needed`` is True.
+    *args
+        The arguments of ``messages_backward``, of which ``needed`` is the last, then ``needed2``:
+        a bool for the cotangent of M, that of X and each input.
+
+    Returns
+    -------
+    The gradients for which ``needed2`` is True, with the shapes of what they belong to.
     """
     *args, needed2 = args  # type: ignore[assignment]
     call = MESSAGES.BackwardArguments(*args)
     g_m, g_x, inputs = call.g_m, call.g_x, [getattr(call, name) for name in MESSAGES.names]
     graph = _graph(call)
     options = decode_options(call)
-    towards = spread(cotangents, call.needed)
+    directions = fill_none(cotangents, call.needed)
 
     totals = [
         t.new_zeros(t.shape) if need else None
@@ -55,18 +73,19 @@ def messages(cotangents: Sequence[Tensor | None], *args: Any) -> list[Tensor]:
     for begin in range(0, graph.num_edges, chunk):
         end = min(begin + chunk, graph.num_edges)
         rows = slice(begin, end) if graph.perm is None else order[begin:end]
-        local, local_towards = (
+        # the rows of this chunk, in receiver order; `inputs` and `directions` have the user's order
+        chunk_inputs, chunk_directions = (
             [t[rows] if t is not None and k in _EDGE_INPUTS else t for k, t in enumerate(tensors)]
-            for tensors in (inputs, towards)
+            for tensors in (inputs, directions)
         )
-        grads = _chunk(
-            local, local_towards, g_m, g_x, receiver[begin:end], sender[begin:end], options,
-            needed2, call.backend, call.precision,
+        grads = _chunk_gradients(
+            chunk_inputs, chunk_directions, g_m, g_x, receiver[begin:end], sender[begin:end],
+            options, needed2, call.backend, call.precision,
         )  # fmt: skip
         for k, (total, grad) in enumerate(zip(totals, grads, strict=True)):
             if total is None or grad is None:
                 continue
-            if k - 2 in _EDGE_INPUTS:
+            if k - 2 in _EDGE_INPUTS:  # 2: the inputs follow the cotangents of M and X
                 total[rows] = grad
             else:
                 total += grad
@@ -78,26 +97,27 @@ def _graph(call: Any) -> Graph:
 
 
 @contextmanager
-def _autograd(device: str, backend: str, precision: str) -> Iterator[None]:
-    """Differentiation inside an operator, where autograd is switched off.
+def _enabled_autograd(device: str, backend: str, precision: str) -> Iterator[None]:
+    """Switch autograd on inside an operator, where PyTorch has switched it off.
 
-    Autocast is off, and float32 products have the precision of the call, whatever is set now.
+    Autocast is off, and products have the precision of the call, whatever is set by now.
     """
     key = torch._C.DispatchKey.AutogradFunctionality
     with (
         torch._C._SetExcludeDispatchKeyGuard(key, False),
         torch.autocast(device, enabled=False),
         # the CPU has one precision
-        nullcontext() if backend == "cpu" else float32_products(in_float32(precision)),
+        nullcontext() if backend == "cpu" else float32_products(second_order_precision(precision)),
         torch.enable_grad(),
     ):
         yield
 
 
 def layer(edge_pass: EdgePass) -> Callable[..., list[Tensor]]:
-    """The derivative of ``layer_backward``, by differentiating :func:`layer_around` twice.
+    """``layer_double_backward``: differentiates :func:`layer_around` twice.
 
-    ``edge_pass`` is the operator ``messages``: its own derivatives keep the memory bounded.
+    ``edge_pass`` is :func:`egnn_fast.operators.messages.messages`, whose second derivative bounds
+    the memory. Arguments and result of the function returned are as for :func:`messages`.
     """
 
     def double_backward(cotangents: Sequence[Tensor | None], *args: Any) -> list[Tensor]:
@@ -105,9 +125,9 @@ def layer(edge_pass: EdgePass) -> Callable[..., list[Tensor]]:
         call = LAYER.BackwardArguments(*args)
         inputs = [getattr(call, name) for name in LAYER.names]
         g_out = [getattr(call, name) for name in LAYER.cotangents]
-        towards = spread(cotangents, call.needed)
-        with _autograd(call.h.device.type, call.backend, call.precision):
-            leaves: list[Any] = _leaves([*g_out, *inputs])
+        directions = fill_none(cotangents, call.needed)
+        with _enabled_autograd(call.h.device.type, call.backend, call.precision):
+            leaves: list[Any] = _as_leaves([*g_out, *inputs])
             tensors = dict(zip(LAYER.names, leaves[len(g_out) :], strict=True))
             weights = LayerWeights(*(tensors[name] for name in LayerWeights._fields))
             options = decode_options(
@@ -117,7 +137,7 @@ def layer(edge_pass: EdgePass) -> Callable[..., list[Tensor]]:
                 coord_agg=None if weights.coord_w2 is None else "sum",
             )
             outputs = layer_around(
-                partial(edge_pass, precision=in_float32(call.precision)),
+                partial(edge_pass, precision=second_order_precision(call.precision)),
                 tensors["h"], tensors["x"], _graph(call), weights, options,
                 **{k: tensors[k] for k in ("v", "edge_attr", "edge_mask", "node_attr")},
                 coord_weight=tensors["coord_weight"], residual=call.residual, backend=call.backend,
@@ -126,9 +146,11 @@ def layer(edge_pass: EdgePass) -> Callable[..., list[Tensor]]:
             for g, output in zip(leaves[: len(g_out)], outputs, strict=True):
                 if g is not None and output is not None:
                     value = value + (g * output).sum()
-            grads = _second(value, leaves[len(g_out) :], towards, leaves, needed2)
+            grads = _differentiate_twice(value, leaves[len(g_out) :], directions, leaves, needed2)
         return [
-            _own(t, grad) for t, grad, n in zip([*g_out, *inputs], grads, needed2, strict=True) if n
+            _as_result(t, grad)
+            for t, grad, need in zip([*g_out, *inputs], grads, needed2, strict=True)
+            if need
         ]
 
     return double_backward
@@ -150,11 +172,13 @@ def layer_around(
     residual: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A layer in PyTorch's operations around an edge pass: ``(h [N, O], x [N, D], v [N, D])``.
+    """A layer in PyTorch's operations around an edge pass: P and Q before it, eqs. 4, 6, 7 after.
 
-    ``edge_pass`` is :func:`egnn_fast.operators.ops.messages`; ``coord_weight [N]`` is what the
-    mean divides by, inverted. v is the step that x made, None where nothing moves. The other
-    arguments are those of :func:`egnn_fast.functional.egcl`.
+    ``edge_pass`` has the arguments of :func:`egnn_fast.operators.messages.messages`.
+    ``coord_weight [N]`` is the mean's factor on X (:func:`egnn_fast.reference.coord_weight`). The
+    other arguments are those of :func:`egnn_fast.functional.egcl`. Returns ``h [N, O]``,
+    ``x [N, D]`` and the step ``[N, D]`` by which x changed, which is the new velocity; the step is
+    None without a coordinate head and velocities.
     """
     w_pq, b_pq, edge = weights.split(h.shape[1])
     message_sum, coord_sum = edge_pass(
@@ -167,46 +191,57 @@ def layer_around(
     )  # fmt: skip
 
 
-def _own(tensor: Any, grad: Tensor | None) -> Tensor:
-    """A gradient of the tensor's shape in memory of its own, dense, as the operator's fake says."""
+def _as_result(tensor: Any, grad: Tensor | None) -> Tensor:
+    """A gradient as the operator's fake promises it: contiguous, of the tensor's shape, a copy.
+
+    None becomes zeros.
+    """
     if grad is None:
         return tensor.new_zeros(tensor.shape)
     return grad.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _leaves(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _as_leaves(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [None if t is None else t.detach().requires_grad_() for t in tensors]
 
 
-def _second(
+def _differentiate_twice(
     value: Tensor,
     inputs: Sequence[Any],
-    towards: Sequence[Tensor | None],
+    directions: Sequence[Tensor | None],
     leaves: Sequence[Any],
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradient, for the leaves needed, of <gradient of value for inputs, towards>."""
-    pairs = [(leaf, v) for leaf, v in zip(inputs, towards, strict=True) if v is not None]
+    """The second derivative for each of ``leaves``, None where it is 0 or not needed.
+
+    ``value`` is a scalar that depends on ``leaves``, among which are ``inputs``; see the module's
+    docstring.
+    """
+    pairs = [
+        (leaf, direction)
+        for leaf, direction in zip(inputs, directions, strict=True)
+        if direction is not None
+    ]
     first = torch.autograd.grad(
         value, [leaf for leaf, _ in pairs], create_graph=True, allow_unused=True
     )
     total = value.new_zeros(())
-    for grad, (_, v) in zip(first, pairs, strict=True):
+    for grad, (_, direction) in zip(first, pairs, strict=True):
         if grad is not None:
-            total = total + (grad * v).sum()
-    out: list[Tensor | None] = [None] * len(leaves)
+            total = total + (grad * direction).sum()
+    grads: list[Tensor | None] = [None] * len(leaves)
     if not total.requires_grad:
-        return out
+        return grads
     wanted = [k for k, need in enumerate(needed) if need]
     second = torch.autograd.grad(total, [leaves[k] for k in wanted], allow_unused=True)
     for k, grad in zip(wanted, second, strict=True):
-        out[k] = grad
-    return out
+        grads[k] = grad
+    return grads
 
 
-def _chunk(
+def _chunk_gradients(
     inputs: list[Any],
-    towards: list[Tensor | None],
+    directions: list[Tensor | None],
     g_m: Tensor | None,
     g_x: Tensor | None,
     receiver: Tensor,
@@ -216,9 +251,13 @@ def _chunk(
     backend: str,
     precision: str,
 ) -> list[Tensor | None]:
-    """The second derivative's share of one chunk of edges."""
-    with _autograd(inputs[0].device.type, backend, precision):
-        leaves: list[Any] = _leaves([g_m, g_x, *inputs])
+    """What one chunk of edges adds to the second derivative of the edge pass.
+
+    ``receiver`` and ``sender`` are the chunk's, as are the edge inputs among ``inputs`` and
+    ``directions``. Returns a gradient or None for ``g_m [N, H]``, ``g_x [N, D]`` and each input.
+    """
+    with _enabled_autograd(inputs[0].device.type, backend, precision):
+        leaves: list[Any] = _as_leaves([g_m, g_x, *inputs])
         leaf_m, leaf_x, pq, x, edge_attr, edge_mask, *weights = leaves
         p, q = pq.chunk(2, dim=1)
         m, shift = reference.messages(
@@ -230,4 +269,4 @@ def _chunk(
             value = value + (leaf_m * m).sum()
         if leaf_x is not None and shift is not None:
             value = value + (leaf_x * shift).sum()
-        return _second(value, leaves[2:], towards, leaves, needed2)
+        return _differentiate_twice(value, leaves[2:], directions, leaves, needed2)

@@ -1,11 +1,11 @@
-"""What each operator takes and returns: the one table that schemas, records and gradients read.
+"""The arguments and results of each operator, in one table.
 
-No other file counts positions. An operator takes its inputs, the graph's tensors and its scalars,
-in the order written here. C++ has the same names in ``csrc/core/args.h``;
-:mod:`egnn_fast.backends.cpu` compares them when it is loaded.
+An operator takes its inputs, then the graph's tensors, then its scalars, in the order of this table.
+Python code finds positions by name here. The C++ extension reads the inputs and the graph's tensors
+in the same order, written out in ``csrc/records.h``: a change here needs one there.
 
-Dimensions: N nodes, E edges, H hidden, D coordinates, A edge attributes, B node attributes, F input
-and O output features.
+Dimensions: N nodes, E edges, H hidden features, D coordinate dimensions, A edge attributes, B node
+attributes, F input and O output features.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 from egnn_fast.options import Options
 from egnn_fast.weights import EdgeWeights, LayerWeights
 
-ANY = -1  # a size that is not checked here
+ANY = -1  # a size that is not checked
 _DIMENSIONS = ("N", "E", "H", "D", "A", "B", "F", "O")
-# the tensors of a Graph that operators take: [N + 1] int64, [E], [E] and [N] int32
+# the tensors of a Graph that operators take: int64 [N + 1], then int32 [E], [E] and [N]
 GRAPH = ("rowptr", "senders", "perm", "first")
 
 
@@ -30,17 +30,19 @@ class Input(NamedTuple):
     Attributes
     ----------
     name : str
-        In the schema, in :mod:`egnn_fast.weights` and in C++.
+        Its name in the schema; for a weight also in :mod:`egnn_fast.weights`.
     shape : str
-        Sizes in terms of the dimensions, like ``"N, 2*H"``.
+        Its sizes in terms of the dimensions, such as ``"N, 2*H"``.
     optional : bool
         Whether it may be None.
     reached_by : str
-        Names of the outputs through which it gets a gradient, separated by spaces.
+        Names of the outputs that depend on it, separated by spaces. It has a gradient if one of
+        them has a cotangent.
     by_head : str
-        Further such outputs where the layer has a coordinate head.
+        More such outputs, if the layer has a coordinate head.
     part : str or None
-        ``"gate"``, ``"head"`` or ``"velocity"``: a weight that is None in layers without this part.
+        The part of a layer to which a weight belongs: ``"gate"``, ``"head"`` or ``"velocity"``. The
+        weight is None in layers without this part. None: all layers have the input.
     """
 
     name: str
@@ -52,10 +54,17 @@ class Input(NamedTuple):
 
 
 class Scalar(NamedTuple):
-    """An argument that is no tensor, with its type in the schema.
+    """An argument that is not a tensor.
 
-    ``encode`` and ``decode`` convert the field of this name of :class:`egnn_fast.Options`, where
-    the schema has no type for its values.
+    Attributes
+    ----------
+    name : str
+        Its name in the schema.
+    type : str
+        Its type in the schema.
+    encode, decode : callable or None
+        Convert the field of this name of :class:`egnn_fast.Options` to and from this type; None if
+        the field has this type.
     """
 
     name: str
@@ -70,24 +79,32 @@ class Signature:
     Parameters
     ----------
     name : str
-        The operator's, in the namespace ``egnn_fast``.
+        The operator's name in the namespace ``egnn_fast``.
     inputs : sequence of Input
-        Each has a gradient.
-    outputs, constants : sequence of str
-        Names of the results that have derivatives, and of those that the operator's derivative
-        takes as they are.
+        The first arguments: the differentiable ones.
+    outputs : sequence of str
+        Names of the results that can be differentiated.
+    constants : sequence of str
+        Names of the results after them, which only the operator's derivative reads.
     scalars : sequence of Scalar
-        The last arguments.
+        The last arguments, after the graph's tensors.
     sizes : callable
-        The dimensions of a call, in the order N, E, H, D, A, B, F, O, from its arguments by name.
+        Takes an ``Arguments``; returns the call's dimensions N, E, H, D, A, B, F, O, or ``ANY``.
 
     Attributes
     ----------
     Arguments : type
         A named tuple of the operator's arguments.
     BackwardArguments : type
-        The same of its derivative: the outputs' cotangents (``g_`` and the output's name), the
-        constants, the operator's arguments, and ``needed``, which tells the gradients wanted.
+        A named tuple of the derivative's arguments: the outputs' cotangents (named ``g_`` and the
+        output's name), the constants, the operator's arguments, and ``needed``, a bool for each
+        input that says whether to compute its gradient.
+    cotangents : tuple of str
+        Names of the outputs' cotangents.
+    n_inputs, n_tensors : int
+        Number of inputs; of inputs and graph tensors.
+    shapes : callable
+        Takes N, E, H, D, A, B, F, O; returns the shape of each input.
     """
 
     def __init__(
@@ -113,24 +130,24 @@ class Signature:
         self.BackwardArguments: Any = namedtuple(  # type: ignore[misc]
             "BackwardArguments", (*before, *names, "needed")
         )
-        #: ``shapes(N, E, H, D, A, B, F, O)``: the shape of each input
         self.shapes = _shapes(each.shape for each in inputs)
+        # a table for every case, because `reached` runs in every call
         self._reached = {
-            (head, *there): self._reached_through(head, there)
-            for head, *there in itertools.product((False, True), repeat=1 + len(outputs))
+            (head, *has_cotangent): self._reached_through(head, has_cotangent)
+            for head, *has_cotangent in itertools.product((False, True), repeat=1 + len(outputs))
         }
         self._head = next(k for k, each in enumerate(inputs) if each.part == "head")
 
     @property
     def schema(self) -> str:
-        """The operator's arguments, as ``torch.library`` takes them."""
+        """The operator's arguments in the schema language of ``torch.library``."""
         inputs = [f"Tensor{'?' if each.optional else ''} {each.name}" for each in self.inputs]
         graph = [f"Tensor{'' if name == 'rowptr' else '?'} {name}" for name in GRAPH]
         return ", ".join([*inputs, *graph, *(f"{s.type} {s.name}" for s in self.scalars)])
 
     @property
     def backward_schema(self) -> str:
-        """Those of its derivative, without ``needed``."""
+        """The derivative's arguments in that language, without ``needed``."""
         before = [f"Tensor? {name}" for name in self.cotangents]
         return ", ".join([*before, *(f"Tensor {name}" for name in self.constants), self.schema])
 
@@ -139,30 +156,31 @@ class Signature:
         return self._positions[name]
 
     def presence(self, *, gate: bool, head: bool, velocity: bool = False) -> tuple[bool, ...]:
-        """Whether a layer with these parts has each input."""
+        """For each input, whether a layer with these parts has it."""
         parts = {None: True, "gate": gate, "head": head, "velocity": velocity}
         return tuple(parts[each.part] for each in self.inputs)
 
     def reached(
         self, needed: Sequence[bool], cotangents: Sequence[Any], inputs: Sequence[Any]
     ) -> list[bool]:
-        """Which needed gradients exist, given the outputs' cotangents, None where there is none.
+        """For each input, whether it is needed and an output with a cotangent depends on it.
 
-        As in the official code, parameters that the loss does not reach have no gradient.
+        ``cotangents`` has a tensor or None for each output. As in the official code, a parameter
+        on which the loss does not depend has the gradient None, not zeros.
         """
         key = (inputs[self._head] is not None, *[g is not None for g in cotangents])
         return [a and b for a, b in zip(needed, self._reached[key], strict=True)]
 
-    def _reached_through(self, head: bool, there: Sequence[bool]) -> tuple[bool, ...]:
-        known = {name for name, given in zip(self.outputs, there, strict=True) if given}
+    def _reached_through(self, head: bool, has_cotangent: Sequence[bool]) -> tuple[bool, ...]:
+        sources = {name for name, has in zip(self.outputs, has_cotangent, strict=True) if has}
         return tuple(
-            not known.isdisjoint((each.reached_by + " " + each.by_head * head).split())
+            not sources.isdisjoint((each.reached_by + " " + each.by_head * head).split())
             for each in self.inputs
         )
 
 
 def _shapes(shapes: Any) -> Callable[..., tuple[tuple[int, ...], ...]]:
-    """A function of the dimensions; compiled once, because it runs in every call."""
+    """A function from the dimensions to shapes; compiled once, because it runs in every call."""
     text = ", ".join(f"({shape},)" for shape in shapes)
     function: Callable[..., tuple[tuple[int, ...], ...]]
     function = eval(f"lambda {', '.join(_DIMENSIONS)}: ({text},)", {})
@@ -170,7 +188,7 @@ def _shapes(shapes: Any) -> Callable[..., tuple[tuple[int, ...], ...]]:
 
 
 def _encode_norm(coord_norm: str | float | None) -> float:
-    """0 for None, -1 for "unit", else k."""
+    """``Options.coord_norm`` as a float: 0 for None, -1 for "unit", else k."""
     if coord_norm is None:
         return 0.0
     return -1.0 if isinstance(coord_norm, str) else float(coord_norm)
@@ -180,7 +198,7 @@ def _decode_norm(code: float) -> str | float | None:
     return None if code == 0 else "unit" if code < 0 else code
 
 
-# the fields of Options that the edge pass depends on, beyond which weights there are
+# the fields of Options that the edge pass needs, except those that follow from which weights exist
 EDGE_OPTIONS = (
     Scalar("activation", "str"),
     Scalar("negative_slope", "float"),
@@ -188,11 +206,11 @@ EDGE_OPTIONS = (
     Scalar("coord_tanh", "bool"),
     Scalar("coord_clamp", "float", lambda bound: bound or 0.0, lambda code: code or None),
 )
-_RUN_BY = (Scalar("backend", "str"), Scalar("precision", "str"))
+_BACKEND_SCALARS = (Scalar("backend", "str"), Scalar("precision", "str"))
 
 
 def _encoder() -> Callable[[Options], tuple[Any, ...]]:
-    """As :func:`_shapes`: a function without a loop, because it runs in every call."""
+    """A function from Options to scalars, without a loop, because it runs in every call."""
     fields = [
         f"options.{each.name}" if each.encode is None else f"{each.name}(options.{each.name})"
         for each in EDGE_OPTIONS
@@ -203,12 +221,12 @@ def _encoder() -> Callable[[Options], tuple[Any, ...]]:
     return function
 
 
-#: ``encode_options(options)``: the scalars of ``EDGE_OPTIONS``
+#: ``encode_options(options)``: the values of the scalars ``EDGE_OPTIONS``
 encode_options = _encoder()
 
 
 def decode_options(arguments: Any, **others: Any) -> Options:
-    """Options from an operator's arguments by name; ``others`` are fields that are no scalars."""
+    """Options from an operator's ``Arguments``; ``others`` are fields that are not scalars."""
     fields = {
         each.name: getattr(arguments, each.name)
         if each.decode is None
@@ -226,14 +244,14 @@ def _messages_sizes(call: Any) -> tuple[int, ...]:
 def _layer_sizes(call: Any) -> tuple[int, ...]:
     (hidden, width), (_, node_width) = call.edge_w1.shape, call.node_w1.shape
     node_attrs = 0 if call.node_attr is None else call.node_attr.shape[1]
-    # by the weights, so that a wrong h is named, not the weights
+    # F follows from the weights, not from h, so that an error for a wrong h names h
     features = node_width - hidden - node_attrs
     attrs, out = width - 2 * features - 1, call.node_w2.shape[0]
     return call.h.shape[0], ANY, hidden, call.x.shape[1], attrs, node_attrs, features, out
 
 
 _BOTH = "m x"
-# the edge pass; pq holds P and Q side by side, and the results are the sums M and X
+# the edge pass: pq holds P and Q side by side; the outputs m and x are the sums M and X
 MESSAGES = Signature(
     "messages",
     inputs=(
@@ -253,17 +271,17 @@ MESSAGES = Signature(
     ),
     outputs=("m", "x"),
     constants=(),
-    scalars=(*EDGE_OPTIONS, *_RUN_BY),
+    scalars=(*EDGE_OPTIONS, *_BACKEND_SCALARS),
     sizes=_messages_sizes,
 )
 
-# What edges compute reaches x and v through the coordinate head alone. x itself goes on to x.
+# x and v depend on what edges compute only through the coordinate head
 _EDGE: dict[str, Any] = {"reached_by": "h", "by_head": "x v"}
 _GATE: dict[str, Any] = {**_EDGE, "optional": True, "part": "gate"}
 _MOVE: dict[str, Any] = {"optional": True, "reached_by": "x v"}
 _HEAD, _VELOCITY = {**_MOVE, "part": "head"}, {**_MOVE, "part": "velocity"}
-# a whole layer; coord_weight is the factor of the mean, and the results are new h, x and v. Its
-# derivative takes the sums M and X, and the activations that the forward stored
+# a whole layer: coord_weight is the factor of the mean; the outputs are the new h, x and v, the
+# constants the sums M and X and the activations that the forward stored
 LAYER = Signature(
     "layer",
     inputs=(
@@ -299,7 +317,7 @@ LAYER = Signature(
         Scalar("coord_scale", "float"),
         Scalar("residual", "bool"),
         Scalar("carry_velocity", "bool"),
-        *_RUN_BY,
+        *_BACKEND_SCALARS,
         Scalar("stored_elements", "SymInt"),
     ),
     sizes=_layer_sizes,
