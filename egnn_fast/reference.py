@@ -1,11 +1,12 @@
-"""The whole layer in plain PyTorch, equation by equation: the definition of what is right.
+"""The whole layer in plain PyTorch, equation by equation: it defines the right result.
 
-Satorras, Hoogeboom & Welling, "E(n) Equivariant Graph Neural Networks" (arXiv 2102.09844), whose
-equation numbers stand in the comments. :func:`egcl` is the layer, to be read beside the paper.
-:func:`messages` is its edge pass with the first linear split, as the kernels compute it.
+The comments give the equation numbers of Satorras, Hoogeboom & Welling, "E(n) Equivariant Graph
+Neural Networks" (arXiv 2102.09844). :func:`egcl` is the layer as in the paper. :func:`messages` is
+its edge pass with the first linear split, as the kernels compute it.
 
-Any device and dtype, differentiable to any order. Node i receives, node j sends. N nodes, E edges,
-F input, H hidden and O output features, A edge and B node attributes, D dimensions.
+All functions work on any device, in any floating-point dtype, and can be differentiated to any
+order. Node i is the receiver, node j the sender. N nodes, E edges, F input, H hidden and O output
+features, A edge attributes, B node attributes, D coordinate dimensions.
 """
 
 from __future__ import annotations
@@ -25,12 +26,22 @@ Map = Callable[[Tensor], Tensor]
 
 
 class Maps(NamedTuple):
-    """A layer's MLPs as functions of rows, under the names of the modules that hold them.
+    """A layer's MLPs as functions of the rows of a matrix.
 
-    ``edge_mlp`` (phi_e) maps ``[h_i ; h_j ; r ; a]`` to n ``[E, H]``, ``node_mlp`` (phi_h)
-    ``[h ; M ; node_attr]`` to ``[N, O]``; ``att_mlp`` (phi_inf) n to the gate ``[E, 1]``,
-    ``coord_mlp`` (phi_x) m to s ``[E, 1]``, ``coord_mlp_vel`` (phi_v) h to ``[N, 1]``. None where
-    the layer has no such part.
+    The names are those of the submodules of a layer. An MLP that the layer does not have is None.
+
+    Attributes
+    ----------
+    edge_mlp : callable
+        phi_e: ``[h_i ; h_j ; r ; a]`` ``[E, 2F + 1 + A]`` to n ``[E, H]``.
+    node_mlp : callable
+        phi_h: ``[h ; M ; node_attr]`` ``[N, F + H + B]`` to ``[N, O]``.
+    att_mlp : callable or None
+        phi_inf: n ``[E, H]`` to the gate ``[E, 1]``.
+    coord_mlp : callable or None
+        phi_x: m ``[E, H]`` to s ``[E, 1]``.
+    coord_mlp_vel : callable or None
+        phi_v: h ``[N, F]`` to ``[N, 1]``.
     """
 
     edge_mlp: Map
@@ -57,7 +68,7 @@ def egcl(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One layer: eqs. 3 to 6 of the paper, 7 with velocities, 8 with attention.
 
-    Checks no argument: :func:`egnn_fast.functional.egcl` does.
+    Does not check its arguments; :func:`egnn_fast.functional.egcl` does.
 
     Parameters
     ----------
@@ -70,35 +81,42 @@ def egcl(
     maps : Maps
         The layer's MLPs, made by :func:`maps_of` or from its submodules.
     options : Options
-        How coordinates are normalised, clamped, aggregated and scaled; the rest is in the MLPs.
+        How coordinate updates are normalised, clamped, aggregated and scaled. The other options
+        are in ``maps``.
     edge_attr : Tensor [E, A], optional
         Edge attributes in the user's edge order.
     node_attr : Tensor [N, B], optional
-        Attributes that enter the node MLP only.
+        Attributes that only the node MLP reads.
     edge_mask : Tensor [E] or [E, 1], optional
         Factor on each edge's message and coordinate update; bool or floating point.
     node_mask : Tensor [N] or [N, 1], optional
-        Factor on every edge at a node, on its new features and on its velocity.
+        Factor on all edges of a node, on its new features and on its velocity.
     v : Tensor [N, D], optional
         Velocities, if the layer has phi_v.
     residual : bool
-        Add h to the node MLP's output; F = O then.
+        Add h to the node MLP's output; needs F = O.
     carry_velocity : bool
         Return the new velocities.
 
     Returns
     -------
     (h, x, v)
-        ``h [N, O]``; ``x [N, D]``; ``v [N, D]``, the whole step that x made, or None without
-        velocities or ``carry_velocity``.
+        ``h [N, O]``, ``x [N, D]`` and ``v [N, D]``. The new velocity is the new x minus the old x;
+        it is None without velocities or ``carry_velocity``.
+
+    Raises
+    ------
+    ValueError
+        There are velocities, but the layer has no phi_v.
     """
     receiver, sender = graph.shared_edge_index()  # i and j of each edge
-    nodes, mask = _factors(node_mask, x.dtype), _factors(edge_mask, x.dtype)
+    # the masks as factors of nodes [N] and of edges [E]; an edge has those of both its ends
+    nodes, edges = _as_factor(node_mask, x.dtype), _as_factor(edge_mask, x.dtype)
     if nodes is not None:
-        at_both_ends = nodes[receiver] * nodes[sender]
-        mask = at_both_ends if mask is None else mask * at_both_ends
+        both_ends = nodes[receiver] * nodes[sender]
+        edges = both_ends if edges is None else edges * both_ends
         v = None if v is None else v * nodes.unsqueeze(1)
-    weight = coord_weight(graph, options, mask, x.dtype)
+    weight = coord_weight(graph, options, edges, x.dtype)
 
     # eq. 3: n_ij = phi_e(h_i, h_j, |x_i - x_j|^2, a_ij)
     d = x[receiver] - x[sender]
@@ -107,9 +125,9 @@ def egcl(
     if edge_attr is not None:
         parts.append(edge_attr)
     n = maps.edge_mlp(torch.cat(parts, dim=1))
-    # eq. 8: m_ij = phi_inf(n_ij) n_ij; and eq. 4's summand
-    m, t = _edge_model(n, d, r, maps.att_mlp, maps.coord_mlp, options, mask)
-    # eq. 5 and eq. 4's sum; under autocast m is of low precision, its sum is not
+    # eq. 8: m_ij = phi_inf(n_ij) n_ij; and the summand t_ij of eq. 4
+    m, t = _edge_model(n, d, r, maps.att_mlp, maps.coord_mlp, options, edges)
+    # eq. 5 and the sum of eq. 4, in the precision of x although autocast lowers that of m
     message_sum = segment_sum(m.to(d.dtype), receiver, h.shape[0])
     coord_sum = None if t is None else segment_sum(t, receiver, h.shape[0])
 
@@ -122,8 +140,8 @@ def egcl(
     return new_h, new_x, step if carry_velocity and v is not None else None
 
 
-def _factors(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A mask ``[K]`` or ``[K, 1]`` as numbers ``[K]``."""
+def _as_factor(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask ``[K]`` or ``[K, 1]``, bool or floating point, as a factor ``[K]`` in ``dtype``."""
     return None if mask is None else mask.reshape(-1).to(dtype)
 
 
@@ -136,9 +154,9 @@ def _edge_model(
     options: Options,
     edge_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """From phi_e's output to an edge's message and coordinate update.
+    """The messages and coordinate updates of edges, from phi_e's output: eq. 8, summand of eq. 4.
 
-    ``n [E, H]``, ``d [E, D]``, ``r [E, 1]`` and ``edge_mask [E]`` give ``m [E, H]`` and
+    Takes ``n [E, H]``, ``d [E, D]``, ``r [E, 1]`` and ``edge_mask [E]``. Returns ``m [E, H]`` and
     ``t [E, D]``, which is None without a head.
     """
     mask = None if edge_mask is None else edge_mask.unsqueeze(1)
@@ -155,12 +173,12 @@ def _edge_model(
 
 
 def _direction(d: Tensor, r: Tensor, options: Options) -> Tensor:
-    """u = d / rho ``[E, D]``."""
+    """u = d / rho ``[E, D]`` from ``d [E, D]`` and ``r [E, 1]``; ``coord_norm`` defines rho."""
     if options.coord_norm is None:
         return d
     if options.coord_norm == "unit":
         return d / (torch.sqrt(r.detach()) + UNIT_NORM_EPS)
-    # sqrt has no derivative at 0; the norm's is taken as 0 there, to any order
+    # sqrt has no derivative at 0; this makes all derivatives of the norm 0 there
     nonzero = r != 0
     norm = torch.where(nonzero, torch.where(nonzero, r, 1.0).sqrt(), 0.0)
     return d / (norm + float(options.coord_norm))
@@ -179,11 +197,17 @@ def update_nodes(
     weight: Tensor | None,
     residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The node-level equations 4, 6 and 7, from the sums over each node's senders.
+    """The equations of nodes, 4, 6 and 7, from the sums over each node's senders.
 
-    ``message_sum [N, H]`` and ``coord_sum [N, D]`` (None without a head) are M and X;
-    ``weight [N]`` is from :func:`coord_weight`. Returns the new ``h [N, O]`` and ``x [N, D]``, and
-    the step ``[N, D]`` that x made: the new velocity, or None where nothing moves.
+    ``message_sum [N, H]`` and ``coord_sum [N, D]`` (None without a head) are M and X.
+    ``weight [N]`` is the result of :func:`coord_weight`. Returns the new ``h [N, O]`` and
+    ``x [N, D]``, and the step ``[N, D]`` from the old x to the new: the new velocity. The step is
+    None with neither a head nor velocities.
+
+    Raises
+    ------
+    ValueError
+        There are velocities, but the layer has no phi_v.
     """
     update = node_model(h, message_sum, node_attr, maps.node_mlp)
     step = coord_model(h, v, coord_sum, weight, maps.coord_mlp_vel, options)
@@ -192,7 +216,7 @@ def update_nodes(
 
 
 def node_model(h: Tensor, message_sum: Tensor, node_attr: Tensor | None, node_mlp: Map) -> Tensor:
-    """Eq. 6: phi_h([h ; M ; node_attr]) ``[N, O]``, without residual."""
+    """Eq. 6: phi_h([h ; M ; node_attr]) ``[N, O]``, without the residual."""
     parts = [h, message_sum] if node_attr is None else [h, message_sum, node_attr]
     return node_mlp(torch.cat(parts, dim=1))
 
@@ -205,9 +229,10 @@ def coord_model(
     velocity_mlp: Map | None,
     options: Options,
 ) -> Tensor | None:
-    """Eq. 4's ``C sum_j t_ij``, with velocities eq. 7's ``phi_v(h) v`` too: ``[N, D]``.
+    """The step of x: ``C sum_j t_ij`` of eq. 4, with velocities plus ``phi_v(h) v`` of eq. 7.
 
-    None where nothing moves. Shapes as for :func:`update_nodes`.
+    ``[N, D]``; None with neither a head nor velocities. Shapes and errors as for
+    :func:`update_nodes`.
     """
     shift = coord_sum
     if shift is not None and weight is not None:
@@ -225,9 +250,9 @@ def coord_model(
 def coord_weight(
     graph: Graph, options: Options, edge_mask: Tensor | None, dtype: torch.dtype
 ) -> Tensor | None:
-    """What the mean multiplies a node's summed coordinate updates by: 1 / max(sum of masks, 1).
+    """The mean's factor on a node's sum of coordinate updates: 1 / max(sum_j mask_ij, 1).
 
-    ``[N]``, from ``edge_mask [E]``; None without a mean.
+    ``[N]`` in ``dtype``, from ``edge_mask [E]`` (None: ones); None if there is no mean.
     """
     if options.coord_agg != "mean":
         return None
@@ -239,13 +264,16 @@ def coord_weight(
 
 
 def segment_sum(values: Tensor, index: Tensor, num_segments: int) -> Tensor:
-    """Sum the rows of ``values [E, K]`` that share an index: ``[num_segments, K]``."""
+    """Row s of the result ``[num_segments, K]`` is the sum of ``values[index == s]``.
+
+    ``values [E, K]``, ``index [E]`` int64.
+    """
     out = values.new_zeros((num_segments, values.shape[1]))
     return out.scatter_add_(0, index.unsqueeze(1).expand_as(values), values)
 
 
 def maps_of(weights: LayerWeights, options: Options, activation: Activation | None = None) -> Maps:
-    """The MLPs with these weights; ``activation`` replaces the one that ``options`` names."""
+    """A layer's MLPs with these weights; ``activation`` replaces that of ``options``."""
     act = activation or options.activation_fn()
     w = weights
     return Maps(
@@ -283,7 +311,7 @@ def _velocity(
 def _mlp(
     z: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation
 ) -> Tensor:
-    """Linear, activation, linear: rows of ``z [K, in]`` to ``[K, out]``."""
+    """Linear, activation, linear: ``z [K, in]`` to ``[K, out]``."""
     return F.linear(act(F.linear(z, w1, b1)), w2, b2)
 
 
@@ -301,36 +329,37 @@ def messages(
 ) -> tuple[Tensor, Tensor | None]:
     """The edge pass, eqs. 3, 5, 8 and the sum of 4, with the first linear split into P and Q.
 
-    The kernels compute it so, and their second derivatives are this function's. It shares
-    :func:`egcl`'s edge model, from phi_e's output on.
+    The kernels compute the same, and their second derivatives are those of this function. From
+    phi_e's output on it runs the same code as :func:`egcl`.
 
     Parameters
     ----------
     p, q : Tensor [N, H]
-        The receiver's (with the bias) and the sender's part of the first linear; under autocast
-        also of lower precision than ``x``.
+        The receiver's (with the bias) and the sender's part of the first linear. Under autocast
+        their dtype may be lower than that of ``x``.
     x : Tensor [N, D]
         Coordinates.
     receiver, sender : Tensor [E]
-        Of all edges or of some: the result is a sum over those.
+        The two ends of each edge. They may be a part of a graph's edges: the result is a sum over
+        edges.
     weights : EdgeWeights
         The rest of the edge MLP, the gate and the coordinate head.
     options : Options
-        As for :func:`egcl`, but for aggregation and scale, which come after.
+        As for :func:`egcl`, and the activation; aggregation and scale are not applied.
     edge_attr : Tensor [E, A], optional
-        Edge attributes.
+        Edge attributes, in the order of ``receiver``.
     edge_mask : Tensor [E] or [E, 1], optional
-        Factor on m and t.
+        Factor on m and t, in the order of ``receiver``.
 
     Returns
     -------
     (M, X)
-        ``[N, H]`` and ``[N, D]``: the sums of m and t over senders, before any mean or scale; X is
+        ``[N, H]`` and ``[N, D]``: the sums of m and t over senders, without mean or scale. X is
         None without a head.
     """
     d = x[receiver] - x[sender]
     r = (d * d).sum(dim=1, keepdim=True)
-    # under autocast a linear leaves p and q in its dtype; their sum has that of the distances
+    # under autocast p and q have a lower dtype; sum them in the dtype of the distances
     z1 = p[receiver].to(d.dtype) + q[sender].to(d.dtype) + r * weights.w_r
     if edge_attr is not None and weights.w_a is not None:
         z1 = z1 + edge_attr @ weights.w_a.T
@@ -338,6 +367,6 @@ def messages(
     n = act(F.linear(act(z1), weights.w2, weights.b2))
     w_g, w_x = (None if w is None else w.reshape(1, -1) for w in (weights.w_g, weights.w_x))
     gate, head = _gate(w_g, weights.b_g), _head(weights.w3, weights.b3, w_x, options, act)
-    m, t = _edge_model(n, d, r, gate, head, options, _factors(edge_mask, x.dtype))
+    m, t = _edge_model(n, d, r, gate, head, options, _as_factor(edge_mask, x.dtype))
     coord_sum = None if t is None else segment_sum(t, receiver, p.shape[0])
     return segment_sum(m.to(d.dtype), receiver, p.shape[0]), coord_sum

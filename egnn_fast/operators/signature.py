@@ -1,6 +1,6 @@
 """The arguments and results of each operator, in one table.
 
-An operator takes its inputs, then the graph's tensors, then its scalars, in the order of this table.
+An operator takes its inputs, then the graph's tensors, then its scalars, in the table's order.
 Python code finds positions by name here. The C++ extension reads the inputs and the graph's tensors
 in the same order, written out in ``csrc/records.h``: a change here needs one there.
 
