@@ -1,4 +1,4 @@
-"""Does every backend compute what the reference computes? The work behind ``egnn-fast check``.
+"""Compares every backend with the reference; ``egnn-fast check`` prints the result.
 
 :func:`run` is the entry point; it returns a :class:`Report`::
 
@@ -6,18 +6,19 @@
     report.rows           # Row: backend, dtype, case, quantity, error, bound, worst, passed
     report.equivariance   # EquivarianceRow: backend, dtype, dim, symmetry, error, bound, passed
     report.missing        # {"triton": "why it was not checked", "triton, float64": "...", ...}
-    report.passed         # False: exit with a non-zero status
-    report.to_json()      # all of it as text
+    report.passed         # whether everything passed; False if nothing was checked
+    report.to_json()      # the whole report as text
 
-Quantities are outputs, the gradients of every input and every weight, and second-order gradients
-(the derivative of a random combination of the gradients). An error is ``max|a - b| / max|b|`` of a
-tensor, with b from the reference in float64; a row holds a quantity's worst tensor. In float64 at
-most 1e-11 passes; below, twice the error that the reference makes in the same dtype (the largest
-of several orders of summation, of more before a check fails), plus a few ulp.
+The quantities are outputs, the gradients of every input and every weight, and second-order
+gradients (the derivative of a random combination of the gradients). The error of a tensor a is
+``max|a - b| / max|b|``, with b from the reference in float64; the row of a quantity has the tensor
+whose error is largest relative to its bound. The bound is 1e-11 in float64. In other dtypes it is
+twice the error of the reference in the same dtype, plus a few ulp. That error is the largest over
+several orders of summation; before a check fails, more orders are tried.
 
-A backend is called through :mod:`egnn_fast.functional`, the reference is
-:mod:`egnn_fast.reference` itself: they share the Graph and no arithmetic but, in second
-derivatives, what :mod:`egnn_fast.operators.second_order` takes from the reference.
+Backends run through :mod:`egnn_fast.functional`, the reference through :mod:`egnn_fast.reference`
+directly. They share the Graph, but no arithmetic, except that second derivatives of a backend use
+the reference (:mod:`egnn_fast.operators.second_order`).
 """
 
 from egnn_fast.checks.compare import (

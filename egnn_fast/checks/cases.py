@@ -1,6 +1,6 @@
-"""Problems on which a backend is compared with the reference: the table of ``egnn-fast check``.
+"""The problems of ``egnn-fast check``, on which backends are compared with the reference.
 
-The tests build their larger table upon the same :class:`Case`.
+The tests make their larger table of the same :class:`Case`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from egnn_fast.weights import EdgeWeights, LayerWeights
 
 Outputs = dict[str, Tensor]
 
-
-# a problem runs as given (order 0), or with its nodes, edges and hidden units shuffled
+# orders of summation: 0 runs a problem as it is, the others shuffle nodes, edges and hidden units
 ORDERS = 6
-# which axes of a tensor count hidden units
+# by name: whether rows, columns or both of a tensor are hidden units, nodes or edges
 _HIDDEN_ROWS = {
     "w_r", "w_a", "b2", "b3", "w_x", "w_g",
     "edge_w1", "edge_b1", "edge_b2", "node_b1", "coord_b1", "vel_w1", "vel_b1",
@@ -34,10 +33,16 @@ _EDGE_ROWS = {"edge_attr", "edge_mask"}
 
 
 class Problem(NamedTuple):
-    """A differentiable call: ``run(leaves, backend, order)`` gives named outputs.
+    """A differentiable call.
 
-    Backend "reference" is :mod:`egnn_fast.reference` itself, without :mod:`egnn_fast.functional`.
-    Every order is the same function of the leaves, but adds in another sequence.
+    Attributes
+    ----------
+    leaves : dict of Tensor
+        Its inputs and weights by name.
+    run : callable
+        ``run(leaves, backend, order)`` returns the outputs by name. The backend "reference" calls
+        :mod:`egnn_fast.reference`, without :mod:`egnn_fast.functional`. All orders compute the same
+        function of the leaves, but each adds in another order.
     """
 
     leaves: dict[str, Tensor]
@@ -46,28 +51,39 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """A graph, widths and options, from which the same numbers are drawn each time.
+    """A graph, sizes and options. The same case draws the same random numbers each time.
 
     Parameters
     ----------
     name : str
         What the case is about.
-    graph : {"uniform", "power", "hub", "isolated", "sorted", "loops", "coincident", "complete"}
-        How receivers and senders are drawn: both uniformly; the k-th node receiving in
-        proportion to 1/(k+1)^1.5; all to node 0; to a tenth of the nodes only; uniformly but
-        given in receiver order; self-loops and repeated edges; uniformly with every second node
-        where its neighbour is; or all pairs of the components ``sizes``.
+    graph : str
+        How the edges are drawn:
+
+        - ``"uniform"``: receivers and senders uniformly;
+        - ``"power"``: node k as receiver in proportion to 1/(k + 1)^1.5;
+        - ``"hub"``: all received by node 0;
+        - ``"isolated"``: all received by a tenth of the nodes;
+        - ``"sorted"``: uniformly, and listed in receiver order;
+        - ``"loops"``: with self-loops and repeated edges;
+        - ``"coincident"``: uniformly; every second node has the coordinates of the one before;
+        - ``"complete"``: all pairs of each component in ``sizes``.
     nodes, edges : int
-        N and E; for complete graphs they follow from ``sizes``.
+        N and E; for complete graphs they follow from ``sizes``, the nodes of each component.
     hidden, dim, attrs : int
         H, D and A.
+    options : Options
+        The layer's options.
     mask : {None, "binary", "soft"}
         The edge mask: none, zeros and ones, or numbers in (0, 1).
-    features, node_attrs, velocity, carry, node_mask, residual
-        What :meth:`layer` adds to the edge pass; without residual the layer has F + 1 outputs,
-        with carry the new velocity is one.
+    features, node_attrs : int
+        F and B, for :meth:`layer`.
+    velocity, node_mask, carry : bool
+        Whether :meth:`layer` has velocities and a node mask, and returns the new velocity.
+    residual : bool
+        Whether :meth:`layer` has a residual; O is F with it, F + 1 without.
     seed : int
-        Other numbers for the same shapes.
+        That of the random inputs and weights.
     """
 
     name: str
@@ -90,18 +106,24 @@ class Case:
 
     @property
     def num_nodes(self) -> int:
-        """N."""
+        """N, the number of nodes."""
         return sum(self.sizes) if self.graph == "complete" else self.nodes
 
     def build_graph(self, relabel: Tensor | None = None) -> Graph:
-        """The case's graph; node i becomes node ``relabel[i]``."""
+        """The case's graph; with ``relabel [N]`` int64, node i becomes node ``relabel[i]``."""
         if self.graph == "complete" and relabel is None:
             return Graph.complete(self.sizes)
         edges = self.edge_index()
         return Graph.from_edge_index(edges if relabel is None else relabel[edges], self.num_nodes)
 
     def edge_index(self) -> Tensor:
-        """The case's edge list ``[2, E]``."""
+        """The case's edge list ``[2, E]``, int64.
+
+        Raises
+        ------
+        ValueError
+            ``graph`` is not one of the kinds above.
+        """
         if self.graph == "complete":
             return Graph.complete(self.sizes).edge_index
         draw = torch.Generator("cpu").manual_seed(1)
@@ -128,7 +150,7 @@ class Case:
         return edges
 
     def edge_pass(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Problem:
-        """The fused operator alone: every input and weight of ``functional.egcl_messages``."""
+        """The edge pass: every input and weight of ``functional.egcl_messages`` is a leaf."""
         graph, draw, h = self.build_graph().to(device), _Draw(dtype, self.seed), self.hidden
         leaves = {
             "P": draw.normal(self.num_nodes, h),
@@ -152,7 +174,7 @@ class Case:
         shuffles = {0: _Shuffle(graph, h, 0)}
 
         def run(leaves: dict[str, Tensor], backend: str, order: int) -> Outputs:
-            # made once: a transform of PyTorch's would not let them be drawn inside of it
+            # cached, because random numbers cannot be drawn inside a transform
             if order not in shuffles:
                 shuffles[order] = _Shuffle(graph, h, order)
             shuffle = shuffles[order]
@@ -181,7 +203,7 @@ class Case:
         relabel: Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> Problem:
-        """A whole layer: every input and weight of ``functional.egcl``."""
+        """A whole layer: every input and weight of ``functional.egcl`` is a leaf."""
         graph, draw = self.build_graph(relabel).to(device), _Draw(dtype, self.seed)
         h, f = self.hidden, self.features
         out = f if self.residual else f + 1
@@ -209,7 +231,7 @@ class Case:
         shuffles = {0: _Shuffle(graph, h, 0)}
 
         def run(leaves: dict[str, Tensor], backend: str, order: int) -> Outputs:
-            # made once: a transform of PyTorch's would not let them be drawn inside of it
+            # cached, because random numbers cannot be drawn inside a transform
             if order not in shuffles:
                 shuffles[order] = _Shuffle(graph, h, order)
             shuffle = shuffles[order]
@@ -245,7 +267,7 @@ class Case:
 
 
 class _Shuffle:
-    """The same problem with its nodes, edges and hidden units in another order."""
+    """Another order of a problem's nodes, edges and hidden units; order 0 changes nothing."""
 
     def __init__(self, graph: Graph, hidden: int, order: int) -> None:
         self.order, self.graph, self.hidden = order, graph, hidden
@@ -293,7 +315,7 @@ class _Shuffle:
 
 
 class _Draw:
-    """Random tensors: the same numbers for every dtype, but for their rounding."""
+    """Random tensors, drawn in float64 and rounded: the same numbers for every dtype."""
 
     def __init__(self, dtype: torch.dtype, seed: int) -> None:
         self.dtype = dtype
@@ -305,7 +327,7 @@ class _Draw:
         )
 
     def uniform(self, *shape: int, fan_in: int) -> Tensor:
-        """As ``torch.nn.Linear`` draws its weights, a little wider."""
+        """Uniform in +-sqrt(2 / fan_in), somewhat wider than the weights of ``torch.nn.Linear``."""
         values = torch.rand(shape, generator=self.generator, dtype=torch.float64, device="cpu")
         return self._rounded((values * 2 - 1) * (2 / fan_in) ** 0.5)
 

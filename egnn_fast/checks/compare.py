@@ -1,4 +1,4 @@
-"""One problem on a backend and in the reference: how far apart, and how far they may be."""
+"""Compares a backend with the reference on one problem: the errors and their bounds."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from egnn_fast.options import Options
 QUANTITIES = ("outputs", "gradients", "second order")
 SYMMETRIES = ("rotation", "reflection", "translation", "permutation")
 FLOAT64_BOUND = 1e-11
-# more orders of summation, where some leave the reference's own error in doubt
+# before a check fails, the reference's error is measured on this many times as many orders
 MORE = 8
-# two roundings of an operand at either end of a sum, in units of the last place
+# an allowance of roundings in units of the last place: two for an operand at either end of a sum
 ULPS = 4
 
 
@@ -30,10 +30,23 @@ def compare(
     orders: int = ORDERS,
     rounding: float = 0.0,
 ) -> Iterator[Row]:
-    """Rows for one problem in one dtype: each backend's quantities against the reference's.
+    """Rows for one problem in one dtype: one for each backend and quantity.
 
-    ``orders`` of summation say what the reference's error in this dtype is, and MORE times as many
-    where these leave it in doubt; ``rounding``: see :func:`bound`.
+    Parameters
+    ----------
+    problem : Problem
+        Its leaves have the dtype ``dtype``.
+    name : str
+        The case's name, for the rows.
+    backends : sequence of str
+        What is compared with the reference in float64.
+    dtype : torch.dtype
+        The dtype to check.
+    orders : int
+        How many orders of summation measure the reference's error in this dtype; ``MORE`` times as
+        many are tried before a row fails.
+    rounding : float
+        See :func:`bound`.
     """
     exact = Problem({k: t.double() for k, t in problem.leaves.items()}, problem.run)
     orders = 0 if dtype == torch.float64 else orders
@@ -47,29 +60,35 @@ def compare(
 
     def rows(backend: str, values: dict[str, Outputs]) -> Iterator[Row]:
         for quantity in QUANTITIES:
-            lines = []
-            for key, right in truth[quantity].items():
-                errors = [relative_error(b[quantity][key], right) for b in baselines]
-                allowed = bound(dtype, errors, rounding)
-                error = relative_error(values[quantity][key], right)
-                lines.append(Row(backend, dtype_name(dtype), name, quantity, error, allowed, key))
-            # the tensor that goes furthest towards its bound stands for its quantity
-            yield max(lines, key=lambda row: row.error / row.bound)
+            tensor_rows = []
+            for key, expected in truth[quantity].items():
+                errors = [relative_error(b[quantity][key], expected) for b in baselines]
+                limit = bound(dtype, errors, rounding)
+                error = relative_error(values[quantity][key], expected)
+                tensor_rows.append(
+                    Row(backend, dtype_name(dtype), name, quantity, error, limit, key)
+                )
+            # the row of a quantity is that of the tensor nearest to its bound, or furthest beyond
+            yield max(tensor_rows, key=lambda row: row.error / row.bound)
 
     with one_thread():
         truth = evaluate(exact, "reference")
     evaluate_baselines(orders)
     for backend in backends:
         values = evaluate(problem, backend)
-        judged = list(rows(backend, values))
-        if not all(row.passed for row in judged) and len(baselines) < MORE * orders:
+        backend_rows = list(rows(backend, values))
+        if not all(row.passed for row in backend_rows) and len(baselines) < MORE * orders:
             evaluate_baselines(MORE * orders)
-            judged = list(rows(backend, values))
-        yield from judged
+            backend_rows = list(rows(backend, values))
+        yield from backend_rows
 
 
 def evaluate(problem: Problem, backend: str, order: int = 0) -> dict[str, Outputs]:
-    """Outputs, gradients and second-order gradients of a problem, by name; None counts as 0."""
+    """Outputs, gradients and second-order gradients of a problem.
+
+    Returns a dict of tensors by name for each of ``QUANTITIES``. A gradient that is None becomes
+    zeros. ``order`` is the order of summation: see :class:`Problem`.
+    """
     draw = torch.Generator().manual_seed(3)
 
     def random_like(tensor: Tensor) -> Tensor:
@@ -78,27 +97,34 @@ def evaluate(problem: Problem, backend: str, order: int = 0) -> dict[str, Output
 
     leaves = {k: t.detach().clone().requires_grad_() for k, t in problem.leaves.items()}
     outputs = problem.run(leaves, backend, order)
-    # cotangents with the outputs' signs: where a sum cancels, an error says little
+    # with cotangents of the outputs' signs sums do not cancel, which would inflate relative errors
     exact = problem.run({k: t.double() for k, t in problem.leaves.items()}, "reference", 0)
     signs = {k: torch.where(t < 0, -1.0, 1.0).to(outputs[k].dtype) for k, t in exact.items()}
-    towards = {
+    cotangents = {
         f"grad of {k}": (random_like(t) * signs[k]).requires_grad_() for k, t in outputs.items()
     }
-    first = _gradients(list(outputs.values()), list(towards.values()), leaves, create_graph=True)
+    first = _gradients(list(outputs.values()), list(cotangents.values()), leaves, create_graph=True)
     directions = [random_like(g) for g in first.values()]
-    chain = [(g, v) for g, v in zip(first.values(), directions, strict=True) if g.requires_grad]
+    pairs = [
+        (grad, direction)
+        for grad, direction in zip(first.values(), directions, strict=True)
+        if grad.requires_grad
+    ]
     second = _gradients(
-        [g for g, _ in chain], [v for _, v in chain], leaves | towards, create_graph=False
+        [grad for grad, _ in pairs],
+        [direction for _, direction in pairs],
+        leaves | cotangents,
+        create_graph=False,
     )
     quantities = dict(zip(QUANTITIES, (outputs, first, second), strict=True))
     return {k: {n: t.detach() for n, t in tensors.items()} for k, tensors in quantities.items()}
 
 
 def _gradients(
-    outputs: list[Tensor], towards: list[Tensor], inputs: Outputs, create_graph: bool
+    outputs: list[Tensor], cotangents: list[Tensor], inputs: Outputs, create_graph: bool
 ) -> Outputs:
     grads: tuple[Tensor | None, ...] = torch.autograd.grad(
-        outputs, list(inputs.values()), towards, create_graph=create_graph, allow_unused=True
+        outputs, list(inputs.values()), cotangents, create_graph=create_graph, allow_unused=True
     )
     return {
         name: torch.zeros_like(t) if g is None else g
@@ -106,25 +132,41 @@ def _gradients(
     }
 
 
-def relative_error(value: Tensor, right: Tensor) -> float:
-    """``max|a - b| / max|b|``; infinite where either is not finite, absolute where b is 0."""
-    if value.shape != right.shape:
-        raise ValueError(f"value: expected shape {list(right.shape)}, got {list(value.shape)}")
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    """``max|a - b| / max|b|`` for a ``value`` and b ``expected``, of the same shape.
+
+    The absolute error if b is 0; infinite if a or b has values that are not finite; 0 without
+    elements.
+
+    Raises
+    ------
+    ValueError
+        The shapes differ.
+    """
+    if value.shape != expected.shape:
+        raise ValueError(f"value: expected shape {list(expected.shape)}, got {list(value.shape)}")
     if value.numel() == 0:
         return 0.0
-    error = float((value.detach().double() - right.detach().double()).abs().max())
-    scale = float(right.detach().abs().max())
+    error = float((value.detach().double() - expected.detach().double()).abs().max())
+    scale = float(expected.detach().abs().max())
     if not math.isfinite(error):
         return math.inf
     return error / scale if scale > 0 else error
 
 
 def bound(dtype: torch.dtype, baselines: Sequence[float], rounding: float = 0.0) -> float:
-    """The largest error that passes, given those of the reference in the same dtype.
+    """The largest error that passes.
 
-    Its roundings may happen to cancel in one run, so several runs, equal but for the order of
-    nodes, edges and hidden units, say what its error is. ``rounding`` is that of one operand
-    where products take operands of lower precision, which the order does not change.
+    Parameters
+    ----------
+    dtype : torch.dtype
+        The dtype that is checked.
+    baselines : sequence of float
+        Errors of the reference in this dtype. In one run its roundings may happen to cancel, so
+        these are of several runs that differ in the order of nodes, edges and hidden units.
+    rounding : float
+        The rounding error of one operand if matrix products round their operands to a lower
+        precision. Another order does not change that rounding.
     """
     if dtype == torch.float64:
         return FLOAT64_BOUND
@@ -134,7 +176,10 @@ def bound(dtype: torch.dtype, baselines: Sequence[float], rounding: float = 0.0)
 def equivariance(
     backends: Sequence[str], dtype: torch.dtype, dim: int, device: torch.device | str = "cpu"
 ) -> Iterator[EquivarianceRow]:
-    """Rows for each symmetry: ``f(T inputs)`` against ``T f(inputs)``, relative to the latter."""
+    """A row for each backend and symmetry T of a layer f.
+
+    The error is that of ``f(T inputs)`` against ``T f(inputs)``, relative to the latter.
+    """
     case = Case(
         "equivariance",
         dim=dim,
@@ -161,7 +206,7 @@ def _deviation(
     order: int,
     device: torch.device | str,
 ) -> float:
-    """How far the layer's output on transformed inputs is from its transformed output."""
+    """The error of the layer's outputs on transformed inputs against its transformed outputs."""
     draw = torch.Generator().manual_seed(4)
     matrix = torch.eye(case.dim, dtype=torch.float64, device="cpu")
     shift = torch.zeros(case.dim, dtype=torch.float64, device="cpu")
@@ -180,23 +225,23 @@ def _deviation(
 
     def transform(values: dict[str, Tensor]) -> dict[str, Tensor]:
         moved = {k: values[k].double() for k in ("h", "x", "v") if k in values}
-        turn, step = matrix.T.to(device), shift.to(device)
-        moved["x"] = moved["x"] @ turn + step
+        rotation, translation = matrix.T.to(device), shift.to(device)
+        moved["x"] = moved["x"] @ rotation + translation
         if "v" in moved:
-            moved["v"] = moved["v"] @ turn
-        old = relabel.argsort().to(device)
-        return {k: t[old] for k, t in moved.items()}
+            moved["v"] = moved["v"] @ rotation
+        old_index = relabel.argsort().to(device)
+        return {k: t[old_index] for k, t in moved.items()}
 
-    here, there = (case.layer(dtype, labels, device) for labels in (None, relabel))
-    inputs = there.leaves | {k: t.to(dtype) for k, t in transform(here.leaves).items()}
-    right = transform(here.run(here.leaves, backend, order))
-    outputs = there.run(inputs, backend, order)
-    return max(relative_error(outputs[name], right[name]) for name in right)
+    original, relabelled = (case.layer(dtype, labels, device) for labels in (None, relabel))
+    inputs = relabelled.leaves | {k: t.to(dtype) for k, t in transform(original.leaves).items()}
+    expected = transform(original.run(original.leaves, backend, order))
+    outputs = relabelled.run(inputs, backend, order)
+    return max(relative_error(outputs[name], expected[name]) for name in expected)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For small problems: several threads would wait for each other longest."""
+    """Run PyTorch on one thread inside the block: faster for small problems."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -206,5 +251,5 @@ def one_thread() -> Iterator[None]:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As reports have it: ``float64``, not ``torch.float64``."""
+    """The name in reports: ``float64``, not ``torch.float64``."""
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Fresh memory that shows what was not written."""
+"""Fills new tensors with NaN, so that elements that a kernel does not write are noticed."""
 
 from __future__ import annotations
 
@@ -13,23 +13,28 @@ from torch import Tensor
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fresh memory holds NaN, and integers far out of range: what is not written shows."""
+    """Fill new tensors inside the block: NaN if floating point, the largest integer otherwise.
+
+    Replaces ``torch.empty``, ``torch.empty_like`` and ``Tensor.new_empty``.
+    """
     empty, empty_like, new_empty = torch.empty, torch.empty_like, Tensor.new_empty
 
-    def spoiling(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def spoiled(*args: Any, **kwargs: Any) -> Tensor:
-            fresh = make(*args, **kwargs)
-            if fresh.is_floating_point():
-                return fresh.fill_(math.nan)
-            return fresh.fill_(True if fresh.dtype == torch.bool else torch.iinfo(fresh.dtype).max)
+    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            t = allocate(*args, **kwargs)
+            if t.is_floating_point():
+                return t.fill_(math.nan)
+            return t.fill_(True if t.dtype == torch.bool else torch.iinfo(t.dtype).max)
 
-        return spoiled
+        return call
 
-    changed: Any = torch, Tensor
-    changed[0].empty, changed[0].empty_like = spoiling(empty), spoiling(empty_like)
-    changed[1].new_empty = spoiling(new_empty)
+    # as Any, because mypy lets no function of a module or class be replaced
+    torch_module: Any = torch
+    tensor_class: Any = Tensor
+    torch_module.empty, torch_module.empty_like = poisoned(empty), poisoned(empty_like)
+    tensor_class.new_empty = poisoned(new_empty)
     try:
         yield
     finally:
-        changed[0].empty, changed[0].empty_like = empty, empty_like
-        changed[1].new_empty = new_empty
+        torch_module.empty, torch_module.empty_like = empty, empty_like
+        tensor_class.new_empty = new_empty

@@ -1,4 +1,4 @@
-"""The records of a check: a row for each comparison, and the report of all."""
+"""The results of a check: a row for each comparison, and the report that holds them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from egnn_fast.backends import BACKENDS, instruction_set, unavailable
 
 @dataclass(frozen=True)
 class Row:
-    """How far one backend's quantity of one case lies from the reference."""
+    """The error of one quantity of one case on a backend, against the reference.
+
+    ``worst`` is the name of the tensor whose error is largest relative to its bound; ``error`` and
+    ``bound`` are its.
+    """
 
     backend: str
     dtype: str
@@ -21,7 +25,7 @@ class Row:
     quantity: str
     error: float
     bound: float
-    worst: str  # the tensor with the largest error
+    worst: str
 
     @property
     def passed(self) -> bool:
@@ -31,7 +35,7 @@ class Row:
 
 @dataclass(frozen=True)
 class EquivarianceRow:
-    """How far a layer's output moves away from its input's symmetry."""
+    """How far a layer is from equivariance under one symmetry, in D = ``dim`` dimensions."""
 
     backend: str
     dtype: str
@@ -48,7 +52,10 @@ class EquivarianceRow:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of a check."""
+    """The result of a check.
+
+    ``missing`` says why a backend, or a dtype of a backend, was not checked.
+    """
 
     rows: tuple[Row, ...]
     equivariance: tuple[EquivarianceRow, ...]
@@ -58,15 +65,15 @@ class Report:
     @property
     def passed(self) -> bool:
         """Whether something was checked and all of it passed."""
-        lines: list[Row | EquivarianceRow] = [*self.rows, *self.equivariance]
-        return len(lines) > 0 and all(line.passed for line in lines)
+        rows: list[Row | EquivarianceRow] = [*self.rows, *self.equivariance]
+        return len(rows) > 0 and all(row.passed for row in rows)
 
     def to_json(self, indent: int | None = 2) -> str:
-        """The report as JSON; a number that is none is written as null."""
+        """The report as JSON; an error that is not finite is written as null."""
 
-        def record(line: Row | EquivarianceRow) -> dict[str, object]:
-            error = line.error if math.isfinite(line.error) else None
-            return {**asdict(line), "error": error, "passed": line.passed}
+        def record(row: Row | EquivarianceRow) -> dict[str, object]:
+            error = row.error if math.isfinite(row.error) else None
+            return {**asdict(row), "error": error, "passed": row.passed}
 
         content = {
             "passed": self.passed,

@@ -1,4 +1,4 @@
-"""The whole check: every case, dtype and backend, and the symmetries of the layer."""
+"""The whole check: every case and symmetry on every backend in every dtype."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from egnn_fast.checks.report import EquivarianceRow, Report, Row
 
 DTYPES = (torch.float64, torch.float32)
 DIMS = (2, 3, 8)
-THREADED_EDGES = 2000  # enough for several tasks, so for several threads
+# cases with fewer edges run on one thread; from here on the CPU's kernels have several tasks
+THREADED_EDGES = 2000
 
 
 def run(
@@ -30,8 +31,9 @@ def run(
     Parameters
     ----------
     backends : sequence of str, optional
-        Which ones; all that are available here by default. ``"reference"`` itself is tested for
-        equivariance only. A dtype that one of them has not is left out, and said to be missing.
+        Names of backends; by default all that can run on this machine. ``"reference"`` itself is
+        tested for equivariance only. A dtype that a backend does not support is left out;
+        ``Report.missing`` says so.
     dtypes : sequence of torch.dtype, optional
         float64 and float32 by default.
     quick : bool
@@ -42,9 +44,9 @@ def run(
     Raises
     ------
     ValueError
-        ``backends`` names one that does not exist, or ``dtypes`` one that no backend computes in.
+        A backend does not exist, or a dtype is not float64 or float32.
     BackendError
-        ``backends`` names one that cannot run here.
+        A backend cannot run on this machine.
     """
     start = time.perf_counter()
     names, missing = _resolve(backends)
@@ -52,33 +54,33 @@ def run(
     for dtype in chosen:
         if dtype not in DTYPES:
             raise ValueError(f"dtypes: expected some of {DTYPES}, got {dtype}")
-    say = progress or (lambda line: None)
-    able: dict[torch.dtype, list[str]] = {dtype: [] for dtype in chosen}
+    tell = progress or (lambda line: None)
+    supporting: dict[torch.dtype, list[str]] = {dtype: [] for dtype in chosen}
     for name, dtype in itertools.product(names, chosen):
         reason = refusal(name, Call("cpu", dtype, hidden=1, coord_dim=1, activation="silu"))
         if reason is None:
-            able[dtype].append(name)
+            supporting[dtype].append(name)
         else:
             missing[f"{name}, {dtype_name(dtype)}"] = reason
-    fused = {dtype: [n for n in able[dtype] if n != "reference"] for dtype in chosen}
+    fused = {dtype: [n for n in supporting[dtype] if n != "reference"] for dtype in chosen}
     rows: list[Row] = []
     for case in check_cases(quick) if any(fused.values()) else ():
-        say(case.name)
+        tell(case.name)
         with nullcontext() if case.edges >= THREADED_EDGES else one_thread():
             for dtype in chosen:
                 if fused[dtype]:
                     rows += compare(case.layer(dtype), case.name, fused[dtype], dtype)
-    moved: list[EquivarianceRow] = []
+    equivariance_rows: list[EquivarianceRow] = []
     for dim in DIMS:
-        say(f"equivariance, D {dim}")
+        tell(f"equivariance, D {dim}")
         with one_thread():
             for dtype in chosen:
-                moved += equivariance(able[dtype], dtype, dim)
-    return Report(tuple(rows), tuple(moved), missing, time.perf_counter() - start)
+                equivariance_rows += equivariance(supporting[dtype], dtype, dim)
+    return Report(tuple(rows), tuple(equivariance_rows), missing, time.perf_counter() - start)
 
 
 def _resolve(names: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:
-    """The backends to check, and why the others are left out."""
+    """The names of the backends to check, and for the others why they are left out."""
     if names is None:
         reasons = {name: unavailable(name) for name in BACKENDS}
         return [n for n, why in reasons.items() if why is None], {
