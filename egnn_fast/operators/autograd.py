@@ -169,6 +169,9 @@ class Operator:
         """``double_backward_op`` for a Function, which does not see tensors inside a list."""
         return self.double_backward_op(list(args[:n_cotangents]), *args[n_cotangents:])
 
+    # What the dispatcher calls. _run and _run_backward call the kernels. The *_autograd methods
+    # run at the Autograd key: they record the call if needed, then go on below that key.
+
     def _run(self, *args: Any) -> tuple[Tensor, ...]:
         backend = args[self.signature.index("backend")]
         results: tuple[Tensor, ...] = getattr(kernels_of(backend), self.signature.name)(*args)

@@ -97,7 +97,7 @@ def _graph(call: Any) -> Graph:
 
 
 @contextmanager
-def _autograd(device: str, backend: str, precision: str) -> Iterator[None]:
+def _enabled_autograd(device: str, backend: str, precision: str) -> Iterator[None]:
     """Switch autograd on inside an operator, where PyTorch has switched it off.
 
     Autocast is off, and products have the precision of the call, whatever is set by now.
@@ -126,7 +126,7 @@ def layer(edge_pass: EdgePass) -> Callable[..., list[Tensor]]:
         inputs = [getattr(call, name) for name in LAYER.names]
         g_out = [getattr(call, name) for name in LAYER.cotangents]
         directions = fill_none(cotangents, call.needed)
-        with _autograd(call.h.device.type, call.backend, call.precision):
+        with _enabled_autograd(call.h.device.type, call.backend, call.precision):
             leaves: list[Any] = _as_leaves([*g_out, *inputs])
             tensors = dict(zip(LAYER.names, leaves[len(g_out) :], strict=True))
             weights = LayerWeights(*(tensors[name] for name in LayerWeights._fields))
@@ -256,7 +256,7 @@ def _chunk_gradients(
     ``receiver`` and ``sender`` are the chunk's, as are the edge inputs among ``inputs`` and
     ``directions``. Returns a gradient or None for ``g_m [N, H]``, ``g_x [N, D]`` and each input.
     """
-    with _autograd(inputs[0].device.type, backend, precision):
+    with _enabled_autograd(inputs[0].device.type, backend, precision):
         leaves: list[Any] = _as_leaves([g_m, g_x, *inputs])
         leaf_m, leaf_x, pq, x, edge_attr, edge_mask, *weights = leaves
         p, q = pq.chunk(2, dim=1)
