@@ -310,9 +310,10 @@ def layer_backward(*args: Any) -> list[Tensor]:
 def _gradients(kind: type[MessagesKernel | LayerKernel], args: Sequence[Any]) -> list[Tensor]:
     """The needed gradients, from the arguments of an operator's derivative."""
     signature = kind.signature
-    outputs, first = len(signature.outputs), len(signature.outputs) + len(signature.constants)
-    cotangents, constants, needed = args[:outputs], args[outputs:first], args[-1]
-    kernel, tensors, record = _checked(kind, args[first:-1], args[:first])
+    before, forward_args, needed = signature.split_backward(args)
+    outputs = len(signature.outputs)
+    cotangents, constants = before[:outputs], before[outputs:]
+    kernel, tensors, record = _checked(kind, forward_args, before)
     grads = kernel.backward(record, cotangents, constants, tensors, needed)
     if grads is None:
         raise ValueError(

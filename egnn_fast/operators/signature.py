@@ -155,6 +155,13 @@ class Signature:
         """The position of an argument of the operator."""
         return self._positions[name]
 
+    def split_backward(
+        self, args: Sequence[Any]
+    ) -> tuple[Sequence[Any], Sequence[Any], Sequence[bool]]:
+        """The arguments of the derivative: cotangents and constants, the operator's own, needed."""
+        first = len(self.outputs) + len(self.constants)
+        return args[:first], args[first:-1], args[-1]
+
     def presence(self, *, gate: bool, head: bool, velocity: bool = False) -> tuple[bool, ...]:
         """For each input, whether a layer with these parts has it."""
         parts = {None: True, "gate": gate, "head": head, "velocity": velocity}

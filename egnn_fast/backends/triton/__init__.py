@@ -16,13 +16,14 @@ from torch import Tensor
 from egnn_fast.backends.triton import layers
 from egnn_fast.backends.triton.call import Call
 from egnn_fast.backends.triton.edges import launches, run_backward, run_forward
+from egnn_fast.operators.signature import LAYER, MESSAGES
 
 __all__ = ["launches", "layer", "layer_backward", "messages", "messages_backward"]
 
 
 def messages(*args: Any) -> tuple[Tensor, Tensor]:
-    """``egnn_fast::messages`` by Triton."""
-    with _current(args[1].device):
+    """``egnn_fast::messages`` by Triton: M ``[N, H]`` and X ``[N, D]``, ``[0, D]`` without a head."""
+    with _current(args[MESSAGES.index("x")].device):
         call = Call("forward", args)
         m, shift = call.zeros(call.hidden), call.zeros(call.dim) if call.has_head else None
         if call.num_edges:
@@ -31,39 +32,37 @@ def messages(*args: Any) -> tuple[Tensor, Tensor]:
         return m, m.new_empty((0, call.dim)) if shift is None else shift
 
 
-def messages_backward(g_m: Tensor | None, g_x: Tensor | None, *args: Any) -> list[Tensor]:
-    """``egnn_fast::messages_backward`` by Triton."""
-    *args, needed = args  # type: ignore[assignment]
-    with _current(args[1].device):
-        call = Call("backward", args)
+def messages_backward(*args: Any) -> list[Tensor]:
+    """``egnn_fast::messages_backward`` by Triton: the gradients needed, in order."""
+    before, forward_args, needed = MESSAGES.split_backward(args)
+    g_m, g_x = before
+    inputs = forward_args[: MESSAGES.n_inputs]
+    with _current(inputs[MESSAGES.index("x")].device):
+        call = Call("backward", forward_args)
         if not call.has_head:
             g_x = None
         if call.num_edges == 0 or (g_m is None and g_x is None):
             # dense, as the operator's fake says
-            return [t.new_zeros(t.shape) for t, n in zip(args, needed, strict=False) if n]
+            return [t.new_zeros(t.shape) for t, n in zip(inputs, needed, strict=True) if n]
+        grads = run_backward(call, g_m, g_x, needed)
         return [
             grad.to(t.dtype).reshape(t.shape)
-            for t, grad, n in zip(
-                args, run_backward(call, g_m, g_x, needed), needed, strict=False
-            )
+            for t, grad, n in zip(inputs, grads, needed, strict=True)
             if n and grad is not None
-        ]  # fmt: skip
+        ]
 
 
 def layer(*args: Any) -> tuple[Tensor, ...]:
-    """``egnn_fast::layer`` by Triton."""
-    with _current(args[1].device):
+    """``egnn_fast::layer`` by Triton: new h, x and v, then the sums M and X; no activations."""
+    with _current(args[LAYER.index("x")].device):
         return layers.forward(args)
 
 
-def layer_backward(
-    g_h: Tensor | None, g_x: Tensor | None, g_v: Tensor | None,
-    m: Tensor, shift: Tensor, _kept: Tensor, *args: Any,
-) -> list[Tensor]:  # fmt: skip
-    """``egnn_fast::layer_backward`` by Triton."""
-    *args, needed = args  # type: ignore[assignment]
-    with _current(args[1].device):
-        return layers.Backward((g_h, g_x, g_v), m, shift, args, needed).run()
+def layer_backward(*args: Any) -> list[Tensor]:
+    """``egnn_fast::layer_backward`` by Triton: the gradients needed, in order."""
+    (*cotangents, m, shift, _), forward_args, needed = LAYER.split_backward(args)
+    with _current(forward_args[LAYER.index("x")].device):
+        return layers.Backward(cotangents, m, shift, forward_args, needed).run()
 
 
 @contextmanager

@@ -16,15 +16,11 @@ launches = {"forward": 0, "backward": 0, "nodes": 0}
 
 
 def run_forward(call: Call, m: Tensor, shift: Tensor | None) -> None:
-    """Add to the sums M, and X if there is a head; there are edges."""
+    """Add to the sums M ``[N, H]`` and, if there is a head, X ``[N, D]``; there are edges."""
+    launches["forward"] += 1
     if call.staged:
         staged.forward(call, m, shift)
-    else:
-        _fused(call, m, shift)
-    launches["forward"] += 1
-
-
-def _fused(call: Call, m: Tensor, shift: Tensor | None) -> None:
+        return
     part = call.part(0, call.num_edges)
     m_rows = call.rows(m, part.programs)
     x_rows = None if shift is None else call.rows(shift, part.programs)
