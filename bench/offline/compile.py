@@ -178,7 +178,7 @@ def compile_all(
         return [Record.read(found) for found in json.loads(ran.stdout)]
 
     # several to a process, whose start takes seconds; few, as some take far longer than others
-    most = max(1, min(4, -(-len(configurations) // processes)))
+    most = max(1, min(8, -(-len(configurations) // processes)))
     parts = [configurations[i : i + most] for i in range(0, len(configurations), most)]
     with ThreadPoolExecutor(processes) as pool:
         return [record for records in pool.map(run, parts) for record in records]
