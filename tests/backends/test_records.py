@@ -16,6 +16,7 @@ from ways import leaves_of, total
 from egnn_fast import Graph, Options, functional, nn
 from egnn_fast.backends import cpu
 from egnn_fast.checks.cases import Case
+from egnn_fast.operators.signature import encode_options
 from egnn_fast.runtime import native
 from egnn_fast.weights import LayerWeights
 
@@ -34,8 +35,8 @@ MESSAGES = {
     "w_x": (H,),
 }  # fmt: skip
 GRAPH = {"rowptr": (N + 1,), "senders": (E,), "perm": (E,), "first": None}
-OPTIONS = ("silu", 0.01, 0.0, False, 0.0)
-OPTIONS_IN_CPP = (0, 0.01, 0.0, False, 0.0, 1.0, False, False)
+OPTIONS = encode_options(Options())
+OPTIONS_IN_CPP = (0, *OPTIONS[1:], 1.0, False, False)
 KERNELS: dict[str, tuple[Any, dict[str, tuple[int, ...]]]] = {
     "layer": (cpu.LayerKernel((*OPTIONS, 1.0, False, False)), LAYER),
     "messages": (cpu.MessagesKernel(OPTIONS), MESSAGES),
@@ -199,7 +200,7 @@ def test_other_than_tensors_are_refused() -> None:
     assert native.core is not None
     with pytest.raises(TypeError):
         native.core.are_plain(3)
-    with pytest.raises(ValueError, match="8 options, got 5"):
+    with pytest.raises(ValueError, match=f"{len(OPTIONS_IN_CPP)} options, got 5"):
         native.core.layer_record(tuple(tensors_of("layer").values()), 1, OPTIONS_IN_CPP[:5])
     with pytest.raises(ValueError, match="28 tensors"):
         native.core.layer_record((torch.ones(3),), 1, OPTIONS_IN_CPP)

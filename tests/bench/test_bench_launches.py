@@ -23,6 +23,8 @@ from bench.offline import launches
 from bench.offline.launches import Launches, launches_of
 from egnn_fast.backends import triton as triton_backend
 from egnn_fast.backends.triton import call, staged
+from egnn_fast.operators.signature import encode_options
+from egnn_fast.options import Options
 
 pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("one_thread")]
 # of PyTorch's operations those that are no view of memory, nor memory alone; nor conversions, which
@@ -86,7 +88,7 @@ def problem(hidden: int, edges: int) -> tuple[tuple[Any, ...], list[Tensor]]:
         torch.randn(nodes, 2 * hidden), torch.randn(nodes, dim), None, None,
         vector, None, matrix, vector, None, None, matrix, vector, vector,
         rowptr, torch.randint(nodes, (edges,), dtype=torch.int32), None, None,
-        "silu", 0.01, 0.0, False, 0.0, "triton",
+        *encode_options(Options()), "triton",
     )  # fmt: skip
     return args, [torch.randn(nodes, hidden), torch.randn(nodes, dim)]
 

@@ -245,7 +245,9 @@ def launched_kernels() -> None:
 
     from bench.offline import compile
     from bench.offline import configurations as kernels
+    from egnn_fast import Options
     from egnn_fast.backends import triton as triton_backend
+    from egnn_fast.operators.signature import encode_options
 
     driver.set_active(compile._NoDevice(kernels.TARGETS["sm_90"]))
     launch = JITFunction.run
@@ -265,7 +267,7 @@ def launched_kernels() -> None:
             torch.randn(nodes, 2 * hidden).bfloat16(), torch.randn(nodes, dim), None, None,
             vector, None, matrix, vector, None, None, matrix, vector, vector,
             rowptr, torch.randint(nodes, (edges,), dtype=torch.int32), None, None,
-            "silu", 0.01, 0.0, False, 0.0, "triton", "bf16",
+            *encode_options(Options()), "triton", "bf16",
         )  # fmt: skip
         needed = [t is not None for t in args[:13]]
         cotangents = torch.randn(nodes, hidden), torch.randn(nodes, dim)
@@ -282,7 +284,7 @@ def launched_kernels() -> None:
             torch.randn(hidden, 2 * hidden), vector, matrix, vector, None, None,
             matrix, vector, vector[None], None, None, None, None,
             rowptr, torch.randint(nodes, (edges,), dtype=torch.int32), None, None,
-            "silu", 0.01, 0.0, False, 0.0, 1.0, True, False, "triton", "bf16", 0,
+            *encode_options(Options()), 1.0, True, False, "triton", "bf16", 0,
         )  # fmt: skip
         triton_backend.layer(*args)
 
