@@ -24,26 +24,18 @@ from bench.gpu.setting import (
     synchronize,
 )
 from egnn_fast import checks
+from egnn_fast.checks.cases import EVERYTHING as EVERYTHING
+from egnn_fast.checks.cases import SINGLE_OPTIONS as SINGLE_OPTIONS
 from egnn_fast.checks.cases import Case, Outputs, Problem, check_cases
 from egnn_fast.options import Options
 
 # orders of summation that say what plain PyTorch's error is
 ORDERS = 3
-EVERYTHING = Options(
-    attention=True, coord_norm=0.7, coord_tanh=True, coord_clamp=0.05, coord_scale=0.6
-)
 # of the edge pass: what check_cases leaves out or has with others only
 OPTIONS = {
-    "attention": Options(attention=True),
-    "unit norm": Options(coord_norm="unit"),
-    "float norm": Options(coord_norm=0.7),
-    "tanh": Options(coord_tanh=True),
-    "no head": Options(coord_agg=None),
-    "active clamp": Options(coord_clamp=0.15),
-    "inactive clamp": Options(coord_clamp=1e4),
-    "relu": Options(activation="relu"),
-    "leaky relu": Options(activation="leaky_relu", negative_slope=0.2),
-    "everything": EVERYTHING,
+    name: options
+    for name, options in SINGLE_OPTIONS.items()
+    if name not in ("default", "sum", "scale")
 }
 
 

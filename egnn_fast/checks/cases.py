@@ -339,6 +339,27 @@ class _Draw:
         return values.to(self.dtype)
 
 
+# each option alone, and all of them: what the tests and the GPU suite run
+EVERYTHING = Options(
+    attention=True, coord_norm=0.7, coord_tanh=True, coord_clamp=0.05, coord_scale=0.6
+)
+SINGLE_OPTIONS = {
+    "default": Options(),
+    "relu": Options(activation="relu"),
+    "leaky_relu": Options(activation="leaky_relu", negative_slope=0.2),
+    "attention": Options(attention=True),
+    "unit norm": Options(coord_norm="unit"),
+    "float norm": Options(coord_norm=0.7),
+    "tanh": Options(coord_tanh=True),
+    "no head": Options(coord_agg=None),
+    "sum": Options(coord_agg="sum"),
+    "scale": Options(coord_scale=0.3),
+    "inactive clamp": Options(coord_clamp=1e4),
+    "active clamp": Options(coord_clamp=0.15),
+    "everything": EVERYTHING,
+}
+
+
 def check_cases(quick: bool) -> tuple[Case, ...]:
     """The cases of ``egnn-fast check``: every option, every kind of graph, odd and even widths."""
     cases = (

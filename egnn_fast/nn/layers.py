@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -201,11 +202,11 @@ class EGCLBase(nn.Module):
         if not self.residual:
             shown.append("residual=False")
         default = Options()
-        for name in ("attention", "coord_norm", "coord_tanh", "coord_agg", "coord_scale"):
+        # the modules show the activation
+        names = [f.name for f in fields(default) if f.name not in ("activation", "negative_slope")]
+        for name in names:
             if getattr(self.options, name) != getattr(default, name):
                 shown.append(f"{name}={getattr(self.options, name)!r}")
-        if self.options.coord_clamp is not None:
-            shown.append(f"coord_clamp={self.options.coord_clamp}")
         if self.backend is not None:
             shown.append(f"backend={self.backend!r}")
         return ", ".join(shown)

@@ -31,9 +31,8 @@ class EGNN(nn.Module):
         Widths of h at the input, between the layers and at the output.
     n_layers : int
         Number of layers L.
-    edge_attr_dim, node_attr_dim, activation, residual, attention, coord_norm, coord_tanh, \
-coord_agg, coord_scale, coord_clamp, backend, device, dtype
-        Arguments of every layer; see :class:`EGCLBase`.
+    **layer : optional
+        The keyword arguments of every layer; see :class:`EGCLBase`.
 
     Raises
     ------
@@ -126,9 +125,8 @@ class EGNNVel(nn.Module):
     carry_velocity : bool
         If True, the step that x made in a layer is the velocity of the next layer. If False, every
         layer takes the initial velocity, as in the paper's eq. 7.
-    edge_attr_dim, node_attr_dim, activation, residual, attention, coord_norm, coord_tanh, \
-coord_agg, coord_scale, coord_clamp, backend, device, dtype
-        Arguments of every layer; see :class:`EGCLBase`.
+    **layer : optional
+        The keyword arguments of every layer; see :class:`EGCLBase`.
 
     Raises
     ------

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from egnn_fast.checks import Row
+from egnn_fast.checks.cases import EVERYTHING as EVERYTHING
+from egnn_fast.checks.cases import SINGLE_OPTIONS as SINGLE_OPTIONS
 from egnn_fast.checks.cases import Case, check_cases
 from egnn_fast.options import Options
 from egnn_fast.runtime import native
@@ -47,25 +49,6 @@ even_interpreted_or_reference = pytest.mark.parametrize(
 even_interpreted_dtypes = pytest.mark.parametrize(
     ("backend", "dtype"), [_marked(*pair) for pair in BACKENDS_AND_DTYPES]
 )
-
-EVERYTHING = Options(
-    attention=True, coord_norm=0.7, coord_tanh=True, coord_clamp=0.05, coord_scale=0.6
-)
-SINGLE_OPTIONS = {
-    "default": Options(),
-    "relu": Options(activation="relu"),
-    "leaky_relu": Options(activation="leaky_relu", negative_slope=0.2),
-    "attention": Options(attention=True),
-    "unit norm": Options(coord_norm="unit"),
-    "float norm": Options(coord_norm=0.7),
-    "tanh": Options(coord_tanh=True),
-    "no head": Options(coord_agg=None),
-    "sum": Options(coord_agg="sum"),
-    "scale": Options(coord_scale=0.3),
-    "inactive clamp": Options(coord_clamp=1e4),
-    "active clamp": Options(coord_clamp=0.15),
-    "everything": EVERYTHING,
-}
 
 
 def _widths() -> Iterator[Case]:

@@ -22,7 +22,7 @@ __all__ = ["launches", "layer", "layer_backward", "messages", "messages_backward
 
 
 def messages(*args: Any) -> tuple[Tensor, Tensor]:
-    """``egnn_fast::messages`` by Triton: M ``[N, H]``, and X ``[N, D]`` (without a head no rows)."""
+    """``egnn_fast::messages`` by Triton: M ``[N, H]`` and X ``[N, D]`` (no rows without a head)."""
     with _current(args[MESSAGES.index("x")].device):
         call = Call("forward", args)
         m, shift = call.zeros(call.hidden), call.zeros(call.dim) if call.has_head else None
