@@ -87,6 +87,14 @@ def _isolated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         native.core.set_instruction_set(isa)
 
 
+@pytest.fixture(autouse=True)
+def _known_builtins(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("interpreted"):
+        import interpreter
+
+        interpreter.know_builtins()
+
+
 @pytest.fixture
 def one_thread() -> None:
     """For many small problems: threads would wait for each other longest."""

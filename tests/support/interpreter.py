@@ -9,6 +9,7 @@ cores do.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,10 +23,30 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from egnn_fast.kernels import records
 
+# The functions of the language that the interpreter replaces by its own, by the class or module that
+# holds them. Its own code looks through all members of each in every call of a device function,
+# which takes half of its time.
+_BUILTINS = {
+    owner: [name for name, member in inspect.getmembers(owner) if tl.core.is_builtin(member)]
+    for owner in (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base)
+}
 # products that one matrix instruction adds to its sum at once
 _SLICES = {16: 16, 32: 8}
 _ARITHMETIC = ("binary_op", "ternary_op", "unary_op", "create_fma", "create_fabs")
 _of_any = interpreter._convert_float
+
+
+def _patch_builtin(owner: Any, builder: Any, scope: Any) -> None:
+    """As the interpreter's own, but looks at the members in ``_BUILTINS`` alone."""
+    for name in _BUILTINS[owner]:
+        member = getattr(owner, name)
+        if tl.core.is_builtin(member):  # else it is replaced already
+            interpreter._patch_attr(owner, name, member, builder, scope)
+
+
+def know_builtins() -> None:
+    """Tell the interpreter which functions it has to replace."""
+    interpreter._patch_builtin = _patch_builtin
 
 
 def _is_bfloat16(handle: Any) -> bool:
