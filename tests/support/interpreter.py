@@ -23,8 +23,8 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from egnn_fast.kernels import records
 
-# The functions of the language that the interpreter replaces by its own, by the class or module that
-# holds them. Its own code looks through all members of each in every call of a device function,
+# The functions of the language that the interpreter replaces by its own, by what holds them: a class
+# or module. Its own code looks through all members of each in every call of a device function,
 # which takes half of its time.
 _BUILTINS = {
     owner: [name for name, member in inspect.getmembers(owner) if tl.core.is_builtin(member)]
