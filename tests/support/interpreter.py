@@ -23,9 +23,9 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from egnn_fast.kernels import records
 
-# The functions of the language that the interpreter replaces by its own, by the class or module they
-# are in. Its own code looks through all members of each in every call of a device function, which
-# takes half of its time.
+# The functions of the language that the interpreter replaces by its own, by the class or module
+# they are in. Its own code looks through all members of each in every call of a device function,
+# which takes half of its time.
 _BUILTINS = {
     owner: [name for name, member in inspect.getmembers(owner) if tl.core.is_builtin(member)]
     for owner in (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base)
