@@ -42,6 +42,8 @@ class Blocks(NamedTuple):
     split: str = "tf32x3"
     paired: bool = True
     shared_slopes: int = 0
+    ahead: int = 0
+    most_registers: int = 0
 
     def launch_options(self, direction: str, nvidia: bool) -> dict[str, int]:
         """Triton's options for compiling a pass.
@@ -55,6 +57,8 @@ class Blocks(NamedTuple):
         if nvidia and direction == "forward" and not self.staged:
             share = _REGISTERS // (_LANES * self.warps * self.programs)
             options["maxnreg"] = min(share // 8 * 8, _MOST_REGISTERS)
+        if self.most_registers:
+            options["maxnreg"] = self.most_registers
         return options
 
 
@@ -62,6 +66,7 @@ class Blocks(NamedTuple):
 _REGISTERS, _LANES, _MOST_REGISTERS = 1 << 16, 32, 255
 _KINDS, _WIDTHS = ("16", "high", "highest"), (16, 32, 64, 128, 256)
 _LEAST = "offline: the least predicted time on sm_90, Triton 3.7"
+_H200 = "measured: NVIDIA H200, 2026-11-28, Triton 3.6, ptxas 13.5"
 _FITS = "offline: fits into shared memory, compiled for {}, Triton 3.7"
 _HOLDS = "offline: the least predicted time of what spills nothing on {}, Triton 3.7"
 
@@ -75,35 +80,36 @@ def _staged(kind: str, width: int, source: str) -> Blocks:
 
 # (pass, precision, largest padded width) in ascending width; "16": bf16 and fp16
 TABLE: dict[tuple[str, str, int], Blocks] = {
-    ("forward", "16", 64): Blocks(64, 4, 3, 0, _LEAST, paired=False),
+    ("forward", "16", 64): Blocks(64, 4, 4, 0, _H200, paired=False),
     ("forward", "16", 128): Blocks(64, 4, 2, 0, _LEAST, paired=False),
     ("forward", "16", 256): _staged("16", 256, _LEAST),
-    ("forward", "high", 64): Blocks(64, 4, 2, 0, _LEAST, paired=False),
+    ("forward", "high", 64): Blocks(64, 4, 3, 0, _H200, paired=False),
     ("forward", "high", 128): Blocks(128, 8, 1, 0, _LEAST, streamed=2),
     ("forward", "high", 256): _staged("high", 256, _LEAST),
-    ("forward", "highest", 64): Blocks(64, 4, 2, 0, _LEAST, paired=False),
+    ("forward", "highest", 64): Blocks(64, 4, 3, 0, _H200, split="bf16x6", paired=False),
     # three bfloat16 parts take less shared memory than two of tf32
     ("forward", "highest", 128): Blocks(128, 8, 1, 0, _LEAST, streamed=2, split="bf16x6"),
     ("forward", "highest", 256): _staged("highest", 256, _LEAST),
     ("backward", "16", 32): Blocks(64, 4, 2, 0, _LEAST, paired=False),
-    ("backward", "16", 64): Blocks(64, 4, 2, 0, _LEAST, shared_slopes=1),
+    ("backward", "16", 64): Blocks(64, 4, 2, 0, _H200, shared_slopes=1, ahead=1),
     ("backward", "16", 128): Blocks(
         128, 8, 1, 0, _LEAST, streamed=1, paired=False, shared_slopes=2
     ),
     ("backward", "16", 256): _staged("16", 256, _LEAST),
     ("backward", "high", 32): Blocks(64, 4, 1, 0, _HOLDS.format("sm_90"), shared_slopes=1),
-    ("backward", "high", 64): Blocks(64, 4, 1, 0, _LEAST, paired=False, shared_slopes=1),
+    ("backward", "high", 64): Blocks(32, 4, 2, 0, _H200, paired=False, shared_slopes=1, ahead=1),
     ("backward", "high", 128): Blocks(128, 8, 1, 2, _LEAST, streamed=2, paired=False),
     ("backward", "high", 256): _staged("high", 256, _LEAST),
     ("backward", "highest", 16): Blocks(32, 2, 4, 0, _LEAST),
     ("backward", "highest", 32): Blocks(32, 2, 3, 0, _LEAST),
-    ("backward", "highest", 64): Blocks(64, 4, 1, 0, _LEAST, split="bf16x6"),
+    ("backward", "highest", 64): Blocks(32, 4, 1, 2, _H200, paired=False, ahead=1),
     ("backward", "highest", 128): _staged("highest", 128, _LEAST),
     ("backward", "highest", 256): _staged("highest", 256, _LEAST),
 }
 
 # Ampere: less shared memory, and matrix units whose operands lie in registers
 AMPERE: dict[tuple[str, str, int], Blocks] = {
+    ("forward", "highest", 64): Blocks(64, 4, 2, 0, _LEAST, paired=False),
     ("forward", "16", 64): Blocks(64, 4, 2, 0, _FITS.format("sm_80"), paired=False),
     ("forward", "high", 64): Blocks(64, 4, 2, 0, _FITS.format("sm_80")),
     ("forward", "16", 128): Blocks(64, 4, 1, 0, _HOLDS.format("sm_80"), paired=False),

@@ -7,7 +7,14 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from egnn_fast.kernels.device import load_rows, load_vector, operand, product
+from egnn_fast.kernels.device import (
+    load_rows,
+    load_stored_rows,
+    load_vector,
+    operand,
+    product,
+    square,
+)
 
 
 class EdgeBlock(NamedTuple):
@@ -79,17 +86,42 @@ def positions_of(block):
 def pairs_of(edges, inputs, block, spec):
     """The Pairs of a block."""
     i, j = nodes_of(edges, block)
+    return _pairs_between(i, j, edges, inputs, block, spec)
+
+
+@triton.jit
+def _pairs_between(i, j, edges, inputs, block, spec):
     user = users_of(edges, block)
     d = load_rows(inputs.x, i, block.live, spec.D, spec.D, spec.DP)
     d -= load_rows(inputs.x, j, block.live, spec.D, spec.D, spec.DP)
-    return Pairs(user, i, j, d, tl.sum(d * d, axis=1))
+    return Pairs(user, i, j, d, tl.sum(square(d, spec.PTX), axis=1))
+
+
+@triton.jit
+def _load_nodes(edges, block):
+    """``(i, j)`` of a list of edges, in one load.
+
+    A load with an element or more for each thread is made once. One of fewer the compiler makes
+    anew in every layout that needs it, where the threads wait for it row by row.
+    """
+    BLOCK: tl.constexpr = block.edge.shape[0]
+    COPIES: tl.constexpr = 2 if BLOCK <= 32 else 1
+    column = tl.arange(0, 2 * COPIES)[None, :]
+    of_sender = column // COPIES
+    apart = (edges.senders.to(tl.int64) - edges.receivers.to(tl.int64)) // 4
+    at = edges.receivers + block.edge.to(tl.int64)[:, None] + of_sender * apart
+    both = tl.load(at, mask=block.live[:, None] & (column >= 0), other=-1)
+    if COPIES == 2:
+        both, _ = tl.split(tl.reshape(both, (BLOCK, 2, 2)))
+    i, j = tl.split(both)
+    return i, tl.maximum(j, 0)
 
 
 @triton.jit
 def nodes_of(edges, block):
     """``(i, j)``: receivers and senders of a block; ``i`` is -1 where there is no edge."""
     if edges.receivers is not None:
-        i = tl.load(edges.receivers + block.edge, mask=block.live, other=-1)
+        i, j = _load_nodes(edges, block)
     else:
         # binary search: the last row that begins at or before the edge
         i = tl.zeros_like(block.edge) + block.first
@@ -102,7 +134,18 @@ def nodes_of(edges, block):
             high = tl.where(begun, high, middle - 1)
             span = span >> 1
         i = tl.where(block.live, i, -1)
-    return i, senders_of(edges, block, i)
+        j = senders_of(edges, block, i)
+    return i, j
+
+
+@triton.jit
+def senders_again(edges, block, i):
+    """The senders ``[BLOCK]`` of a block, loaded again, given its receivers ``i``."""
+    if edges.receivers is not None:
+        _, j = _load_nodes(edges, block)
+        return j
+    else:
+        return senders_of(edges, block, i)
 
 
 @triton.jit
@@ -136,13 +179,62 @@ def mask_of(inputs, user, live):
 
 
 @triton.jit
-def first_linear(problem, w_a, block, pairs, spec):
-    """z1 = P_i + Q_j + w_r r + W_a a ``[BLOCK, HP]``; ``w_a`` is the matrix W_a, or None."""
-    inputs = problem.inputs
-    z = load_rows(inputs.pq, pairs.i, block.live, 2 * spec.H, spec.H, spec.HP)
-    z += load_rows(inputs.pq + spec.H, pairs.j, block.live, 2 * spec.H, spec.H, spec.HP)
+def first_linear(problem, w_a, block, spec):
+    """``(pairs, z1)`` of a block: z1 = P_i + Q_j + w_r r + W_a a ``[BLOCK, HP]``.
+
+    ``w_a`` is the matrix W_a, or None.
+    """
+    edges, inputs = problem.edges, problem.inputs
+    i, j = nodes_of(edges, block)
+    # on their way while the coordinates are loaded and shared among threads
+    if spec.AHEAD >= 4:
+        p = load_stored_rows(inputs.pq, i, block.live, 2 * spec.H, spec.H, spec.HP)
+        q = load_stored_rows(inputs.pq + spec.H, j, block.live, 2 * spec.H, spec.H, spec.HP)
+        pairs = _pairs_between(i, j, edges, inputs, block, spec)
+        z = p.to(tl.float32) + q.to(tl.float32)
+    else:
+        pairs = _pairs_between(i, j, edges, inputs, block, spec)
+        z = load_rows(inputs.pq, i, block.live, 2 * spec.H, spec.H, spec.HP)
+        z += load_rows(inputs.pq + spec.H, j, block.live, 2 * spec.H, spec.H, spec.HP)
     z += pairs.r[:, None] * load_vector(problem.weights.w_r, spec)[None, :]
     if w_a is not None:
         a = load_rows(inputs.edge_attr, pairs.user, block.live, spec.A, spec.A, spec.AP)
         z += product(operand(a, spec), tl.trans(operand(w_a, spec)), spec)
-    return z
+    return pairs, z
+
+
+@triton.jit
+def _prefetch(address, AHEAD: tl.constexpr):
+    address = address.to(tl.int64)
+    if AHEAD == 1:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def prefetch_block(edges, inputs, g_m, begin_edge, end_edge, number, end, spec):
+    """Ask for the rows of P, Q and x that a block needs."""
+    if spec.AHEAD % 4 > 0 and spec.PTX:
+        number = tl.minimum(number, end - 1)
+        block = block_of_edges(edges, begin_edge, end_edge, number, spec)
+        i, j = nodes_of(edges, block)
+        i = tl.maximum(i, 0)
+        _prefetch(inputs.x + j.to(tl.int64) * spec.D, spec.AHEAD % 4)
+        size: tl.constexpr = inputs.pq.dtype.element_ty.primitive_bitwidth // 8
+        each: tl.constexpr = 128 // size
+        lines: tl.constexpr = (spec.H + each - 1) // each
+        for line in tl.static_range(lines):
+            _prefetch(inputs.pq + i.to(tl.int64) * (2 * spec.H) + line * each, spec.AHEAD % 4)
+            _prefetch(
+                inputs.pq + j.to(tl.int64) * (2 * spec.H) + spec.H + line * each, spec.AHEAD % 4
+            )
+        if g_m is not None:
+            for line in tl.static_range((spec.H + 31) // 32):
+                _prefetch(g_m + i.to(tl.int64) * spec.H + line * 32, spec.AHEAD % 4)

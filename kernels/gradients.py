@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from egnn_fast.kernels.device import add_rows_at, load_vector, operand, product, store_rows
-from egnn_fast.kernels.edges import positions_of, senders_of
+from egnn_fast.kernels.edges import positions_of, senders_again
 from egnn_fast.kernels.records import VECTOR_COLUMNS, VECTORS
 from egnn_fast.kernels.rows import EdgeValues, add_block_rows
 
@@ -168,7 +168,7 @@ def first_gradients(problem, w_a, gradients, sums, block, pairs, g_z1, g_d, carr
     values = EdgeValues(g_z1, g_d, None, None)
     carry = add_block_rows(sums, values, carry, block, problem.edges.order, 2 * H, False, spec)
     # loaded again: pairs.j would take registers until here
-    j = senders_of(problem.edges, block, pairs.i)
+    j = senders_again(problem.edges, block, pairs.i)
     if gradients.messages is not None:
         store_rows(gradients.messages, positions_of(block), block.live, g_z1, H, H)
     elif gradients.p is not None:

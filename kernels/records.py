@@ -221,12 +221,12 @@ _PRODUCT = ("OPERAND", "DOT", "ROUND")
 _TILE = ("H", "D", "A", "HP", "DP", "AP", "BLOCK")
 _HEAD = ("NORM", "TANH", "CLAMP")
 READ: dict[str, tuple[str, ...]] = {
-    "edge_forward": (*_TILE, *_ACTIVATION, *_PRODUCT, *_HEAD, "PART", "STREAMED"),
+    "edge_forward": (*_TILE, *_ACTIVATION, *_PRODUCT, *_HEAD, "PART", "STREAMED", "AHEAD"),
     "edge_backward": (
         *_TILE, *_ACTIVATION, *_PRODUCT, *_HEAD, "EXACT", "SHARED_SLOPES", "PART", "K", "STREAMED",
-        "IN_MEMORY",
+        "IN_MEMORY", "AHEAD",
     ),
-    "staged_first": (*_TILE, *_ACTIVATION, *_PRODUCT),
+    "staged_first": (*_TILE, *_ACTIVATION, *_PRODUCT, "AHEAD"),
     "staged_messages": ("H", "D", "HP", "BLOCK", *_ACTIVATION, "OPERAND", "PART"),
     "staged_shifts": ("H", "D", "HP", "DP", "BLOCK", *_ACTIVATION, *_HEAD, "OPERAND", "PART"),
     "staged_shifts_backward": (
@@ -235,7 +235,7 @@ READ: dict[str, tuple[str, ...]] = {
     "staged_messages_backward": (
         "H", "A", "HP", "BLOCK", *_ACTIVATION, *_PRODUCT, "K",
     ),
-    "staged_first_backward": (*_TILE, *_ACTIVATION, *_PRODUCT, "PART", "K"),
+    "staged_first_backward": (*_TILE, *_ACTIVATION, *_PRODUCT, "PART", "K", "AHEAD"),
     "sender_sums": ("H", "D", "HP", "DP", "BLOCK", "OPERAND", "PART"),
     "project_nodes": ("H", "D", "HP", "DP", *_PRODUCT),
     "update_nodes": ("H", "D", "HP", "DP", *_ACTIVATION, *_PRODUCT),
@@ -301,6 +301,7 @@ class Spec(NamedTuple):
     K: Any
     STREAMED: Any
     IN_MEMORY: Any
+    AHEAD: Any
 
     @classmethod
     def of(cls, **fields: Any) -> Spec:
@@ -337,7 +338,7 @@ class Spec(NamedTuple):
             PART=PART,
             APPROX=precision != products, PAIRED=blocks.paired, PTX=nvidia and not interpreting(),
             K=sum(weight_parts(hidden, attrs, blocks.staged).values()), STREAMED=blocks.streamed,
-            IN_MEMORY=blocks.in_memory,
+            IN_MEMORY=blocks.in_memory, AHEAD=blocks.ahead,
         )  # fmt: skip
 
 

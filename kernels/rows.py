@@ -53,8 +53,9 @@ class Carry(NamedTuple):
     ----------
     row : int32
         The last row of the blocks so far; -1 before the first block.
-    wide : [HP], float32, or None
-    narrow : [DP], float32, or None
+    wide : [HP], float32
+    narrow : [DP], float32
+        Either is 0 where it is not summed: Triton 3.6 returns no None in a tuple.
     last : int32
         As ``row``, but the program's first row before the first block. One number for both would
         do; the compiled kernels then spill more.

@@ -48,15 +48,14 @@ def staged_first(problem, tile, added, begin_edge, end_edge, num_blocks, spec):
 
     ``added``, a tile, is the product W_a a where the edge attributes are many, else None.
     """
-    edges, inputs, weights = problem.edges, problem.inputs, problem.weights
+    edges, weights = problem.edges, problem.weights
     begin, end = run_of_blocks(num_blocks)
     w_a = None
     if weights.w_a is not None:
         w_a = load_matrix(weights.w_a, spec.H, spec.A, spec.HP, spec.AP)
     for number in tl.range(begin, end, disable_licm=True):
         block = block_of_edges(edges, begin_edge, end_edge, number, spec)
-        pairs = pairs_of(edges, inputs, block, spec)
-        z = first_linear(problem, w_a, block, pairs, spec)
+        pairs, z = first_linear(problem, w_a, block, spec)
         if added is not None:
             z += load_rows(added, positions_of(block), block.live, spec.H, spec.H, spec.HP)
         a1 = activation(z, problem.numbers, spec)
@@ -81,7 +80,7 @@ def staged_messages(problem, tile, messages, rows, begin_edge, end_edge, num_blo
     begin, end = run_of_blocks(num_blocks)
     head_row = tl.load(edges.block_rows + 2 * begin)
     sums = Sums(rows, None, head_row)
-    carry = Carry(tl.full((), -1, tl.int32), tl.zeros((spec.HP,), tl.float32), None, head_row)
+    carry = Carry(tl.full((), -1, tl.int32), tl.zeros((spec.HP,), tl.float32), 0, head_row)
     for number in tl.range(begin, end, disable_licm=True):
         block = block_of_edges(edges, begin_edge, end_edge, number, spec)
         m = activation(load_linear(tile, block, weights.b2, spec), numbers, spec)
@@ -115,7 +114,7 @@ def staged_shifts(problem, tile, rows, begin_edge, end_edge, num_blocks, spec):
     begin, end = run_of_blocks(num_blocks)
     head_row = tl.load(edges.block_rows + 2 * begin)
     sums = Sums(None, rows, head_row)
-    carry = Carry(tl.full((), -1, tl.int32), None, tl.zeros((spec.DP,), tl.float32), head_row)
+    carry = Carry(tl.full((), -1, tl.int32), 0, tl.zeros((spec.DP,), tl.float32), head_row)
     for number in tl.range(begin, end, disable_licm=True):
         block = block_of_edges(edges, begin_edge, end_edge, number, spec)
         pairs = pairs_of(edges, inputs, block, spec)

@@ -165,7 +165,7 @@ def _case(face: str, case: Case, precision: str, setting: Setting) -> Outcome:
     has_edges = case.build_graph().num_edges > 0
     with (
         matmul(precision),
-        rounded_products(precision, setting.device),
+        rounded_products(precision),
         checks.poisoned_memory(),
         launched(outcome, *(("forward", "backward") if has_edges else ())),
     ):
@@ -188,7 +188,7 @@ def _case(face: str, case: Case, precision: str, setting: Setting) -> Outcome:
 def _look(outcome: Outcome, problem: Problem, case: str, precision: str) -> None:
     """Write down where outputs and first gradients are wrong."""
     exact = Problem({k: t.double() for k, t in problem.leaves.items()}, problem.run)
-    with matmul(precision), rounded_products(precision, problem.leaves["x"].device.type):
+    with matmul(precision), rounded_products(precision):
         found, plain = (triage.first_order(problem, name) for name in ("triton", "reference"))
         truth = triage.first_order(exact, "reference")
         bounds = _bounds(precision, [plain], truth)

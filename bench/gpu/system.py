@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.gpu.checks import EVERYTHING, at, judge_tensors, launched
+from bench.gpu.checks import EVERYTHING, ORDERS, at, judge_tensors, launched
 from bench.gpu.setting import LEFT_OUT, Item, Outcome, Setting, autocast, deterministic, matmul
 from egnn_fast import approximate_activations
 from egnn_fast import nn as layers
@@ -134,19 +134,32 @@ class _Network:
         other.inputs = {k: t.detach().to(dtype).requires_grad_() for k, t in self.inputs.items()}
         return other
 
-    def run(self, precision: str, net: nn.Module | None = None) -> Tensors:
-        """Outputs, and gradients of inputs and weights."""
+    def run(
+        self, precision: str, net: nn.Module | None = None, order: Tensor | None = None
+    ) -> Tensors:
+        """Outputs, and gradients of inputs and weights; with ``order``, nodes are numbered so."""
         net = self.net if net is None else net  # the truth of a compiled one is not defined
+        h, x, graph = self.inputs["h"], self.inputs["x"], self.graph
+        if order is not None:
+            h, x, back = h[order], x[order], order.argsort()
+            graph = Graph.from_edge_index(back[graph.edge_index], graph.num_nodes)
         with autocast(precision, self.device):
-            h, x = net(self.inputs["h"], self.inputs["x"], self.graph)
+            h, x = net(h, x, graph)
+        if order is not None:
+            h, x = h[back], x[back]
         return _with_gradients({"h": h, "x": x}, self.inputs | dict(self.net.named_parameters()))
 
-    def expected(self, precision: str) -> tuple[Tensors, Tensors]:
-        """Plain PyTorch at this precision, and the truth."""
+    def expected(self, precision: str) -> tuple[list[Tensors], Tensors]:
+        """Plain PyTorch at this precision, in several orders of summation, and the truth."""
+        orders = [None] + [self._order(k) for k in range(ORDERS - 1)]
         return (
-            self.like("reference").run(precision),
+            [self.like("reference").run(precision, order=order) for order in orders],
             self.like("reference", torch.float64).run("highest"),
         )
+
+    def _order(self, seed: int) -> Tensor:
+        draw = torch.Generator().manual_seed(seed)
+        return torch.randperm(self.graph.num_nodes, generator=draw).to(self.device)
 
 
 def _cuda_graph(kind: str, precision: str, setting: Setting) -> Outcome:
@@ -163,7 +176,7 @@ def _cuda_graph(kind: str, precision: str, setting: Setting) -> Outcome:
         torch.cuda.synchronize()
         replayed = {name: t.clone() for name, t in held.items()}
         plain, truth = found.expected(precision)
-    judge_tensors(outcome, precision, "EGNN", f"CUDA graph, {kind}", replayed, [plain], truth)
+    judge_tensors(outcome, precision, "EGNN", f"CUDA graph, {kind}", replayed, plain, truth)
     return outcome
 
 
@@ -182,7 +195,7 @@ def _captured_first(kind: str, precision: str, setting: Setting) -> Outcome:
         eager = like.run(precision)
         torch.cuda.synchronize()
         plain, truth = like.expected(precision)
-    judge_tensors(outcome, precision, "EGNN", f"after a capture, {kind}", eager, [plain], truth)
+    judge_tensors(outcome, precision, "EGNN", f"after a capture, {kind}", eager, plain, truth)
     return outcome
 
 
@@ -197,12 +210,13 @@ def _graphed(kind: str, precision: str, setting: Setting) -> Outcome:
         with torch.no_grad():
             for t in found.inputs.values():
                 t.mul_(1.25)
-        h, x = run(found.inputs["h"], found.inputs["x"])
+        with autocast(precision, found.device):
+            h, x = run(found.inputs["h"], found.inputs["x"])
         leaves = found.inputs | dict(found.net.named_parameters())
         replayed = {k: t.clone() for k, t in _with_gradients({"h": h, "x": x}, leaves).items()}
         torch.cuda.synchronize()
         plain, truth = found.expected(precision)
-    judge_tensors(outcome, precision, "EGNN", f"graphed, {kind}", replayed, [plain], truth)
+    judge_tensors(outcome, precision, "EGNN", f"graphed, {kind}", replayed, plain, truth)
     return outcome
 
 
@@ -245,7 +259,7 @@ def _compiled(kind: str, precision: str, setting: Setting) -> Outcome:
     with matmul(precision), launched(outcome, "forward", "backward"):
         compiled = found.run(precision, net)
         plain, truth = found.expected(precision)
-    judge_tensors(outcome, precision, "EGNN", f"compiled, {kind}", compiled, [plain], truth)
+    judge_tensors(outcome, precision, "EGNN", f"compiled, {kind}", compiled, plain, truth)
     return outcome
 
 

@@ -15,12 +15,18 @@ from torch import Tensor
 
 from egnn_fast.backends.triton import layers
 from egnn_fast.backends.triton.call import Call
-from egnn_fast.backends.triton.edges import launches, run_backward, run_forward
+from egnn_fast.backends.triton.edges import (
+    in_stages_if_too_large,
+    launches,
+    run_backward,
+    run_forward,
+)
 from egnn_fast.operators.signature import LAYER, MESSAGES
 
 __all__ = ["launches", "layer", "layer_backward", "messages", "messages_backward"]
 
 
+@in_stages_if_too_large
 def messages(*args: Any) -> tuple[Tensor, Tensor]:
     """``egnn_fast::messages`` by Triton: M ``[N, H]`` and X ``[N, D]`` (no rows without a head)."""
     with _current(args[MESSAGES.index("x")].device):
@@ -32,6 +38,7 @@ def messages(*args: Any) -> tuple[Tensor, Tensor]:
         return m, m.new_empty((0, call.dim)) if shift is None else shift
 
 
+@in_stages_if_too_large
 def messages_backward(*args: Any) -> list[Tensor]:
     """``egnn_fast::messages_backward`` by Triton: the gradients needed, in order."""
     before, forward_args, needed = MESSAGES.split_backward(args)
@@ -52,12 +59,14 @@ def messages_backward(*args: Any) -> list[Tensor]:
         ]
 
 
+@in_stages_if_too_large
 def layer(*args: Any) -> tuple[Tensor, ...]:
     """``egnn_fast::layer`` by Triton: new h, x and v, then the sums M and X; no activations."""
     with _current(args[LAYER.index("x")].device):
         return layers.forward(args)
 
 
+@in_stages_if_too_large
 def layer_backward(*args: Any) -> list[Tensor]:
     """``egnn_fast::layer_backward`` by Triton: the gradients needed, in order."""
     (*cotangents, m, shift, _), forward_args, needed = LAYER.split_backward(args)

@@ -46,6 +46,8 @@ from egnn_fast.operators.signature import GRAPH, MESSAGES
 CHUNK_BYTES = 128 << 20
 # chunks after which one launch adds the slots of programs to their rows
 FINISHED_TOGETHER = 16
+# calls whose one kernel asked for more shared memory than a program may have: they run in stages
+_too_large: set[tuple[Any, ...]] = set()
 MAX_BLOCK = 1024  # no edge of a last block may lie beyond int32
 _INTERPRETED_PROGRAMS = 3
 
@@ -56,6 +58,10 @@ def architecture(device: torch.device) -> str:
         return "sm_90"
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+class TooLarge(Exception):
+    """The one kernel of a pass does not fit: the same call now runs in stages."""
 
 
 def _contiguous(tensor: Any) -> Any:
@@ -94,7 +100,11 @@ class Call:
         )
         # many edge attributes have products of their own, in chunks of edges
         self.many = self.attrs > MAX_ATTRS
-        if self.many and not self.blocks.staged:
+        self._kind = (
+            self.blocks, direction, self.precision, channels, self.dim, self.attrs, options,
+            architecture(self.device), *(t is None for t in args[: MESSAGES.n_inputs]),
+        )  # fmt: skip
+        if (self.many or self._kind in _too_large) and not self.blocks.staged:
             self.blocks = staged_blocks(products, padded(channels))
         self.staged = self.blocks.staged
         self.hidden = row_width(channels, self.staged)
@@ -118,6 +128,10 @@ class Call:
             self.w_a = self.width.widen(weights.w_a, 0)
             weights = weights._replace(w_a=None)
         self.weights = packed(weights, self.plan)
+
+    def does_not_fit(self) -> None:
+        """Have calls like this one run in stages from now on."""
+        _too_large.add(self._kind)
 
     def attr_rows(self, begin: int, end: int) -> Tensor:
         """The edge attributes ``[end - begin, A]`` of edges, as products take them."""

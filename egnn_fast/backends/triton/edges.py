@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
 
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from egnn_fast.backends.triton import staged
 from egnn_fast.backends.triton.backward import Backward
-from egnn_fast.backends.triton.call import Call
+from egnn_fast.backends.triton.call import Call, TooLarge
 from egnn_fast.kernels.forward import launch_edge_forward
 
 # how often the passes ran, and a layer's nodes before and after them
 launches = {"forward": 0, "backward": 0, "nodes": 0}
+
+
+@contextmanager
+def _fitting(call: Call) -> Iterator[None]:
+    """Raise TooLarge where a pass that is one kernel does not fit; nothing has run then.
+
+    What a kernel takes depends on its options and on the compiler, so no table can tell.
+    """
+    try:
+        yield
+    except OutOfResources as error:
+        if call.staged:
+            raise
+        call.does_not_fit()
+        raise TooLarge from error
+
+
+def in_stages_if_too_large(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run``, which makes a Call; once more if that was TooLarge."""
+
+    @wraps(run)
+    def inner(*args: Any) -> Any:
+        try:
+            return run(*args)
+        except TooLarge:
+            return run(*args)
+
+    return inner
 
 
 def run_forward(call: Call, m: Tensor, shift: Tensor | None) -> None:
@@ -25,7 +57,8 @@ def run_forward(call: Call, m: Tensor, shift: Tensor | None) -> None:
     m_rows = call.rows(m, part.programs)
     x_rows = None if shift is None else call.rows(shift, part.programs)
     chunk = part.chunk(0, call.num_edges)
-    launch_edge_forward(call.plan, call.problem(part), m_rows, x_rows, chunk)
+    with _fitting(call):
+        launch_edge_forward(call.plan, call.problem(part), m_rows, x_rows, chunk)
     call.finish(part.slots, m_rows, x_rows)
 
 
@@ -34,6 +67,7 @@ def run_backward(
 ) -> list[Tensor | None]:
     """A gradient for each differentiable input that is needed; there are edges."""
     kind = staged.Backward if call.staged else Backward
-    gradients = kind(call, g_m, g_x, needed).run()
+    with _fitting(call):
+        gradients = kind(call, g_m, g_x, needed).run()
     launches["backward"] += 1
     return gradients
