@@ -16,6 +16,8 @@ MAX_HIDDEN, MAX_DIM = 256, 16
 APPROXIMATE = "~"
 # compute capabilities of the GPUs on which all checks passed: see bench/results
 PROVEN: frozenset[tuple[int, int]] = frozenset()
+# those on which some did
+TRIED = frozenset({(9, 0)})
 
 
 # read once, at import, as Triton does

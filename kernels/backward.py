@@ -18,7 +18,7 @@ from egnn_fast.kernels.device import (
     shared_slope,
     slope_from_shared,
 )
-from egnn_fast.kernels.edges import block_of_edges, first_linear, mask_of, prefetch_block
+from egnn_fast.kernels.edges import block_of_edges, first_linear, mask_of, pairs_of, prefetch_block
 from egnn_fast.kernels.gradients import (
     B2,
     B3,
@@ -97,7 +97,8 @@ def edge_backward(problem, cotangents, gradients, begin_edge, end_edge, num_bloc
     )
     for number in tl.range(begin, end, disable_licm=True):
         block = block_of_edges(edges, begin_edge, end_edge, number, spec)
-        pairs, z = first_linear(problem, w_a, block, spec)
+        pairs = pairs_of(edges, inputs, block, spec)
+        z = first_linear(problem, w_a, block, pairs, spec)
         mask = mask_of(inputs, pairs.user, block.live)
 
         a1, slope1 = activation_and_slope(z, numbers, spec)
@@ -173,7 +174,7 @@ def edge_backward(problem, cotangents, gradients, begin_edge, end_edge, num_bloc
         if for_weights:
             vectors = add_first_weights(vectors, inputs, w_a, block, pairs, g_z1, spec)
         carry = first_gradients(problem, w_a, gradients, sums, block, pairs, g_z1, g_d, carry, spec)
-        prefetch_block(edges, inputs, cotangents.m, begin_edge, end_edge, number + 1, end, spec)
+        prefetch_block(problem, cotangents.m, begin_edge, end_edge, number + 1, end, spec)
         if for_weights and not spec.EXACT:  # noqa: SIM102
             if (block.begin + spec.BLOCK - begin_edge) % FLUSH == 0:
                 at = sums_of_program(gradients, block.last, spec)

@@ -30,6 +30,7 @@ class Blocks(NamedTuple):
         units, more for others
     shared_slopes : backward: how many layers, from the first, hold their slopes in shared memory,
         not in registers; 0 if products are as accurate as float32
+    prefetch : backward: whether L2 loads the rows that the next block gathers ahead
     """
 
     edges: int
@@ -42,8 +43,7 @@ class Blocks(NamedTuple):
     split: str = "tf32x3"
     paired: bool = True
     shared_slopes: int = 0
-    ahead: int = 0
-    most_registers: int = 0
+    prefetch: bool = False
 
     def launch_options(self, direction: str, nvidia: bool) -> dict[str, int]:
         """Triton's options for compiling a pass.
@@ -57,8 +57,6 @@ class Blocks(NamedTuple):
         if nvidia and direction == "forward" and not self.staged:
             share = _REGISTERS // (_LANES * self.warps * self.programs)
             options["maxnreg"] = min(share // 8 * 8, _MOST_REGISTERS)
-        if self.most_registers:
-            options["maxnreg"] = self.most_registers
         return options
 
 
@@ -83,7 +81,7 @@ TABLE: dict[tuple[str, str, int], Blocks] = {
     ("forward", "16", 64): Blocks(64, 4, 4, 0, _H200, paired=False),
     ("forward", "16", 128): Blocks(64, 4, 2, 0, _LEAST, paired=False),
     ("forward", "16", 256): _staged("16", 256, _LEAST),
-    ("forward", "high", 64): Blocks(64, 4, 3, 0, _H200, paired=False),
+    ("forward", "high", 64): Blocks(64, 4, 4, 0, _H200, paired=False),
     ("forward", "high", 128): Blocks(128, 8, 1, 0, _LEAST, streamed=2),
     ("forward", "high", 256): _staged("high", 256, _LEAST),
     ("forward", "highest", 64): Blocks(64, 4, 3, 0, _H200, split="bf16x6", paired=False),
@@ -91,18 +89,20 @@ TABLE: dict[tuple[str, str, int], Blocks] = {
     ("forward", "highest", 128): Blocks(128, 8, 1, 0, _LEAST, streamed=2, split="bf16x6"),
     ("forward", "highest", 256): _staged("highest", 256, _LEAST),
     ("backward", "16", 32): Blocks(64, 4, 2, 0, _LEAST, paired=False),
-    ("backward", "16", 64): Blocks(64, 4, 2, 0, _H200, shared_slopes=1, ahead=1),
+    ("backward", "16", 64): Blocks(64, 4, 2, 0, _H200, shared_slopes=1, prefetch=True),
     ("backward", "16", 128): Blocks(
-        128, 8, 1, 0, _LEAST, streamed=1, paired=False, shared_slopes=2
+        128, 8, 1, 0, _H200, streamed=1, paired=False, shared_slopes=2, prefetch=True
     ),
     ("backward", "16", 256): _staged("16", 256, _LEAST),
     ("backward", "high", 32): Blocks(64, 4, 1, 0, _HOLDS.format("sm_90"), shared_slopes=1),
-    ("backward", "high", 64): Blocks(32, 4, 2, 0, _H200, paired=False, shared_slopes=1, ahead=1),
+    ("backward", "high", 64): Blocks(
+        32, 4, 2, 0, _H200, paired=False, shared_slopes=1, prefetch=True
+    ),
     ("backward", "high", 128): Blocks(128, 8, 1, 2, _LEAST, streamed=2, paired=False),
     ("backward", "high", 256): _staged("high", 256, _LEAST),
     ("backward", "highest", 16): Blocks(32, 2, 4, 0, _LEAST),
     ("backward", "highest", 32): Blocks(32, 2, 3, 0, _LEAST),
-    ("backward", "highest", 64): Blocks(32, 4, 1, 2, _H200, paired=False, ahead=1),
+    ("backward", "highest", 64): Blocks(32, 4, 1, 2, _H200, paired=False, prefetch=True),
     ("backward", "highest", 128): _staged("highest", 128, _LEAST),
     ("backward", "highest", 256): _staged("highest", 256, _LEAST),
 }

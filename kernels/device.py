@@ -35,20 +35,6 @@ def _special(t, INSTRUCTION: tl.constexpr):
 
 
 @triton.jit
-def square(t, PTX: tl.constexpr):
-    """t² of a tile, rounded: not merged with a sum that follows.
-
-    Threads that hold the same number then have the same bits of that sum, whatever its order.
-    """
-    if PTX:
-        return tl.inline_asm_elementwise(
-            "mul.rn.f32 $0, $1, $1;", "=f,f", [t], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return t * t
-
-
-@triton.jit
 def _exp2(t, PTX: tl.constexpr):
     """2^t, 0 where that is below the normal numbers."""
     if PTX:
@@ -195,6 +181,21 @@ def operand(t, spec):
 
 
 @triton.jit
+def rounded_product(a, b, spec):
+    """``a * b`` of narrow tiles, rounded before the sum over columns that follows.
+
+    Merged with that sum (fma), it would be rounded otherwise in each of the threads that share a
+    row, and which thread's sum is then taken would be a race.
+    """
+    if spec.PTX:
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return a * b
+
+
+@triton.jit
 def product(a, b, spec):
     """``a @ b`` of operands by the matrix units, summed in float32."""
     return tl.dot(a, b, input_precision=spec.DOT)
@@ -235,16 +236,10 @@ def rows_and_columns(rows, width: tl.constexpr, padded: tl.constexpr):
 @triton.jit
 def load_rows(base, index, live, stride, width: tl.constexpr, padded: tl.constexpr):
     """Rows of ``index`` of a row-major matrix, as float32; 0 where not live."""
-    return load_stored_rows(base, index, live, stride, width, padded).to(tl.float32)
-
-
-@triton.jit
-def load_stored_rows(base, index, live, stride, width: tl.constexpr, padded: tl.constexpr):
-    """The same in the matrix's own type."""
     columns = tl.arange(0, padded)
     offset = index.to(tl.int64) * stride
     inside = rows_and_columns(live, width, padded)
-    return tl.load(base + offset[:, None] + columns[None, :], mask=inside, other=0.0)
+    return tl.load(base + offset[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit

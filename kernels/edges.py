@@ -9,11 +9,10 @@ import triton.language as tl
 
 from egnn_fast.kernels.device import (
     load_rows,
-    load_stored_rows,
     load_vector,
     operand,
     product,
-    square,
+    rounded_product,
 )
 
 
@@ -86,15 +85,10 @@ def positions_of(block):
 def pairs_of(edges, inputs, block, spec):
     """The Pairs of a block."""
     i, j = nodes_of(edges, block)
-    return _pairs_between(i, j, edges, inputs, block, spec)
-
-
-@triton.jit
-def _pairs_between(i, j, edges, inputs, block, spec):
     user = users_of(edges, block)
     d = load_rows(inputs.x, i, block.live, spec.D, spec.D, spec.DP)
     d -= load_rows(inputs.x, j, block.live, spec.D, spec.D, spec.DP)
-    return Pairs(user, i, j, d, tl.sum(square(d, spec.PTX), axis=1))
+    return Pairs(user, i, j, d, tl.sum(rounded_product(d, d, spec), axis=1))
 
 
 @triton.jit
@@ -179,62 +173,48 @@ def mask_of(inputs, user, live):
 
 
 @triton.jit
-def first_linear(problem, w_a, block, spec):
-    """``(pairs, z1)`` of a block: z1 = P_i + Q_j + w_r r + W_a a ``[BLOCK, HP]``.
-
-    ``w_a`` is the matrix W_a, or None.
-    """
-    edges, inputs = problem.edges, problem.inputs
-    i, j = nodes_of(edges, block)
-    # on their way while the coordinates are loaded and shared among threads
-    if spec.AHEAD >= 4:
-        p = load_stored_rows(inputs.pq, i, block.live, 2 * spec.H, spec.H, spec.HP)
-        q = load_stored_rows(inputs.pq + spec.H, j, block.live, 2 * spec.H, spec.H, spec.HP)
-        pairs = _pairs_between(i, j, edges, inputs, block, spec)
-        z = p.to(tl.float32) + q.to(tl.float32)
-    else:
-        pairs = _pairs_between(i, j, edges, inputs, block, spec)
-        z = load_rows(inputs.pq, i, block.live, 2 * spec.H, spec.H, spec.HP)
-        z += load_rows(inputs.pq + spec.H, j, block.live, 2 * spec.H, spec.H, spec.HP)
+def first_linear(problem, w_a, block, pairs, spec):
+    """z1 = P_i + Q_j + w_r r + W_a a ``[BLOCK, HP]``; ``w_a`` is the matrix W_a, or None."""
+    inputs = problem.inputs
+    z = load_rows(inputs.pq, pairs.i, block.live, 2 * spec.H, spec.H, spec.HP)
+    z += load_rows(inputs.pq + spec.H, pairs.j, block.live, 2 * spec.H, spec.H, spec.HP)
     z += pairs.r[:, None] * load_vector(problem.weights.w_r, spec)[None, :]
     if w_a is not None:
         a = load_rows(inputs.edge_attr, pairs.user, block.live, spec.A, spec.A, spec.AP)
         z += product(operand(a, spec), tl.trans(operand(w_a, spec)), spec)
-    return pairs, z
+    return z
 
 
 @triton.jit
-def _prefetch(address, AHEAD: tl.constexpr):
-    address = address.to(tl.int64)
-    if AHEAD == 1:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32,
-            is_pure=False, pack=1,
-        )  # fmt: skip
-    else:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32,
-            is_pure=False, pack=1,
-        )  # fmt: skip
+def _prefetch(address):
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address.to(tl.int64)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
-def prefetch_block(edges, inputs, g_m, begin_edge, end_edge, number, end, spec):
-    """Ask for the rows of P, Q and x that a block needs."""
-    if spec.AHEAD % 4 > 0 and spec.PTX:
-        number = tl.minimum(number, end - 1)
-        block = block_of_edges(edges, begin_edge, end_edge, number, spec)
+def _prefetch_rows(base, index, stride, width: tl.constexpr):
+    """Have L2 load rows of a row-major matrix, line by line of 128 bytes."""
+    line: tl.constexpr = 1024 // base.dtype.element_ty.primitive_bitwidth
+    row = base + index.to(tl.int64) * stride
+    for begin in tl.static_range(0, width, line):
+        _prefetch(row + begin)
+
+
+@triton.jit
+def prefetch_block(problem, g_m, begin_edge, end_edge, number, end, spec):
+    """Have L2 load what the block of this number, below ``end``, reads of its nodes.
+
+    That is their rows of P, Q, x, and of ``g_m``, the cotangent of M, unless it is None.
+    """
+    if spec.PREFETCH and spec.PTX:
+        edges, inputs = problem.edges, problem.inputs
+        block = block_of_edges(edges, begin_edge, end_edge, tl.minimum(number, end - 1), spec)
         i, j = nodes_of(edges, block)
         i = tl.maximum(i, 0)
-        _prefetch(inputs.x + j.to(tl.int64) * spec.D, spec.AHEAD % 4)
-        size: tl.constexpr = inputs.pq.dtype.element_ty.primitive_bitwidth // 8
-        each: tl.constexpr = 128 // size
-        lines: tl.constexpr = (spec.H + each - 1) // each
-        for line in tl.static_range(lines):
-            _prefetch(inputs.pq + i.to(tl.int64) * (2 * spec.H) + line * each, spec.AHEAD % 4)
-            _prefetch(
-                inputs.pq + j.to(tl.int64) * (2 * spec.H) + spec.H + line * each, spec.AHEAD % 4
-            )
+        _prefetch_rows(inputs.x, j, spec.D, 1)
+        _prefetch_rows(inputs.pq, i, 2 * spec.H, spec.H)
+        _prefetch_rows(inputs.pq + spec.H, j, 2 * spec.H, spec.H)
         if g_m is not None:
-            for line in tl.static_range((spec.H + 31) // 32):
-                _prefetch(g_m + i.to(tl.int64) * spec.H + line * 32, spec.AHEAD % 4)
+            _prefetch_rows(g_m, i, spec.H, spec.H)

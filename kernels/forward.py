@@ -16,7 +16,7 @@ from egnn_fast.kernels.device import (
     product,
     run_of_blocks,
 )
-from egnn_fast.kernels.edges import block_of_edges, first_linear, mask_of, prefetch_block
+from egnn_fast.kernels.edges import block_of_edges, first_linear, mask_of, pairs_of
 from egnn_fast.kernels.head import shift_of
 from egnn_fast.kernels.records import Chunk, Plan, Problem, Rows
 from egnn_fast.kernels.rows import Carry, EdgeValues, Sums, add_block_rows, finish_block_rows
@@ -51,7 +51,8 @@ def edge_forward(problem, m_rows, x_rows, begin_edge, end_edge, num_blocks, spec
     )
     for number in tl.range(begin, end, disable_licm=True):
         block = block_of_edges(edges, begin_edge, end_edge, number, spec)
-        pairs, z = first_linear(problem, w_a, block, spec)
+        pairs = pairs_of(edges, inputs, block, spec)
+        z = first_linear(problem, w_a, block, pairs, spec)
 
         if spec.STREAMED >= 2:
             w2 = load_weights(weights.w2, spec)
@@ -59,7 +60,6 @@ def edge_forward(problem, m_rows, x_rows, begin_edge, end_edge, num_blocks, spec
             product(operand(activation(z, numbers, spec), spec), tl.trans(w2), spec)
             + load_vector(weights.b2, spec)[None, :]
         )
-        prefetch_block(edges, inputs, None, begin_edge, end_edge, number + 1, end, spec)
         m = activation(z, numbers, spec)
         if weights.w_g is not None:
             m *= gate_of(m, weights, spec)[:, None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from egnn_fast.kernels.device import tanh
+from egnn_fast.kernels.device import rounded_product, tanh
 
 _UNIT_NORM_EPS = tl.constexpr(1e-8)
 
@@ -63,7 +63,7 @@ def head_gradient(pairs, s, g_x, mask, numbers, spec):
     if spec.TANH:
         s = tanh(s)
     u = _unit_of(pairs, numbers, spec)
-    g_s = tl.sum(_unclamped(u, s, g_x, mask, numbers, spec) * u, axis=1)
+    g_s = tl.sum(rounded_product(_unclamped(u, s, g_x, mask, numbers, spec), u, spec), axis=1)
     if spec.TANH:
         g_s *= 1.0 - s * s
     return g_s
@@ -81,12 +81,12 @@ def shift_gradients(pairs, s, g_x, mask, numbers, spec):
     t = u * s[:, None]
     if spec.CLAMP:
         t = _clamped(t, numbers)
-    g_mask = tl.sum(t * g_x, axis=1)
+    g_mask = tl.sum(rounded_product(t, g_x, spec), axis=1)
     g_d = _unclamped(u, s, g_x, mask, numbers, spec) * s[:, None]
     if spec.NORM != 0:
         inverse, norm = _inverse_norm(pairs.r, numbers, spec)
         if spec.NORM == 2:
-            along = tl.sum(pairs.d * g_d, axis=1) * inverse * inverse
+            along = tl.sum(rounded_product(pairs.d, g_d, spec), axis=1) * inverse * inverse
             along = tl.where(norm > 0, tl.div_rn(along, tl.where(norm > 0, norm, 1.0)), 0.0)
             g_d = g_d * inverse[:, None] - pairs.d * along[:, None]
         else:

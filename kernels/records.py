@@ -221,12 +221,12 @@ _PRODUCT = ("OPERAND", "DOT", "ROUND")
 _TILE = ("H", "D", "A", "HP", "DP", "AP", "BLOCK")
 _HEAD = ("NORM", "TANH", "CLAMP")
 READ: dict[str, tuple[str, ...]] = {
-    "edge_forward": (*_TILE, *_ACTIVATION, *_PRODUCT, *_HEAD, "PART", "STREAMED", "AHEAD"),
+    "edge_forward": (*_TILE, *_ACTIVATION, *_PRODUCT, *_HEAD, "PART", "STREAMED"),
     "edge_backward": (
         *_TILE, *_ACTIVATION, *_PRODUCT, *_HEAD, "EXACT", "SHARED_SLOPES", "PART", "K", "STREAMED",
-        "IN_MEMORY", "AHEAD",
+        "IN_MEMORY", "PREFETCH",
     ),
-    "staged_first": (*_TILE, *_ACTIVATION, *_PRODUCT, "AHEAD"),
+    "staged_first": (*_TILE, *_ACTIVATION, *_PRODUCT),
     "staged_messages": ("H", "D", "HP", "BLOCK", *_ACTIVATION, "OPERAND", "PART"),
     "staged_shifts": ("H", "D", "HP", "DP", "BLOCK", *_ACTIVATION, *_HEAD, "OPERAND", "PART"),
     "staged_shifts_backward": (
@@ -235,7 +235,7 @@ READ: dict[str, tuple[str, ...]] = {
     "staged_messages_backward": (
         "H", "A", "HP", "BLOCK", *_ACTIVATION, *_PRODUCT, "K",
     ),
-    "staged_first_backward": (*_TILE, *_ACTIVATION, *_PRODUCT, "PART", "K", "AHEAD"),
+    "staged_first_backward": (*_TILE, *_ACTIVATION, *_PRODUCT, "PART", "K"),
     "sender_sums": ("H", "D", "HP", "DP", "BLOCK", "OPERAND", "PART"),
     "project_nodes": ("H", "D", "HP", "DP", *_PRODUCT),
     "update_nodes": ("H", "D", "HP", "DP", *_ACTIVATION, *_PRODUCT),
@@ -276,6 +276,7 @@ class Spec(NamedTuple):
     K : width of a program's sums for the weights (backward)
     STREAMED : how many of w3 and w2 are loaded again for each block, as shared memory is too small
     IN_MEMORY : how many of the sums for w2 and w3 are in memory, not in registers (backward)
+    PREFETCH : whether L2 loads the next block's rows ahead (backward)
     """
 
     H: Any
@@ -301,7 +302,7 @@ class Spec(NamedTuple):
     K: Any
     STREAMED: Any
     IN_MEMORY: Any
-    AHEAD: Any
+    PREFETCH: Any
 
     @classmethod
     def of(cls, **fields: Any) -> Spec:
@@ -338,7 +339,7 @@ class Spec(NamedTuple):
             PART=PART,
             APPROX=precision != products, PAIRED=blocks.paired, PTX=nvidia and not interpreting(),
             K=sum(weight_parts(hidden, attrs, blocks.staged).values()), STREAMED=blocks.streamed,
-            IN_MEMORY=blocks.in_memory, AHEAD=blocks.ahead,
+            IN_MEMORY=blocks.in_memory, PREFETCH=blocks.prefetch,
         )  # fmt: skip
 
 

@@ -48,14 +48,15 @@ def staged_first(problem, tile, added, begin_edge, end_edge, num_blocks, spec):
 
     ``added``, a tile, is the product W_a a where the edge attributes are many, else None.
     """
-    edges, weights = problem.edges, problem.weights
+    edges, inputs, weights = problem.edges, problem.inputs, problem.weights
     begin, end = run_of_blocks(num_blocks)
     w_a = None
     if weights.w_a is not None:
         w_a = load_matrix(weights.w_a, spec.H, spec.A, spec.HP, spec.AP)
     for number in tl.range(begin, end, disable_licm=True):
         block = block_of_edges(edges, begin_edge, end_edge, number, spec)
-        pairs, z = first_linear(problem, w_a, block, spec)
+        pairs = pairs_of(edges, inputs, block, spec)
+        z = first_linear(problem, w_a, block, pairs, spec)
         if added is not None:
             z += load_rows(added, positions_of(block), block.live, spec.H, spec.H, spec.HP)
         a1 = activation(z, problem.numbers, spec)

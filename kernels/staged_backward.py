@@ -200,7 +200,8 @@ def staged_first_backward(
     )
     for number in tl.range(begin, end, disable_licm=True):
         block = block_of_edges(edges, begin_edge, end_edge, number, spec)
-        pairs, z = first_linear(problem, w_a, block, spec)
+        pairs = pairs_of(edges, inputs, block, spec)
+        z = first_linear(problem, w_a, block, pairs, spec)
         if added is not None:
             z += load_rows(added, positions_of(block), block.live, H, H, spec.HP)
         _, slope1 = activation_and_slope(z, numbers, spec)

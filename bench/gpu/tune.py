@@ -60,6 +60,7 @@ class Shape(NamedTuple):
     split: str = "tf32x3"
     paired: bool = True
     shared_slopes: int = 0
+    prefetch: bool = False
 
     @property
     def name(self) -> str:
@@ -69,6 +70,7 @@ class Shape(NamedTuple):
         name += f", {self.streamed} weights streamed" * (self.streamed > 0)
         name += ", in stages" * self.staged + f", {self.split}" * (self.split != "tf32x3")
         name += f", slopes of {self.shared_slopes} shared" * (self.shared_slopes > 0)
+        name += ", rows prefetched" * self.prefetch
         return name + ", a reciprocal for each activation" * (not self.paired)
 
 
@@ -97,7 +99,8 @@ def shapes(target: Target, setting: Setting) -> list[Shape]:
     if backward and target.precision != "highest":
         relieved += [(0, 1), (0, 2), (1, 1)]
     found = [
-        Shape(edges, warps, in_memory, streamed, False, split, paired, slopes)
+        # prefetching gained in each precision backward, and nothing forward (NOTES)
+        Shape(edges, warps, in_memory, streamed, False, split, paired, slopes, backward)
         for edges, warps, (in_memory, slopes), streamed, split, paired in itertools.product(
             EDGES, WARPS, relieved, streams, splits, (False, True)
         )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from egnn_fast.backends.user_choice import ENV_BACKEND
-from egnn_fast.kernels import MAX_DIM, MAX_HIDDEN, PROVEN, assembler, interpreting
+from egnn_fast.kernels import MAX_DIM, MAX_HIDDEN, PROVEN, TRIED, assembler, interpreting
 from egnn_fast.runtime import native
 from egnn_fast.runtime.backend_names import BACKENDS
 
@@ -99,10 +99,12 @@ def unproven(backend: str) -> str | None:
     """Why "auto" does not choose a backend that could run the call; None if it may."""
     if backend != "triton" or (_on_nvidia() and _architecture() in PROVEN):
         return None
-    return (
-        "its kernels were compiled and interpreted, but not yet run on such a GPU; "
-        f"backend='triton' or {ENV_BACKEND}=triton chooses it"
-    )
+    tried = _on_nvidia() and _architecture() in TRIED
+    reason = (
+        "not every check of its kernels has passed on such a GPU yet" if tried
+        else "its kernels were compiled and interpreted, but not yet run on such a GPU"
+    )  # fmt: skip
+    return f"{reason}; backend='triton' or {ENV_BACKEND}=triton chooses it"
 
 
 def _on_nvidia() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -295,3 +296,29 @@ def test_environment_chooses_the_instruction_set(name: str) -> None:
         assert done.stdout.strip() == name, done.stderr
     else:
         assert f"this machine cannot run {name}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("gpu", "proven", "expected"),
+    [
+        ((9, 0), {(9, 0)}, None),
+        ((9, 0), set(), "^not every check of its kernels has passed on such a GPU yet; backend="),
+        ((8, 0), {(9, 0)}, "^its kernels were compiled and interpreted, but not yet run on such"),
+    ],
+)
+def test_auto_says_what_is_known_of_a_gpu(
+    gpu: tuple[int, int], proven: set[tuple[int, int]], expected: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from egnn_fast.backends import available
+
+    monkeypatch.setattr(available, "PROVEN", frozenset(proven))
+    monkeypatch.setattr(available, "_on_nvidia", lambda: True)
+    monkeypatch.setattr(available, "_architecture", lambda: gpu)
+    reason = available.unproven("triton")
+    if expected is None:
+        assert reason is None
+    else:
+        assert reason is not None
+        assert re.search(expected, reason)
+    assert available.unproven("cpu") is None

@@ -49,9 +49,9 @@ def in_stages_if_too_large(run: Callable[..., Any]) -> Callable[..., Any]:
 
 def run_forward(call: Call, m: Tensor, shift: Tensor | None) -> None:
     """Add to the sums M ``[N, H]`` and, if there is a head, X ``[N, D]``; there are edges."""
-    launches["forward"] += 1
     if call.staged:
         staged.forward(call, m, shift)
+        launches["forward"] += 1
         return
     part = call.part(0, call.num_edges)
     m_rows = call.rows(m, part.programs)
@@ -60,6 +60,7 @@ def run_forward(call: Call, m: Tensor, shift: Tensor | None) -> None:
     with _fitting(call):
         launch_edge_forward(call.plan, call.problem(part), m_rows, x_rows, chunk)
     call.finish(part.slots, m_rows, x_rows)
+    launches["forward"] += 1
 
 
 def run_backward(
