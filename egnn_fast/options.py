@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -124,3 +126,10 @@ def _check_number(name: str, value: object, positive: bool = False) -> None:
     if math.isnan(value) or math.isinf(value) or (positive and value <= 0):
         kind = "a positive finite number" if positive else "a finite number"
         raise ValueError(f"{name}: expected {kind}, got {value!r}")
+
+
+def __getattr__(name: str) -> Any:
+    """The records of weights, which stood in this file: pickles name them so."""
+    if name in ("EdgeWeights", "LayerWeights"):
+        return getattr(import_module("egnn_fast.weights"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""A block of edges: its numbers, the nodes that the edges join, and their first linear layer."""
+"""A block of edges: their indices, the nodes that they join, and their first linear layer."""
 
 from __future__ import annotations
 
@@ -95,16 +95,19 @@ def pairs_of(edges, inputs, block, spec):
 def _load_nodes(edges, block):
     """``(i, j)`` of a list of edges, in one load.
 
-    A load with an element or more for each thread is made once. One of fewer the compiler makes
-    anew in every layout that needs it, where the threads wait for it row by row.
+    The compiler repeats a load that has fewer elements than threads in every layout that uses it,
+    and its threads then wait for one row after the other. This load has enough to be done once.
     """
     BLOCK: tl.constexpr = block.edge.shape[0]
     COPIES: tl.constexpr = 2 if BLOCK <= 32 else 1
     column = tl.arange(0, 2 * COPIES)[None, :]
     of_sender = column // COPIES
-    apart = (edges.senders.to(tl.int64) - edges.receivers.to(tl.int64)) // 4
-    at = edges.receivers + block.edge.to(tl.int64)[:, None] + of_sender * apart
-    both = tl.load(at, mask=block.live[:, None] & (column >= 0), other=-1)
+    # as numbers: on AMD an offset from a pointer to a small tensor is taken for one of 32 bits
+    receivers, senders = edges.receivers.to(tl.int64), edges.senders.to(tl.int64)
+    at = receivers + of_sender * (senders - receivers) + 4 * block.edge.to(tl.int64)[:, None]
+    both = tl.load(
+        at.to(tl.pointer_type(tl.int32)), mask=block.live[:, None] & (column >= 0), other=-1
+    )
     if COPIES == 2:
         both, _ = tl.split(tl.reshape(both, (BLOCK, 2, 2)))
     i, j = tl.split(both)
@@ -206,9 +209,10 @@ def _prefetch_rows(base, index, stride, width: tl.constexpr):
 def prefetch_block(problem, g_m, begin_edge, end_edge, number, end, spec):
     """Have L2 load what the block of this number, below ``end``, reads of its nodes.
 
-    That is their rows of P, Q, x, and of ``g_m``, the cotangent of M, unless it is None.
+    That is rows of P and Q, senders' x, and rows of ``g_m``, the cotangent of M, unless None.
+    Without a list of receivers, finding these costs more than it saves (assumed).
     """
-    if spec.PREFETCH and spec.PTX:
+    if spec.PREFETCH and spec.PTX and problem.edges.receivers is not None:
         edges, inputs = problem.edges, problem.inputs
         block = block_of_edges(edges, begin_edge, end_edge, tl.minimum(number, end - 1), spec)
         i, j = nodes_of(edges, block)

@@ -66,8 +66,8 @@ def edge_forward(problem, m_rows, x_rows, begin_edge, end_edge, num_blocks, spec
         mask = mask_of(inputs, pairs.user, block.live)
         if inputs.edge_mask is not None:  # edges that do not exist are in no row's sum anyway
             m *= mask[:, None]
-        # an edge whose message is not finite must not reach other rows; s shows it, but for an
-        # infinity that ReLU turned into 0
+        # an edge whose message is not finite must not reach other rows; s is not finite
+        # then, except where ReLU turned -infinity into 0
         shift_broken, t = None, None
         if weights.w3 is None:
             broken = not_finite(tl.sum(m.to(spec.OPERAND).to(tl.float32), axis=1))

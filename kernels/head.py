@@ -1,4 +1,4 @@
-"""The coordinate head of an edge: from s to the shift t that it adds to X, and back."""
+"""The coordinate head of an edge: from s to the shift t that it adds to X, and its gradients."""
 
 from __future__ import annotations
 

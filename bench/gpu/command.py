@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     option("--out", type=Path, metavar="FOLDER", help="for the results; needed but for --list")
     told = "a part; without it smoke, checks and times; times brings the checks at full size too"
     option("--only", choices=SECTIONS, help=told)
-    told = "of the whole run; 4 is the first half of the order (default: all of it, 9.3)"
+    told = "time limit of the run (default: 9, the whole plan; 4 runs its first half)"
     option("--minutes", type=float, metavar="N", help=told)
     option("--quick", action="store_true", help="fewer items")
     option("--resume", action="store_true", help="continue an interrupted run in --out")

@@ -12,7 +12,7 @@ Row = dict[str, Any]
 Sections = Mapping[str, list[Row]]
 EAGER = ("reference", "official")
 IN_GRAPH = " in a CUDA graph"
-# names of the items that compare values begin so; they end with the precision
+# what the names of items that compare values begin with; they end with the precision
 _VALUES = ("smoke: ", "edge pass: ", "layer: ", "at full size: ")
 
 

@@ -239,7 +239,7 @@ class Results:
             "counts": {status: self.count(status) for status in (PASS, FAIL, LEFT_OUT)},
             "items": list(self.items.values()), "goals": goals, "times": times, "found": told,
         }  # fmt: skip
-        # what is wrong comes first: a kill between two files leaves more, not less
+        # triage first: a run that is killed between two files keeps its failures
         stale = apart != self._apart and (self.folder / TRIAGE).exists()
         if stale or (apart != self._apart and any(apart.values())):
             environment = {"schema": SCHEMA, "environment": self.environment}

@@ -69,7 +69,7 @@ def _run(check: Check, setting: Setting) -> Outcome:
     # the compiler's processes are not looked at; a start beside others may take long
     options = ["--tool", check.tool, "--target-processes", "application-only",
                "--launch-timeout", "0"]  # fmt: skip
-    if check.tool == "memcheck":  # what libraries ask the driver in vain is no error of a kernel
+    if check.tool == "memcheck":  # failed queries of the driver by libraries are no kernel errors
         options += ["--report-api-errors", "no"]
     command = [tool, *options, *child]
     # blocks of a memory pool lie side by side: what is read beyond one of them is in another

@@ -20,7 +20,7 @@ from bench.gpu.variants import NAMES
 from egnn_fast import checks
 from egnn_fast.checks.cases import Case
 
-ORDERS = 3  # of summation, that say what plain PyTorch's error is
+ORDERS = 3  # orders of summation, from which plain PyTorch's error is estimated
 EDGES = 300_000  # on an H200 some ten blocks for each program
 _SPEED_EDGES, _SPEED_SAMPLES = 4_000_000, 7
 SPEEDS = ("bf16", "high", "highest")

@@ -91,18 +91,19 @@ def shapes(target: Target, setting: Setting) -> list[Shape]:
     if not setting.on_gpu:
         return [Shape(16, 4, 2 if target.direction == "backward" else 0), Shape(32, 4, 0)]
     backward = target.direction == "backward"
-    # kept weights suit narrow layers, streamed ones those that shared memory does not hold
+    # weights are loaded again for each block only where they do not fit into shared memory
     streams = (0,) if target.width <= 64 else (0, 1, 2)
     splits = ("tf32x3", "bf16x6") if target.precision == "highest" else ("tf32x3",)
-    # what registers hold less of: sums, or slopes where these can be shared
+    # on an H200 prefetching gained in each precision backward, and nothing forward (NOTES)
+    prefetching = (True, False) if backward else (False,)
+    # what is moved out of registers: sums, or slopes where these can be shared
     relieved = [(0, 0)] + [(1, 0), (2, 0)] * backward
     if backward and target.precision != "highest":
         relieved += [(0, 1), (0, 2), (1, 1)]
     found = [
-        # prefetching gained in each precision backward, and nothing forward (NOTES)
-        Shape(edges, warps, in_memory, streamed, False, split, paired, slopes, backward)
-        for edges, warps, (in_memory, slopes), streamed, split, paired in itertools.product(
-            EDGES, WARPS, relieved, streams, splits, (False, True)
+        Shape(edges, warps, in_memory, streamed, False, split, paired, slopes, prefetch)
+        for edges, warps, (in_memory, slopes), streamed, split, paired, prefetch in (
+            itertools.product(EDGES, WARPS, relieved, streams, splits, (False, True), prefetching)
         )
     ]
     # tiles of [edges, width] that no multiprocessor holds; from 128 on stages may be faster
@@ -161,13 +162,18 @@ def _blocks(shape: Shape, programs: int, source: str = "") -> Any:
 
 def _try(target: Target, shape: Shape, setting: Setting) -> Outcome:
     """Compile and check a candidate."""
+    from egnn_fast.backends.triton import launches
+
     outcome, problem = Outcome(), _problem(target, setting)
     with matmul(target.precision):
         plain, truth = problem.reference(target.precision), problem.reference(None)
         # the registers of a thread, so the compiled code, may depend on the programs
         for programs in _programs(shape, setting):
+            staged = launches["staged"]
             with override(target.direction, _blocks(shape, programs)):
                 found = problem.kernel(target.precision)
+            if not shape.staged and launches["staged"] != staged:
+                outcome.fail(f"{programs} programs: does not fit, ran in stages")
             name = f"{target.name}, {shape.name}, {programs} programs"
             judge_tensors(outcome, target.precision, "edge pass", name, found, [plain], truth)
     return outcome

@@ -1,8 +1,8 @@
 """Count what the edge pass launches, and predict the host's time for it.
 
-A GPU that is done before the host has launched the next kernel waits for it: a pass takes the
-longer of the two times. The count is that of a call without options, with dense tensors and whole
-widths, on a graph that an earlier call cached; backward, of one with all gradients.
+A pass takes the longer of the GPU's time and of the host's time for its launches. The count is that
+of a call without options, with dense tensors and whole widths, on a graph that an earlier call
+cached; backward, of one with all gradients.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the upper end of a predicted time adds to the lower: waits, and rates that are not reached.
+"""The upper estimate of a time: waits, and units that do not reach their rates.
 
 Every number has its source or is marked as assumed. Times measured on an H200 were 1.0 to 2.4 times
 the upper end: bench/results/NOTES.md.

@@ -1,8 +1,7 @@
 """The backends: what each can run, and which one runs a call.
 
 ``user_choice`` reads what the user asked for, ``available`` says what works here, and ``decision``
-chooses. ``cpu`` and ``triton`` call the kernels; the operators find them by the names registered
-below.
+chooses. ``cpu`` and ``triton`` call the kernels.
 """
 
 from importlib import import_module
@@ -24,7 +23,6 @@ from egnn_fast.backends.decision import (
     warn_once,
 )
 from egnn_fast.backends.user_choice import ENV_BACKEND, check_name, requested, use_backend
-from egnn_fast.operators.registry import register
 from egnn_fast.runtime.backend_names import AUTO, BACKENDS
 
 __all__ = [
@@ -48,7 +46,5 @@ __all__ = [
     "warn_once",
 ]
 
-register("cpu", "egnn_fast.backends.cpu")
-register("triton", "egnn_fast.backends.triton")
 # an extension that was built from another version is refused here, before anybody asks for it
 import_module("egnn_fast.backends.cpu")

@@ -93,14 +93,16 @@ def decide(argument: str | None, call: Call) -> Decision:
             return Decision(name, "", error=f"backend {name!r} cannot run this call: {error}")
         return Decision(name, "named by the caller", warning() if name == "triton" else None)
     fused = "cpu" if call.device == "cpu" else "triton"
-    missing = refusal(fused, call) or unproven(fused)
-    if missing is None:
+    missing, doubt = refusal(fused, call), unproven(fused)
+    if missing is None and doubt is None:
         return Decision(fused, _FASTEST, warning() if fused == "triton" else None)
+    reason = "no fused kernel supports it"
     message = f"no fused kernel for this call, using the reference: {missing}"
+    if missing is None:
+        reason = f"'auto' does not choose {fused!r} yet"
+        message = f"'auto' uses the reference here: {doubt}"
     # meta tensors have no data: nothing is computed slowly, so there is nothing to warn of
-    return Decision(
-        "reference", "no fused kernel supports it", None if call.device == "meta" else message
-    )
+    return Decision("reference", reason, None if call.device == "meta" else message)
 
 
 def select(argument: str | None, call: Call) -> str:

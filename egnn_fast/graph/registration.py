@@ -41,5 +41,7 @@ def register(graph_class: type[Graph]) -> None:
         serialized_type_name="egnn_fast.Graph", flatten_with_keys_fn=flatten_with_keys,
     )  # fmt: skip
     default_collate_fn_map[graph_class] = collate
+    # files name the class so, whatever file of the package it stands in
+    graph_class.__module__ = "egnn_fast.graph"
     # torch.load(..., weights_only=True) accepts these classes only
     torch.serialization.add_safe_globals([graph_class])

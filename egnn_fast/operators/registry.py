@@ -1,8 +1,7 @@
 """The modules in which the operators find the kernels of each backend.
 
-:mod:`egnn_fast.backends` registers them. Each has functions ``messages``, ``messages_backward``,
-``layer`` and ``layer_backward``, with the arguments and results of the operator of the same name
-(:mod:`egnn_fast.operators.signature`).
+Each has functions ``messages``, ``messages_backward``, ``layer`` and ``layer_backward``, with the
+arguments and results of the operator of the same name (:mod:`egnn_fast.operators.signature`).
 """
 
 from __future__ import annotations
@@ -10,12 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-_modules: dict[str, ModuleType | str] = {}
-
-
-def register(backend: str, module: str) -> None:
-    """Set the name of the module with a backend's kernels; it is imported at first use."""
-    _modules[backend] = module
+# names: operators import no backend, and a backend is imported when it is first used
+_MODULES = {"cpu": "egnn_fast.backends.cpu", "triton": "egnn_fast.backends.triton"}
 
 
 def kernels_of(backend: str) -> ModuleType:
@@ -24,11 +19,9 @@ def kernels_of(backend: str) -> ModuleType:
     Raises
     ------
     ValueError
-        No module is registered for it.
+        No backend of this name has kernels.
     """
-    module = _modules.get(backend)
-    if module is None:
+    name = _MODULES.get(backend)
+    if name is None:
         raise ValueError(f"backend: {backend!r} has no kernels")
-    if isinstance(module, str):
-        module = _modules[backend] = import_module(module)
-    return module
+    return import_module(name)

@@ -50,6 +50,7 @@ every_document = pytest.mark.parametrize("document", DOCUMENTS)
 WITH_CODE = {
     "README.md",
     *(f"docs/{name}.md" for name in ("accuracy", "backends", "compat", "compile", "graphs")),
+    "docs/gpus.md",
     "docs/options.md",
 }
 

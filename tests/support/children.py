@@ -235,7 +235,7 @@ def check_instruction_set() -> None:
 
 
 def launched_kernels() -> None:
-    """Each kernel of a training step: its hash as launched, and as compiled compile."""
+    """Each kernel of a training step: its hash as launched, and as compiled offline."""
     import json
     from typing import Any
 

@@ -45,7 +45,7 @@ def messages_backward(*args: Any) -> list[Tensor]:
     g_m, g_x = before
     inputs = forward_args[: MESSAGES.n_inputs]
     with _current(inputs[MESSAGES.index("x")].device):
-        call = Call("backward", forward_args)
+        call = Call("backward", forward_args, (*needed, g_m is None, g_x is None))
         if not call.has_head:
             g_x = None
         if call.num_edges == 0 or (g_m is None and g_x is None):

@@ -83,7 +83,8 @@ class Backward:
     def launch(self, bounds: tuple[int, int], part: Partition, weights: Weights) -> None:
         """The kernel over a chunk's edges."""
         problem, chunk = self.call.problem(part, weights), part.chunk(*bounds)
-        launch_edge_backward(self.call.plan, problem, self.cotangents, self.gradients, chunk)
+        with self.call.fitting():
+            launch_edge_backward(self.call.plan, problem, self.cotangents, self.gradients, chunk)
 
     def matrices(self) -> dict[str, Tensor]:
         """Gradients of weights that are not among the programs' sums."""

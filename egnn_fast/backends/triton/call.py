@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from egnn_fast.backends.triton.packing import packed
 from egnn_fast.backends.triton.partition import (
@@ -46,8 +48,9 @@ from egnn_fast.operators.signature import GRAPH, MESSAGES
 CHUNK_BYTES = 128 << 20
 # chunks after which one launch adds the slots of programs to their rows
 FINISHED_TOGETHER = 16
-# calls whose one kernel asked for more shared memory than a program may have: they run in stages
-_too_large: set[tuple[Any, ...]] = set()
+# kinds of calls whose one kernel asked for more shared memory than a program may have: these run in
+# stages. No table can tell, as what a kernel takes depends on its options and on the compiler
+_too_large: set[Hashable] = set()
 MAX_BLOCK = 1024  # no edge of a last block may lie beyond int32
 _INTERPRETED_PROGRAMS = 3
 
@@ -72,10 +75,11 @@ class Call:
     """A call of the edge pass, forward or backward, for one set of inputs.
 
     ``args`` are those of the operator; for a P and Q of None, a layer is to fill
-    ``inputs.pq [N, 2 hidden]``, of the channels that the kernels take.
+    ``inputs.pq [N, 2 hidden]``, of the channels that the kernels take. ``wanted`` tells apart calls
+    of a backward that compute other gradients from other cotangents.
     """
 
-    def __init__(self, direction: str, args: Sequence[Any]) -> None:
+    def __init__(self, direction: str, args: Sequence[Any], wanted: Hashable = ()) -> None:
         self.direction = direction
         call = MESSAGES.Arguments(*args)
         pq, x, edge_attr, edge_mask = map(_contiguous, args[: MESSAGES.index("w_r")])
@@ -101,8 +105,11 @@ class Call:
         # many edge attributes have products of their own, in chunks of edges
         self.many = self.attrs > MAX_ATTRS
         self._kind = (
-            self.blocks, direction, self.precision, channels, self.dim, self.attrs, options,
-            architecture(self.device), *(t is None for t in args[: MESSAGES.n_inputs]),
+            self.blocks, direction, wanted, self.precision, padded(channels), self.dim, self.attrs,
+            *options.constants.values(), architecture(self.device),
+            torch.are_deterministic_algorithms_enabled(),
+            *(t is None for t in args[: MESSAGES.n_inputs]),
+            *(getattr(call, name) is None for name in GRAPH),
         )  # fmt: skip
         if (self.many or self._kind in _too_large) and not self.blocks.staged:
             self.blocks = staged_blocks(products, padded(channels))
@@ -129,9 +136,14 @@ class Call:
             weights = weights._replace(w_a=None)
         self.weights = packed(weights, self.plan)
 
-    def does_not_fit(self) -> None:
-        """Have calls like this one run in stages from now on."""
-        _too_large.add(self._kind)
+    @contextmanager
+    def fitting(self) -> Iterator[None]:
+        """Raise TooLarge where a pass's one kernel does not fit; it has not run then."""
+        try:
+            yield
+        except OutOfResources as error:
+            _too_large.add(self._kind)
+            raise TooLarge from error
 
     def attr_rows(self, begin: int, end: int) -> Tensor:
         """The edge attributes ``[end - begin, A]`` of edges, as products take them."""

@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
 from egnn_fast.backends.triton import staged
 from egnn_fast.backends.triton.backward import Backward
 from egnn_fast.backends.triton.call import Call, TooLarge
 from egnn_fast.kernels.forward import launch_edge_forward
 
-# how often the passes ran, and a layer's nodes before and after them
-launches = {"forward": 0, "backward": 0, "nodes": 0}
-
-
-@contextmanager
-def _fitting(call: Call) -> Iterator[None]:
-    """Raise TooLarge where a pass that is one kernel does not fit; nothing has run then.
-
-    What a kernel takes depends on its options and on the compiler, so no table can tell.
-    """
-    try:
-        yield
-    except OutOfResources as error:
-        if call.staged:
-            raise
-        call.does_not_fit()
-        raise TooLarge from error
+# how often the passes ran, how many of them in stages, and a layer's nodes before and after them
+launches = {"forward": 0, "backward": 0, "staged": 0, "nodes": 0}
 
 
 def in_stages_if_too_large(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,7 +25,8 @@ def in_stages_if_too_large(run: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return run(*args)
         except TooLarge:
-            return run(*args)
+            pass  # the memory of the first try is free once its exception is gone
+        return run(*args)
 
     return inner
 
@@ -52,12 +36,13 @@ def run_forward(call: Call, m: Tensor, shift: Tensor | None) -> None:
     if call.staged:
         staged.forward(call, m, shift)
         launches["forward"] += 1
+        launches["staged"] += 1
         return
     part = call.part(0, call.num_edges)
     m_rows = call.rows(m, part.programs)
     x_rows = None if shift is None else call.rows(shift, part.programs)
     chunk = part.chunk(0, call.num_edges)
-    with _fitting(call):
+    with call.fitting():
         launch_edge_forward(call.plan, call.problem(part), m_rows, x_rows, chunk)
     call.finish(part.slots, m_rows, x_rows)
     launches["forward"] += 1
@@ -68,7 +53,7 @@ def run_backward(
 ) -> list[Tensor | None]:
     """A gradient for each differentiable input that is needed; there are edges."""
     kind = staged.Backward if call.staged else Backward
-    with _fitting(call):
-        gradients = kind(call, g_m, g_x, needed).run()
+    gradients = kind(call, g_m, g_x, needed).run()
     launches["backward"] += 1
+    launches["staged"] += call.staged
     return gradients

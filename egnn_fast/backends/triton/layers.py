@@ -5,7 +5,7 @@ Forward the nodes' MLPs are kernels of their own; backward their products are th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -52,15 +52,15 @@ class _Layer:
         w_a = matrix[:, 2 * f + 1 :] if matrix.shape[1] > 2 * f + 1 else None
         return matrix[:, :f], matrix[:, f : 2 * f], matrix[:, 2 * f], w_a
 
-    def edge_call(self, direction: str) -> Call:
-        """The edge pass, whose P and Q are projected."""
+    def edge_call(self, direction: str, wanted: Hashable = ()) -> Call:
+        """The edge pass, whose P and Q are projected; ``wanted`` as in Call."""
         weights = self.weights.edge_weights(self.w_r, self.w_a)
         call = MESSAGES.Arguments(
             pq=None, x=self.x, edge_attr=self.inputs["edge_attr"],
             edge_mask=self.inputs["edge_mask"], **weights._asdict(), **self.graph, **self.options,
             backend="triton", precision=self.precision,
         )  # fmt: skip
-        return Call(direction, call)
+        return Call(direction, call, wanted)
 
     def project(self, call: Call, m: Tensor | None, shift: Tensor | None) -> None:
         """P and Q for an edge pass, and 0 in its sums, if not None."""
@@ -243,7 +243,7 @@ class Backward:
         wanted = [for_pq, need["x"], need["edge_attr"], need["edge_mask"], *of_weights.values()]
         if not any(wanted):
             return
-        call = layer.edge_call("backward")
+        call = layer.edge_call("backward", (*wanted, g_m is None, g_shift is None))
         if not call.num_edges:
             return
         layer.project(call, None, None)

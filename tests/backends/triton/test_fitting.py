@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import torch
 from cases import INTERPRETED_BACKENDS
 
+from egnn_fast import Options
 from egnn_fast.checks import relative_error
 from egnn_fast.checks.cases import Case, Problem
 
@@ -71,6 +74,50 @@ def test_another_kind_of_call_is_tried(refused: Counter[str]) -> None:
     for hidden in (16, 32):
         gradients(case_of("edge_pass", hidden), "triton")
     assert refused == {"forward": 2, "backward": 2}
+
+
+def test_other_gradients_are_tried(refused: Counter[str]) -> None:
+    """They need less of a kernel."""
+    problem = case_of("edge_pass")
+    gradients(problem, "triton")
+    leaves = {k: t.detach().requires_grad_(k == "x") for k, t in problem.leaves.items()}
+    outputs = problem.run(leaves, "triton", 0)
+    torch.autograd.grad(sum(t.sum() for t in outputs.values()), leaves["x"])  # type: ignore[arg-type]
+    assert refused == {"forward": 1, "backward": 2}
+
+
+def test_numbers_among_the_options_make_no_difference(refused: Counter[str]) -> None:
+    for clamp in (1.0, 2.0, 3.0):
+        case = Case("fitting", nodes=8, edges=30, options=Options(coord_clamp=clamp))
+        problem = case.edge_pass(torch.float32)
+        problem.run(problem.leaves, "triton", 0)
+    assert refused == {"forward": 1}
+
+
+def test_the_first_try_leaves_nothing(
+    refused: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stages begin without the memory of the kernel that did not fit."""
+    from egnn_fast.backends.triton import call, staged
+
+    made: list[Any] = []
+    init, forward = call.Call.__init__, staged.forward
+
+    def noted(self: Any, *args: Any) -> None:
+        made.append(weakref.ref(self))
+        init(self, *args)
+
+    def checked(*args: Any) -> None:
+        gc.collect()
+        assert [reference() is not None for reference in made] == [False, True]
+        forward(*args)
+
+    monkeypatch.setattr(call.Call, "__init__", noted)
+    monkeypatch.setattr(staged, "forward", checked)
+    problem = case_of("edge_pass")
+    with torch.no_grad():
+        problem.run(problem.leaves, "triton", 0)
+    assert refused == {"forward": 1}
 
 
 def test_stages_that_do_not_fit_raise(
