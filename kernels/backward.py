@@ -38,7 +38,7 @@ from egnn_fast.kernels.gradients import (
 )
 from egnn_fast.kernels.head import head_gradient, shift_gradients
 from egnn_fast.kernels.records import Chunk, Plan, Problem
-from egnn_fast.kernels.rows import Carry, Sums, finish_block_rows, take_block_rows
+from egnn_fast.kernels.rows import Sums, finish_block_rows, no_carry, take_block_rows
 
 
 @triton.jit
@@ -89,12 +89,7 @@ def edge_backward(problem, cotangents, gradients, begin_edge, end_edge, num_bloc
     g_b_g = 0.0
 
     sums = Sums(gradients.p, gradients.receiver, head_row)
-    carry = Carry(
-        tl.full((), -1, tl.int32),
-        tl.zeros((spec.HP,), tl.float32),
-        tl.zeros((spec.DP,), tl.float32),
-        head_row,
-    )
+    carry = no_carry(head_row, spec)
     for number in tl.range(begin, end, disable_licm=True):
         block = block_of_edges(edges, begin_edge, end_edge, number, spec)
         pairs = pairs_of(edges, inputs, block, spec)

@@ -64,6 +64,7 @@ class Blocks(NamedTuple):
 _REGISTERS, _LANES, _MOST_REGISTERS = 1 << 16, 32, 255
 _KINDS, _WIDTHS = ("16", "high", "highest"), (16, 32, 64, 128, 256)
 _LEAST = "offline: the least predicted time on sm_90, Triton 3.7"
+# at the row's own width; narrower layers and fp16 were not timed
 _H200 = "measured: NVIDIA H200, 2026-11-28, Triton 3.6, ptxas 13.5"
 _FITS = "offline: fits into shared memory, compiled for {}, Triton 3.7"
 _HOLDS = "offline: the least predicted time of what spills nothing on {}, Triton 3.7"

@@ -105,9 +105,7 @@ def _load_nodes(edges, block):
     # as numbers: on AMD an offset from a pointer to a small tensor is taken for one of 32 bits
     receivers, senders = edges.receivers.to(tl.int64), edges.senders.to(tl.int64)
     at = receivers + of_sender * (senders - receivers) + 4 * block.edge.to(tl.int64)[:, None]
-    both = tl.load(
-        at.to(tl.pointer_type(tl.int32)), mask=block.live[:, None] & (column >= 0), other=-1
-    )
+    both = tl.load(at.to(tl.pointer_type(tl.int32)), mask=block.live[:, None], other=-1)
     if COPIES == 2:
         both, _ = tl.split(tl.reshape(both, (BLOCK, 2, 2)))
     i, j = tl.split(both)

@@ -19,7 +19,7 @@ from egnn_fast.kernels.device import (
 from egnn_fast.kernels.edges import block_of_edges, first_linear, mask_of, pairs_of
 from egnn_fast.kernels.head import shift_of
 from egnn_fast.kernels.records import Chunk, Plan, Problem, Rows
-from egnn_fast.kernels.rows import Carry, EdgeValues, Sums, add_block_rows, finish_block_rows
+from egnn_fast.kernels.rows import EdgeValues, Sums, add_block_rows, finish_block_rows, no_carry
 
 
 @triton.jit(do_not_specialize=("begin_edge", "end_edge", "num_blocks"))
@@ -43,12 +43,7 @@ def edge_forward(problem, m_rows, x_rows, begin_edge, end_edge, num_blocks, spec
     if weights.w_a is not None:
         w_a = load_matrix(weights.w_a, spec.H, spec.A, spec.HP, spec.AP)
 
-    carry = Carry(
-        tl.full((), -1, tl.int32),
-        tl.zeros((spec.HP,), tl.float32),
-        tl.zeros((spec.DP,), tl.float32),
-        head_row,
-    )
+    carry = no_carry(head_row, spec)
     for number in tl.range(begin, end, disable_licm=True):
         block = block_of_edges(edges, begin_edge, end_edge, number, spec)
         pairs = pairs_of(edges, inputs, block, spec)

@@ -68,6 +68,13 @@ class Carry(NamedTuple):
 
 
 @triton.jit
+def no_carry(head_row, spec):
+    """The Carry before a program's first block."""
+    wide, narrow = tl.zeros((spec.HP,), tl.float32), tl.zeros((spec.DP,), tl.float32)
+    return Carry(tl.full((), -1, tl.int32), wide, narrow, head_row)
+
+
+@triton.jit
 def _edges_of_rows(order, row, block, BLOCK: tl.constexpr):
     """``[BLOCK, WINDOW]``: which edges of a block belong to row, row + 1, ...
 

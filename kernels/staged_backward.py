@@ -45,7 +45,7 @@ from egnn_fast.kernels.gradients import (
 )
 from egnn_fast.kernels.head import head_gradient, shift_gradients
 from egnn_fast.kernels.records import Chunk, Plan, Problem
-from egnn_fast.kernels.rows import Carry, Sums, finish_block_rows
+from egnn_fast.kernels.rows import Sums, finish_block_rows, no_carry
 from egnn_fast.kernels.staged import load_linear
 
 
@@ -192,12 +192,7 @@ def staged_first_backward(
     if weights.w_a is not None:
         w_a = load_matrix(weights.w_a, spec.H, spec.A, spec.HP, spec.AP)
     vectors = no_vectors(spec)
-    carry = Carry(
-        tl.full((), -1, tl.int32),
-        tl.zeros((spec.HP,), tl.float32),
-        tl.zeros((spec.DP,), tl.float32),
-        head_row,
-    )
+    carry = no_carry(head_row, spec)
     for number in tl.range(begin, end, disable_licm=True):
         block = block_of_edges(edges, begin_edge, end_edge, number, spec)
         pairs = pairs_of(edges, inputs, block, spec)

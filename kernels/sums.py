@@ -11,7 +11,7 @@ from egnn_fast.kernels.blocks import sender_block, sender_options
 from egnn_fast.kernels.device import load_rows, run_of_blocks
 from egnn_fast.kernels.edges import EdgeBlock
 from egnn_fast.kernels.records import Chunk, Order, Plan, Rows
-from egnn_fast.kernels.rows import Carry, EdgeValues, Sums, add_block_rows, finish_block_rows
+from egnn_fast.kernels.rows import EdgeValues, Sums, add_block_rows, finish_block_rows, no_carry
 
 _TILE = tl.constexpr(16)
 
@@ -93,12 +93,7 @@ def sender_sums(senders, messages, shifts, q_rows, x_rows, num_edges, num_blocks
     head_row = tl.load(senders.block_rows + 2 * begin)
     order = Order(None, senders.keys)
     sums = Sums(q_rows, x_rows, head_row)
-    carry = Carry(
-        tl.full((), -1, tl.int32),
-        tl.zeros((spec.HP,), tl.float32),
-        tl.zeros((spec.DP,), tl.float32),
-        head_row,
-    )
+    carry = no_carry(head_row, spec)
     for number in range(begin, end):
         first_edge = number * spec.BLOCK
         end_edge = tl.minimum(first_edge + spec.BLOCK, num_edges)

@@ -137,7 +137,7 @@ class _Network:
     def run(
         self, precision: str, net: nn.Module | None = None, order: Tensor | None = None
     ) -> Tensors:
-        """Outputs, and gradients of inputs and weights; with ``order``, nodes are numbered so."""
+        """Outputs, and gradients of inputs and weights; ``order``: the nodes in another order."""
         net = self.net if net is None else net  # the truth of a compiled one is not defined
         h, x, graph = self.inputs["h"], self.inputs["x"], self.graph
         if order is not None:

@@ -85,7 +85,7 @@ class Record:
 
 
 class ToolMissing(RuntimeError):
-    """A program is missing in Triton's package."""
+    """An executable, such as cuobjdump, is missing in Triton's package."""
 
 
 class _NoDevice:

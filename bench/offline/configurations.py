@@ -133,7 +133,7 @@ class Configuration:
 
     @property
     def width(self) -> int:
-        """Channels of its arguments."""
+        """How many channels its arguments have."""
         return row_width(self.hidden, self.row.staged)
 
     @property
@@ -233,7 +233,7 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def kernel_functions() -> dict[str, Any]:
-    """The kernels by their names."""
+    """Every kernel, by its name."""
     modules = (forward, backward, staged, staged_backward, sums, nodes)
     members = {k: v for module in modules for k, v in vars(module).items()}
     return {name: members[name] for name in KERNELS}
@@ -348,7 +348,7 @@ def _update_nodes(c: Configuration, plan: Plan) -> None:
 
 
 def _pack_weights(c: Configuration, plan: Plan) -> None:
-    """Of a layer, whose w_r and w_a are columns of edge_w1: these are packed always."""
+    """Packs a layer's weights; w_r and w_a are columns of edge_w1, so they are always packed."""
     operand = _operand(c)
     rounded = operand.dtype != torch.float32 or plan.spec.ROUND.value
     matrix, padding = operand if rounded else None, _F32 if c.hidden != c.width else None

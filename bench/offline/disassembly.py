@@ -328,7 +328,7 @@ def code_hash(cubin: bytes) -> str:
     size, number = struct.unpack_from("<HH", cubin, 58)
     total, digest = 0, hashlib.sha256()
     for i in range(number):
-        # type, flags, address, offset, size
+        # of the section's header: type, flags, address, offset, size
         kind, flags, _, at, length = struct.unpack_from("<IQQQQ", cubin, table + i * size + 4)
         if kind == 1 and flags & 4:  # SHT_PROGBITS, SHF_EXECINSTR
             digest.update(cubin[at : at + length])

@@ -16,7 +16,7 @@ constexpr uint64_t kKeys[] = {0x243f6a8885a308d3, 0x13198a2e03707345, 0xa4093822
                               0xc0ac29b7c97c50dd, 0x3f84d5b5b5470917};
 constexpr int kLanes = 8;  // chains of products, independent so that their latencies overlap
 constexpr int64_t kStripe = 16 * kLanes;
-constexpr int64_t kChunk = int64_t{1} << 18;  // what a task takes
+constexpr int64_t kChunk = int64_t{1} << 18;  // bytes that one task sums
 
 // Combines the two halves of a product: each bit of a factor affects the whole result.
 inline uint64_t mix(uint64_t a, uint64_t b) {

@@ -204,8 +204,8 @@ class EdgeBackward {
     scratch_ = workspace.take<T>(threads_ * scratch_size_);
   }
 
-  // Adds to the last step: zeros for the gradients that tasks add to, and for all of them if no
-  // edge or no cotangent contributes.
+  // Adds to the last step: writes zeros to the gradients that tasks add to. Where there is no edge
+  // or no cotangent, no task writes any gradient, so all are set to zero.
   void add_zeroing(Schedule& schedule) {
     egnn::add_zeroing(schedule, p_.g_pq, p_.nodes * p_.pq_stride);
     egnn::add_zeroing(schedule, p_.g_x, p_.nodes * p_.dim);
@@ -295,7 +295,7 @@ class EdgeBackward {
   const KernelTable<T>& kernels_;
   Problem<T>& p_;
   int threads_;
-  bool all_zero_;                        // no edge or no cotangent contributes to a gradient
+  bool all_zero_;                        // there is no edge or no cotangent
   int64_t wave_, slots_, scratch_size_;  // tasks of a wave; of both memories
   T *scratch_ = nullptr, *g_z1_ = nullptr, *g_d_ = nullptr;
   uint16_t *range_starts_ = nullptr, *range_edges_ = nullptr;

@@ -43,7 +43,7 @@ class Packing {
     return to;
   }
 
-  // Adds the step that packs.
+  // Adds to the schedule the step that packs the matrices.
   void add_step(Schedule& schedule) const {
     const KernelTable<T>& kernels = kernels_;
     schedule.add_step(static_cast<int64_t>(jobs_.size()), [&kernels, jobs = jobs_](int64_t k, int) {

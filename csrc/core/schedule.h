@@ -44,7 +44,7 @@ class Schedule {
     Body body;
   };
   struct Step {
-    int64_t count = 0;  // tasks of all parts
+    int64_t count = 0;  // tasks, over all parts
     std::vector<Part> parts;
   };
   friend struct Region;

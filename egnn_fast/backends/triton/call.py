@@ -104,14 +104,9 @@ class Call:
         )
         # many edge attributes have products of their own, in chunks of edges
         self.many = self.attrs > MAX_ATTRS
-        self._kind = (
-            self.blocks, direction, wanted, self.precision, padded(channels), self.dim, self.attrs,
-            *options.constants.values(), architecture(self.device),
-            torch.are_deterministic_algorithms_enabled(),
-            *(t is None for t in args[: MESSAGES.n_inputs]),
-            *(getattr(call, name) is None for name in GRAPH),
-        )  # fmt: skip
-        if (self.many or self._kind in _too_large) and not self.blocks.staged:
+        self._described = call, options, wanted
+        large = bool(_too_large) and self._kind() in _too_large
+        if (self.many or large) and not self.blocks.staged:
             self.blocks = staged_blocks(products, padded(channels))
         self.staged = self.blocks.staged
         self.hidden = row_width(channels, self.staged)
@@ -136,13 +131,23 @@ class Call:
             weights = weights._replace(w_a=None)
         self.weights = packed(weights, self.plan)
 
+    def _kind(self) -> Hashable:
+        """What decides, beside the compiler, whether the one kernel of a pass fits."""
+        call, options, wanted = self._described
+        inputs = (getattr(call, name) is None for name in (*MESSAGES.names, *GRAPH))
+        return (
+            self.blocks, self.direction, wanted, self.precision, padded(call.w2.shape[0]), self.dim,
+            self.attrs, *options.constants.values(), architecture(self.device),
+            torch.are_deterministic_algorithms_enabled(), *inputs,
+        )  # fmt: skip
+
     @contextmanager
     def fitting(self) -> Iterator[None]:
         """Raise TooLarge where a pass's one kernel does not fit; it has not run then."""
         try:
             yield
         except OutOfResources as error:
-            _too_large.add(self._kind)
+            _too_large.add(self._kind())
             raise TooLarge from error
 
     def attr_rows(self, begin: int, end: int) -> Tensor:
